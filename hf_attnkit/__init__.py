@@ -1,0 +1,28 @@
+"""Attention surgery for Hugging Face Transformers v5.
+
+Importing registers one attention name of our own with Transformers and changes nothing else.
+"""
+
+from .attention.registry import available_attentions, register
+from .conversion import convert_to_gqa, convert_to_mqa
+from .importance import attention_entropy, head_importance
+from .loading import load_pretrained
+from .pruning import prune_heads, select_heads
+from .swap import restore_attention, swap_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "attention_entropy",
+    "available_attentions",
+    "convert_to_gqa",
+    "convert_to_mqa",
+    "head_importance",
+    "load_pretrained",
+    "prune_heads",
+    "restore_attention",
+    "select_heads",
+    "swap_attention",
+]
+
+register()

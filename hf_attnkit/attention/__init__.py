@@ -1,0 +1,1 @@
+"""Attention implementations: one file each, all with the same signature, listed in `registry`."""

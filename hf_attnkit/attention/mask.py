@@ -1,0 +1,216 @@
+"""Which keys each query may see, kept as positions instead of a matrix.
+
+Transformers builds one mask per forward pass and hands the same tensor to every layer. Ours travels
+in that slot in one of three forms, and `Mask.receive` turns each into a `Mask`:
+
+| tensor                                | meaning                                                    |
+| ------------------------------------- | ---------------------------------------------------------- |
+| `None`                                | nothing is hidden but the future (if causal)               |
+| integer `(batch, 1, 1, keys+queries)` | positions of the keys, then of the queries; a hidden key   |
+|                                       | carries the bitwise complement of its position             |
+| bool or float `(batch, 1, q, k)`      | a full matrix: packed sequences, a model's own window, or  |
+|                                       | a mask that the user made; it already holds causality      |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
+
+ALL = slice(None)
+
+
+def create_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    use_vmap: bool = False,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The function for `AttentionMaskInterface`: arguments as `transformers.masking_utils.sdpa_mask`.
+
+    Plain causal and bidirectional masks, with or without padding, cost memory linear in the
+    length; any other `mask_function` is evaluated into a bool matrix.
+    """
+    causal = mask_function is causal_mask_function
+    if not causal and mask_function is not bidirectional_mask_function:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+
+    visible = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if visible is not None:
+        visible = visible[:, kv_offset : kv_offset + kv_length]
+        # Reading values would break a compiled graph, so there the padding is kept even if empty.
+        if not is_tracing(visible) and bool(visible.all()):
+            visible = None
+    # `None` promises that the last query stands at the last key. A StaticCache's offset is a
+    # tensor and its keys reach beyond the queries, so there the positions are always given.
+    static = isinstance(q_offset, Tensor) or (causal and not allow_is_causal_skip)
+    if visible is None and not static and q_offset + q_length == kv_offset + kv_length:
+        return None
+
+    keys = torch.arange(kv_length, device=device).expand(batch_size, -1) + kv_offset
+    if visible is not None:
+        keys = torch.where(visible, keys, ~keys)
+    queries = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
+    return torch.cat([keys, queries], dim=1)[:, None, None, :]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys each query may see. Shapes: B may be 1 where all rows of the batch agree.
+
+    Attributes:
+        query_position: `(B, Q)`, integer; consecutive along Q unless `dense` is set.
+        key_position: `(B, K)`, integer, consecutive along K.
+        is_causal: hide keys whose position is after the query's.
+        key_visible: `(B, K)` bool, False for padding; `None` when every key is real.
+        dense: `(B, 1 or H, Q, K)` bool, True = may attend; complete, so causality is not added.
+        bias: `(B, 1 or H, Q, K)` float, added to the scaled scores.
+    """
+
+    query_position: Tensor
+    key_position: Tensor
+    is_causal: bool
+    key_visible: Tensor | None = None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    @classmethod
+    def aligned(
+        cls,
+        q_length: int,
+        kv_length: int,
+        *,
+        is_causal: bool,
+        key_visible: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Mask:
+        """A mask whose last query stands at the last key, as in a decode step with a cache."""
+        queries = torch.arange(kv_length - q_length, kv_length, device=device)[None]
+        keys = torch.arange(kv_length, device=device)[None]
+        return cls(queries, keys, is_causal, key_visible)
+
+    @classmethod
+    def receive(
+        cls, attention_mask: Tensor | None, q_length: int, kv_length: int, *, is_causal: bool, device: torch.device
+    ) -> Mask:
+        """Read the tensor that came through a model's forward; see the table above.
+
+        Raises:
+            ValueError: when its size fits neither the queries nor the keys.
+        """
+        if attention_mask is None:
+            # A single query at the last key has no future to hide.
+            return cls.aligned(q_length, kv_length, is_causal=is_causal and q_length > 1, device=device)
+        if attention_mask.is_floating_point() or attention_mask.dtype == torch.bool:
+            return cls._receive_matrix(attention_mask, q_length, kv_length, is_causal)
+        positions = attention_mask[:, 0, 0, :]
+        keys, queries = positions[:, :-q_length], positions[:, -q_length:]
+        if keys.shape[1] < kv_length or attention_mask.shape[2] != 1:
+            raise ValueError(
+                f"the attention mask has shape {tuple(attention_mask.shape)} and describes {keys.shape[1]} keys, "
+                f"but the layer has {kv_length}; the mask of another forward pass must not be reused"
+            )
+        # One mask serves all layers; a layer whose cache keeps only a window holds the last keys.
+        keys = keys[:, -kv_length:]
+        hidden = keys < 0
+        return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden)
+
+    @classmethod
+    def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
+        bias = None
+        if matrix.dtype != torch.bool:
+            # Half of the dtype's minimum separates "masked" from a real bias, however it was made.
+            visible = matrix > torch.finfo(matrix.dtype).min / 2
+            bias = matrix.masked_fill(~visible, 0.0)
+        else:
+            visible = matrix
+        if visible.shape[-2] not in (1, q_length) or visible.shape[-1] < kv_length:
+            raise ValueError(
+                f"the attention mask has shape {tuple(matrix.shape)} but the layer has {q_length} queries and "
+                f"{kv_length} keys; its last two sizes must be those"
+            )
+        visible = visible[..., -kv_length:]
+        bias = None if bias is None else bias[..., -kv_length:]
+        mask = cls.aligned(q_length, kv_length, is_causal=is_causal, device=matrix.device)
+        queries = mask.query_position
+        if is_causal and q_length != kv_length:
+            # With a cache the queries need not stand at its end (StaticCache); in a causal mask
+            # the last key that a query sees is its own.
+            last = kv_length - 1 - visible.flip(-1).int().argmax(-1)
+            queries = last[:, 0].expand(-1, q_length)
+        return cls(queries, mask.key_position, is_causal, None, visible, bias)
+
+    @property
+    def is_trivial(self) -> bool:
+        """Nothing is hidden but the future, and queries and keys are the same tokens (if causal)."""
+        whole = not self.is_causal or self.query_position.shape[1] == self.key_position.shape[1]
+        return whole and self.key_visible is None and self.dense is None and self.bias is None
+
+    def distance(self, queries: slice = ALL, keys: slice = ALL) -> Tensor:
+        """Query position minus key position, `(B, 1, q, k)`; positive for keys of the past."""
+        return self.query_position[:, None, queries, None] - self.key_position[:, None, None, keys]
+
+    def visible(self, queries: slice = ALL, keys: slice = ALL) -> Tensor | None:
+        """Bool `(B, 1 or H, q, k)` for a block of queries and keys, or `None` if nothing is hidden."""
+        if self.dense is not None:
+            return self.dense[..., queries if self.dense.shape[-2] > 1 else ALL, keys]
+        visible = None if self.key_visible is None else self.key_visible[:, None, None, keys]
+        if self.is_causal:
+            past = self.distance(queries, keys) >= 0
+            visible = past if visible is None else visible & past
+        return visible
+
+    def offset(self) -> int:
+        """Position of the first query minus that of the first key; waits for the device."""
+        return int(self.query_position[0, 0] - self.key_position[0, 0])
+
+    def also(self, allowed: Tensor) -> Mask:
+        """This mask and the bool matrix `allowed` `(B, 1 or H, Q, K)`, both."""
+        visible = self.visible()
+        dense = allowed if visible is None else allowed & visible
+        return dataclasses.replace(self, dense=dense)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        """Softmax over the last axis of scaled scores `(B, H, Q, K)`, in float32 or better.
+
+        A query that sees no key gets all zeros (as PyTorch's SDPA with a bool mask), not NaN.
+        """
+        dtype = scores.dtype
+        scores = scores.float() if dtype in (torch.float16, torch.bfloat16) else scores
+        if self.bias is not None:
+            scores = scores + self.bias
+        visible = self.visible()
+        if visible is None:
+            return scores.softmax(-1).to(dtype)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1).masked_fill(~visible, 0.0).to(dtype)

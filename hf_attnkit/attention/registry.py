@@ -1,0 +1,181 @@
+"""The table of implementations, and the one place that registers anything with Transformers.
+
+Transformers knows a single name, `hf_attnkit`, in its `AttentionInterface` and its
+`AttentionMaskInterface`. Masks are made once per model and handed to all layers, so layers of
+different kinds need one name; which kind a layer runs stands on its attention module (`Kind`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from . import flash, gqa, linear, local_global, mha, mqa, sliding_window
+from .mask import Mask, create_mask
+
+NAME = "hf_attnkit"
+ATTRIBUTE = "_hf_attnkit_kind"
+
+# name -> module with `attention(query, key, value, mask, *, scaling, dropout, **options)` and
+# `check(num_heads, num_key_value_heads, **options)`; optionally `NEEDS_TRANSFER` (a pretrained softmax
+# model needs training after the swap) and `CALL_ARGUMENTS` (keywords a user may give to `model(...)`).
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "mha": mha,
+    "gqa": gqa,
+    "mqa": mqa,
+    "sliding_window": sliding_window,
+    "local_global": local_global,
+    "flash": flash,
+    "linear": linear,
+}
+
+# Arguments of a model's attention call that change the result and that no implementation here reads.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one attention module runs.
+
+    Attributes:
+        name: a key of `IMPLEMENTATIONS`, or one of Transformers' own ("sdpa", "eager") for a layer
+            of a swapped model that keeps what it had.
+        options: the implementation's options.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def available_attentions() -> list[str]:
+    """Names that `swap_attention` accepts."""
+    return list(IMPLEMENTATIONS)
+
+
+def check_kind(kind: Kind, num_heads: int, num_key_value_heads: int) -> None:
+    """Check a kind for a layer with these numbers of heads.
+
+    Raises:
+        ValueError: unknown name, unknown or missing option, or a value the implementation refuses.
+    """
+    if kind.name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention {kind.name!r}; available: {', '.join(IMPLEMENTATIONS)}")
+    check = IMPLEMENTATIONS[kind.name].check
+    parameters = list(inspect.signature(check).parameters.values())[2:]
+    known = [parameter.name for parameter in parameters]
+    unknown = [name for name in kind.options if name not in known]
+    if unknown:
+        takes = ", ".join(known) if known else "no options"
+        raise ValueError(f"attention {kind.name!r} has no option {', '.join(unknown)}; it takes {takes}")
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in kind.options]
+    if required:
+        raise ValueError(
+            f"attention {kind.name!r} needs the option {', '.join(required)}, for example {required[0]}=64"
+        )
+    check(num_heads, num_key_value_heads, **kind.options)
+
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Call `observer(module, query, key, value, mask, scaling)` at each attention call of a model
+    that runs under `NAME`, before the attention itself. Shapes as in `mha.attention`."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function for `AttentionInterface`: runs the kind that stands on `module`.
+
+    Returns `(batch, queries, num_heads, head_dim)` and the weights, or `None` for kinds without.
+    """
+    kind: Kind | None = getattr(module, ATTRIBUTE, None)
+    if kind is None:
+        raise ValueError(
+            f"{type(module).__name__} runs under attn_implementation={NAME!r} but no kind of attention was chosen for "
+            "it. A swapped checkpoint is loaded with hf_attnkit.load_pretrained, and a model is swapped with "
+            "hf_attnkit.swap_attention"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} passes {name!r}, which no attention of {NAME} applies")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    mask = Mask.receive(attention_mask, query.shape[2], key.shape[2], is_causal=is_causal, device=query.device)
+    for observer in _observers:
+        observer(module, query, key, value, mask, scaling)
+
+    if kind.name not in IMPLEMENTATIONS:
+        return _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
+    implementation = IMPLEMENTATIONS[kind.name]
+    per_call = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+    output, weights = implementation.attention(
+        query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **per_call
+    )
+    if weights is None and kwargs.get("output_attentions"):
+        raise ValueError(f"attention {kind.name!r} forms no attention weights; for output_attentions swap to 'mha'")
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _run_stock(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scaling: float,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Run Transformers' own attention for a layer that keeps it, with the mask in the form it takes."""
+    if name != "eager" and mask.is_trivial:
+        return stock_function(name, module)(
+            module, query, key, value, None, scaling=scaling, dropout=dropout, is_causal=mask.is_causal, **kwargs
+        )
+    matrix = mask.visible()
+    if mask.bias is not None:
+        matrix = mask.bias.masked_fill(~mask.dense, torch.finfo(mask.bias.dtype).min)  # type: ignore[operator]
+    if name == "eager" and matrix is not None and matrix.dtype == torch.bool:
+        matrix = torch.zeros_like(matrix, dtype=query.dtype).masked_fill(~matrix, torch.finfo(query.dtype).min)
+    return stock_function(name, module)(
+        module, query, key, value, matrix, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
+    )
+
+
+def stock_function(name: str, module: nn.Module) -> Callable:
+    """Transformers' own attention function; "eager" is that of the file the module's class is from."""
+    if name == "eager":
+        return inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
+    return AttentionInterface()[name]
+
+
+def register() -> None:
+    """Register `NAME` with Transformers; touches no other name."""
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name Transformers passes no mask at all.
+    AttentionMaskInterface.register(NAME, create_mask)

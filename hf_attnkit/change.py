@@ -1,0 +1,74 @@
+"""Change numbers of heads: weights, module attributes and config together, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from . import families, surgery
+from .surgery import Edit
+
+
+def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
+    """Apply `edits` and make everything say `(num_attention_heads, num_key_value_heads)` per layer.
+
+    Everything that can fail is computed by the caller before. If the result still disagrees
+    anywhere, or the process is interrupted, the model is put back as it was.
+
+    Raises:
+        ValueError: if config, weights and attributes do not agree afterwards.
+    """
+    layers = families.editable_layers(model)
+    require_grouping(model, layers, heads)
+    config = families.with_heads(model, heads)
+    old_config = dict(model.config.__dict__)
+    undo: list[Edit] = []
+    attributes: list[tuple[Any, dict[str, Any]]] = []
+    try:
+        for edit in edits:
+            undo.append(surgery.apply(edit))
+        for layer, (num_heads, num_key_value_heads) in zip(layers, heads, strict=True):
+            before = families.set_attributes(layer.module, num_heads, num_key_value_heads, layer.head_dim)
+            attributes.append((layer.module, before))
+        replace_config(model.config, config.__dict__)
+        after = families.editable_layers(model)
+        if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != list(heads):
+            raise ValueError("the config did not take the new numbers of heads; the model is unchanged")
+    except BaseException:
+        replace_config(model.config, old_config)
+        for module, before in attributes:
+            for name, value in before.items():
+                if value is None:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, value)
+        for edit in undo:
+            surgery.apply(edit)
+        raise
+
+
+def require_grouping(
+    model: PreTrainedModel, layers: Sequence[families.AttentionLayer], heads: Sequence[tuple[int, int]]
+) -> None:
+    """Raise `ValueError` if the model's attention cannot run these numbers of heads.
+
+    The eager attention of a family without grouped heads (BERT) multiplies queries and keys as they
+    are; with one key/value head that would even run, by broadcasting.
+    """
+    grouped = any(num_heads != num_key_value_heads for num_heads, num_key_value_heads in heads)
+    implementation = model.config._attn_implementation
+    if grouped and implementation == "eager" and not families.family_of(model).has_key_value_heads:
+        raise ValueError(
+            f"{type(model).__name__} runs Transformers' eager attention, which has no grouped heads for "
+            f"{model.config.model_type!r}; call model.set_attn_implementation('sdpa') or "
+            "hf_attnkit.swap_attention(model, 'mha') first"
+        )
+
+
+def replace_config(config: PreTrainedConfig, state: dict[str, Any]) -> None:
+    """Give the same config object another content; model and modules share it by reference."""
+    state = dict(state)
+    config.__dict__.clear()
+    config.__dict__.update(state)

@@ -1,0 +1,6 @@
+"""Head importance: one file per method, all (num_layers, num_heads), higher = keep."""
+
+from .entropy import attention_entropy
+from .score import METHODS, head_importance
+
+__all__ = ["METHODS", "attention_entropy", "head_importance"]

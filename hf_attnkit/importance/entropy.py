@@ -1,0 +1,146 @@
+"""Attention entropy per head (Michel et al. 2019, arXiv 1905.10650; "bertology"), block by block.
+
+For a query i with scaled scores s_ij over the keys it may see, p_i = softmax(s_i) and
+
+    H_i = -sum_j p_ij ln p_ij = logsumexp_j(s_ij) - sum_j p_ij s_ij        in nats, 0 ln 0 = 0
+
+so only a block of scores exists at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..attention.mask import Mask
+from ..families import AttentionLayer
+from .observe import observe_attention
+
+DIRECTIONS = ("diffuse", "focused")
+BLOCK = 256
+
+
+def attention_entropy(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None = None,
+    is_causal: bool = False,
+    attention_mask: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """Entropy of each query's attention distribution, without keeping the attention matrix.
+
+    Args:
+        query: `(batch, num_heads, query_length, head_dim)`, after any rotary embedding.
+        key: `(batch, num_key_value_heads, key_length, head_dim)`; heads are grouped, not repeated.
+        scaling: factor of the scores; `head_dim ** -0.5` by default.
+        is_causal: query i sees keys up to i; with more keys than queries, the last query stands at
+            the last key.
+        attention_mask: `(batch, key_length)`, nonzero for real tokens.
+        normalize: divide by ln(number of visible keys), so that 1 is uniform whatever the length; a
+            query with a single visible key gets 0.
+
+    Returns:
+        `(batch, num_heads, query_length)` in nats (or the fraction), float32 or better; 0 is one key,
+        ln(number of visible keys) is uniform. A query without visible keys gets 0.
+
+    Raises:
+        ValueError: if the number of query heads is no multiple of that of key heads, or the mask's
+            shape does not fit.
+    """
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide into {key.shape[1]} key heads' groups")
+    visible = None
+    if attention_mask is not None:
+        if attention_mask.shape != (key.shape[0], key.shape[2]):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be (batch, key_length) = "
+                f"{(key.shape[0], key.shape[2])}"
+            )
+        visible = attention_mask.bool()
+    mask = Mask.aligned(query.shape[2], key.shape[2], is_causal=is_causal, key_visible=visible, device=query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return masked_entropy(query, key, mask, scaling, normalize)
+
+
+def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> Tensor:
+    """`attention_entropy` under a `Mask`."""
+    batch, num_heads, q_length, head_dim = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = key.to(dtype).transpose(-1, -2)
+    blocks = []
+    for start in range(0, q_length, BLOCK):
+        queries = slice(start, min(start + BLOCK, q_length))
+        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
+        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
+        if mask.bias is not None:
+            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
+        visible = mask.visible(queries)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+            count = visible.sum(-1)
+        else:
+            count = torch.full((1, 1, 1), key.shape[2], device=key.device)
+        logsumexp = scores.logsumexp(-1)
+        weights = torch.exp(scores - logsumexp[..., None])
+        entropy = logsumexp - (weights * scores).sum(-1)
+        entropy = entropy.masked_fill(count <= 1, 0.0).clamp(min=0.0)
+        blocks.append(entropy / count.clamp(min=2).log() if normalize else entropy)
+    return torch.cat(blocks, dim=-1)
+
+
+def score(
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    direction: str = "diffuse",
+    normalize: bool = True,
+) -> list[Tensor]:
+    """Mean entropy per head over all queries that are no padding.
+
+    Args:
+        direction: "diffuse" keeps heads of high entropy (score = entropy), "focused" those of low
+            entropy (score = -entropy).
+        normalize: divide each query's entropy by ln(number of keys it may see), so that lengths and
+            causal positions compare; a query that sees one key only counts nothing then.
+
+    Returns:
+        For each layer `(num_heads,)`, float32; nats if not normalised, else a fraction.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r} is unknown; it must be one of {', '.join(DIRECTIONS)}")
+    totals = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
+    counts = [0.0] * len(layers)
+    indices = {id(layer.module): position for position, layer in enumerate(layers)}
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+        position = indices[id(module)]
+        entropy = masked_entropy(query, key, mask, scaling, normalize)
+        real = _real_queries(mask, query, normalize)
+        totals[position] += (entropy * real).sum((0, 2)).double().cpu()
+        counts[position] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+
+    observe_attention(model, batches, observe, description="entropy")
+    sign = 1.0 if direction == "diffuse" else -1.0
+    return [sign * (total / max(count, 1.0)).float() for total, count in zip(totals, counts, strict=True)]
+
+
+def _real_queries(mask: Mask, query: Tensor, normalize: bool) -> Tensor:
+    """`(B, 1, Q)` float, 1 for queries that count.
+
+    Queries and keys are the same tokens here, so a query is padding where its own key is hidden.
+    """
+    visible = mask.visible()
+    if visible is None:
+        return torch.ones(1, 1, query.shape[2], device=query.device)
+    own = visible.expand(-1, visible.shape[1], query.shape[2], -1).diagonal(dim1=-2, dim2=-1)[:, :1]
+    if mask.key_visible is not None:
+        own = mask.key_visible[:, None]
+    least = 2 if normalize else 1
+    return (own & (visible.sum(-1)[:, :1] >= least)).float()

@@ -1,0 +1,66 @@
+"""`head_importance`: one call for every scoring method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..families import editable_layers
+from . import entropy, magnitude, random
+
+# method -> module with `score(model, layers, batches, **options)`: a list of `(num_heads,)` per layer,
+# higher = keep; `NEEDS_BATCHES = False` where it looks at no data.
+METHODS: dict[str, ModuleType] = {
+    "entropy": entropy,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+
+def head_importance(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    method: str = "entropy",
+    **options: Any,
+) -> Tensor:
+    """Score every attention head.
+
+    Args:
+        model: a model of a supported family; unchanged.
+        batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
+            Score on training data. "magnitude" and "random" need none.
+        method: "entropy", "magnitude" or "random".
+        options: the method's own: `direction` ("diffuse" or "focused") and `normalize` of "entropy",
+            `seed` of "random".
+
+    Returns:
+        `(num_layers, num_heads)`, float32, higher = keep. Where layers have different numbers of
+        heads, the places of the missing ones hold NaN.
+
+    Raises:
+        TypeError: if `model` is not a plain `PreTrainedModel`.
+        ValueError: unknown method or option, no or empty batches, a model that is not supported.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
+    implementation = METHODS[method]
+    known = list(inspect.signature(implementation.score).parameters)[3:]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        takes = ", ".join(known) if known else "no options"
+        raise ValueError(f"importance method {method!r} has no option {', '.join(unknown)}; it takes {takes}")
+    if batches is None and getattr(implementation, "NEEDS_BATCHES", True):
+        raise ValueError(f"importance method {method!r} looks at data; give batches of model inputs")
+    layers = editable_layers(model)
+    scores = implementation.score(model, layers, batches, **options)
+    importance = torch.full((len(layers), max(layer.num_heads for layer in layers)), torch.nan)
+    for row, layer_scores in zip(importance, scores, strict=True):
+        row[: len(layer_scores)] = layer_scores
+    return importance

@@ -1,0 +1,112 @@
+"""`load_pretrained`: load what plain `from_pretrained` cannot rebuild.
+
+Transformers builds a model from its config and then fills in the weights. Where its classes cannot
+express the config (heads per layer, grouped or fewer heads on BERT), a subclass made on the fly
+builds the stock model and then cuts its still empty projections to size, so that `from_pretrained`
+itself does everything else: dtype, device_map, shards, quantization.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from . import families, surgery
+from .attention.registry import NAME
+from .change import require_grouping
+from .swap import install_saved
+
+# Arguments of from_pretrained that say where the files are; the config is looked up with them first.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
+                  "trust_remote_code", "gguf_file")  # fmt: skip
+
+
+def load_pretrained(
+    pretrained_model_name_or_path: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load any checkpoint, also one whose heads or attention hf_attnkit changed.
+
+    Args:
+        pretrained_model_name_or_path: a folder or a name on the hub.
+        auto_class: an auto class (`AutoModelForCausalLM`) or a model class; by default the one that
+            the config's `architectures` names.
+        kwargs: those of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+
+    Returns:
+        The model, an instance of Transformers' own class.
+
+    Raises:
+        ValueError: if no class can be found, the checkpoint's attention was swapped and another
+            `attn_implementation` is asked for, or weights and config disagree.
+        OSError: if there is no such checkpoint.
+    """
+    located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **located)
+    swapped = getattr(config, "hf_attnkit", None) is not None
+    if swapped and kwargs.get("attn_implementation", NAME) != NAME:
+        raise ValueError(
+            f"this checkpoint's attention was swapped, so attn_implementation={kwargs['attn_implementation']!r} "
+            "contradicts it; leave it out, and call hf_attnkit.restore_attention(model) after loading"
+        )
+    model_class = _model_class(config, auto_class)
+    model = _sized(model_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
+    model.__class__ = model_class
+    if config.model_type in families.FAMILIES:
+        layers = families.attention_layers(model)
+        require_grouping(model, layers, [(layer.num_heads, layer.num_key_value_heads) for layer in layers])
+    if swapped:
+        model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
+        install_saved(model)
+    return model
+
+
+def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedModel]:
+    if auto_class is None:
+        names = config.architectures or []
+        if not names or not hasattr(transformers, names[0]):
+            raise ValueError(
+                f"the config names no class of Transformers (architectures={config.architectures}); give auto_class, "
+                "for example transformers.AutoModelForSequenceClassification"
+            )
+        return getattr(transformers, names[0])
+    if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
+        return auto_class
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None:
+        raise ValueError(f"auto_class={auto_class!r} is neither an auto class nor a model class of Transformers")
+    if type(config) not in mapping:
+        raise ValueError(f"{auto_class.__name__} has no class for models of type {config.model_type!r}")
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass that has the numbers of heads of its config also where the stock class does not."""
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        if config.model_type in families.FAMILIES:
+            _resize(self)
+
+    # The same name and module, because Transformers looks up sources and architectures by them.
+    names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), names)
+
+
+def _resize(model: PreTrainedModel) -> None:
+    for layer in families.attention_layers(model):
+        width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+        hidden_in, hidden_out = layer.query.in_features, layer.output.out_features
+        for linear, rows, columns in (
+            (layer.query, width, hidden_in),
+            (layer.key, kv_width, hidden_in),
+            (layer.value, kv_width, hidden_in),
+            (layer.output, hidden_out, width),
+        ):
+            if linear.weight.shape != (rows, columns):
+                bias = None if linear.bias is None else linear.bias.new_empty(rows)
+                surgery.apply(surgery.Edit(linear, linear.weight.new_empty(rows, columns), bias))
+        families.set_attributes(layer.module, layer.num_heads, layer.num_key_value_heads, layer.head_dim)

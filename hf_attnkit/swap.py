@@ -1,0 +1,223 @@
+"""Swap the attention of a model's layers, prove that each swapped layer runs it, and swap it back.
+
+The chosen kinds stand in two places that are written together: on each attention module (what runs)
+and in the config (what is saved), under `hf_attnkit`:
+
+    {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
+
+`config.json` then also says `"attn_implementation": "hf_attnkit"`, so that Transformers alone, which
+does not know that name, refuses the checkpoint instead of running other attention.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention.mask import Mask
+from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
+from .change import replace_config
+from .families import AttentionLayer, attention_layers
+
+# Transformers' own implementations that can serve beside ours in one model: their masks are tensors
+# that can be made from ours.
+STOCK = ("sdpa", "eager")
+
+Spec = str | tuple[str, Mapping[str, Any]]
+
+
+def swap_attention(
+    model: PreTrainedModel,
+    implementation: Spec | Mapping[int, Spec],
+    *,
+    layers: Iterable[int] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Run another attention implementation in the model's layers.
+
+    The swap is proved by a forward pass over four tokens: if any of the layers did not run its new
+    implementation, the model is put back and an error raised.
+
+    Args:
+        model: a model of a supported family; changed in place.
+        implementation: a name of `available_attentions()`, or a mapping `{layer index: name or
+            (name, options)}`.
+        layers: with one name, the layers to swap; all by default. Other layers keep what they run.
+        options: the implementation's options, for example `window=64`; with a mapping they stand in
+            the mapping.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if `model` is not a plain `PreTrainedModel`.
+        ValueError: unknown implementation or option, layer out of range, unsupported family, or a
+            model whose attention does not go through Transformers' attention interface. The model
+            is then unchanged.
+    """
+    model_layers = attention_layers(model)
+    kinds = _plan(model, model_layers, implementation, layers, options)
+    for index, kind in kinds.items():
+        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+    base = model.config._attn_implementation
+    current = _current(model)
+    if current is not None:
+        base = current["base"]
+    elif base not in STOCK and len(kinds) < len(model_layers):
+        raise ValueError(
+            f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
+            f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
+            "attn_implementation='sdpa'"
+        )
+    _install(model, model_layers, base, kinds)
+
+    transfer = sorted({kind.name for kind in kinds.values() if hasattr(IMPLEMENTATIONS[kind.name], "NEEDS_TRANSFER")})
+    if transfer:
+        warnings.warn(
+            f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained with "
+            "softmax gives useless output until it is trained with it",
+            stacklevel=2,
+        )
+    return model
+
+
+def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo every `swap_attention`: the model runs the implementation it had before the first one.
+
+    Raises:
+        ValueError: if nothing was swapped.
+    """
+    model_layers = attention_layers(model)
+    current = _current(model)
+    if current is None:
+        raise ValueError(
+            f"{type(model).__name__} has no swapped attention to restore "
+            f"(it runs {model.config._attn_implementation!r})"
+        )
+    model.set_attn_implementation(current["base"])
+    for layer in model_layers:
+        if hasattr(layer.module, ATTRIBUTE):
+            delattr(layer.module, ATTRIBUTE)
+    del model.config.hf_attnkit
+    del model.config.attn_implementation
+    return model
+
+
+def install_saved(model: PreTrainedModel) -> None:
+    """Put the kinds that a loaded config names onto the model's modules, with the same proof.
+
+    Raises:
+        ValueError: as `swap_attention`.
+    """
+    model_layers = attention_layers(model)
+    saved = model.config.hf_attnkit
+    kinds = {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
+    for index, kind in kinds.items():
+        _check_index(index, model_layers)
+        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+    _install(model, model_layers, saved["base"], kinds)
+
+
+def is_swapped(model: PreTrainedModel) -> bool:
+    """Whether any layer runs one of our implementations."""
+    return _current(model) is not None
+
+
+def _current(model: PreTrainedModel) -> dict[str, Any] | None:
+    return getattr(model.config, "hf_attnkit", None)
+
+
+def _check_index(index: int, model_layers: list[AttentionLayer]) -> None:
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(model_layers):
+        raise ValueError(f"layer {index!r} is out of range; the model has layers 0 to {len(model_layers) - 1}")
+
+
+def _plan(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    implementation: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> dict[int, Kind]:
+    """The kind of each layer to swap, indices checked."""
+    if isinstance(implementation, Mapping):
+        if layers is not None or options:
+            given = "layers" if layers is not None else ", ".join(options)
+            raise ValueError(f"{given} cannot be given beside a mapping; write {{layer: (name, options)}}")
+        specs = dict(implementation)
+    else:
+        indices = range(len(model_layers)) if layers is None else list(layers)
+        if isinstance(implementation, str):
+            specs = dict.fromkeys(indices, (implementation, options))
+        elif options:
+            raise ValueError(f"options stand twice: in {implementation!r} and as {', '.join(options)}")
+        else:
+            specs = dict.fromkeys(indices, implementation)
+    if not specs:
+        raise ValueError("no layer to swap: layers or the mapping is empty")
+    kinds = {}
+    for index, spec in specs.items():
+        _check_index(index, model_layers)
+        name, given_options = (spec, {}) if isinstance(spec, str) else spec
+        kinds[index] = Kind(name, dict(given_options))
+    return kinds
+
+
+def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
+    """Write kinds to modules and config, run the proof, and put everything back if it fails."""
+    config, old_config = model.config, dict(model.config.__dict__)
+    old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
+    saved = copy.deepcopy(_current(model)) or {"base": base, "layers": {}}
+    saved["layers"].update({str(index): [kind.name, kind.options] for index, kind in kinds.items()})
+    try:
+        for layer in model_layers:
+            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
+            setattr(layer.module, ATTRIBUTE, kind)
+        config.hf_attnkit = saved
+        config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+        model.set_attn_implementation(NAME)
+        _prove(model, [layer for layer in model_layers if layer.index in kinds])
+    except BaseException:
+        for layer, old in zip(model_layers, old_kinds, strict=True):
+            if old is not None:
+                setattr(layer.module, ATTRIBUTE, old)
+            elif hasattr(layer.module, ATTRIBUTE):
+                delattr(layer.module, ATTRIBUTE)
+        replace_config(config, old_config)
+        raise
+
+
+def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
+    """Run four tokens through the model and check that each swapped layer ran through `NAME`."""
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        raise ValueError(
+            "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
+            "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
+        )
+    called: set[int] = set()
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+        called.add(id(module))
+
+    was_training = {module: module.training for module in model.modules()}
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+    try:
+        model.eval()
+        with torch.no_grad(), observe(note):
+            model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    missing = [layer.index for layer in swapped if id(layer.module) not in called]
+    if missing:
+        raise ValueError(
+            f"layers {missing} of {type(model).__name__} never called the attention interface, so swapping it has no "
+            "effect on them; the model is unchanged"
+        )

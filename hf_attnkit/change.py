@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import families, surgery
+from .attention.registry import ATTRIBUTE, Kind
 from .surgery import Edit
 
 
@@ -21,7 +22,8 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
         ValueError: if config, weights and attributes do not agree afterwards.
     """
     layers = families.editable_layers(model)
-    require_grouping(model, layers, heads)
+    running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
+    require_grouping(model, heads, running)
     config = families.with_heads(model, heads)
     old_config = dict(model.config.__dict__)
     undo: list[Edit] = []
@@ -49,21 +51,21 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
         raise
 
 
-def require_grouping(
-    model: PreTrainedModel, layers: Sequence[families.AttentionLayer], heads: Sequence[tuple[int, int]]
-) -> None:
-    """Raise `ValueError` if the model's attention cannot run these numbers of heads.
+def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], implementations: Sequence[str]) -> None:
+    """Raise `ValueError` if a layer's attention implementation cannot run its numbers of heads.
 
     The eager attention of a family without grouped heads (BERT) multiplies queries and keys as they
     are; with one key/value head that would even run, by broadcasting.
     """
-    grouped = any(num_heads != num_key_value_heads for num_heads, num_key_value_heads in heads)
-    implementation = model.config._attn_implementation
-    if grouped and implementation == "eager" and not families.family_of(model).has_key_value_heads:
+    grouped = any(
+        num_heads != num_key_value_heads and implementation == "eager"
+        for (num_heads, num_key_value_heads), implementation in zip(heads, implementations, strict=True)
+    )
+    if grouped and not families.family_of(model).has_key_value_heads:
         raise ValueError(
-            f"{type(model).__name__} runs Transformers' eager attention, which has no grouped heads for "
-            f"{model.config.model_type!r}; call model.set_attn_implementation('sdpa') or "
-            "hf_attnkit.swap_attention(model, 'mha') first"
+            f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
+            f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), or "
+            "swap all of its layers (hf_attnkit.swap_attention(model, 'mha'))"
         )
 
 

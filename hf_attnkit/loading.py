@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from . import families, surgery
 from .attention.registry import NAME
 from .change import require_grouping
-from .swap import install_saved
+from .swap import install_saved, saved_kind
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -56,7 +56,8 @@ def load_pretrained(
     model.__class__ = model_class
     if config.model_type in families.FAMILIES:
         layers = families.attention_layers(model)
-        require_grouping(model, layers, [(layer.num_heads, layer.num_key_value_heads) for layer in layers])
+        running = [saved_kind(model, layer.index) for layer in layers]
+        require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
         model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
         install_saved(model)

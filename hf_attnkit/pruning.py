@@ -71,8 +71,7 @@ def select_heads(
         budget = int(fraction * total + 1e-9) if fraction is not None else int(num_heads)  # type: ignore[arg-type]
         left = {index: sum(len(heads) for _, heads in units[index]) for index in scope}
         taken = 0
-        ordered = sorted((unit, index) for index in scope for unit in units[index])
-        for (_, heads), index in sorted(ordered, key=lambda entry: (entry[0][0], entry[1], entry[0][1])):
+        for _, index, heads in sorted((score, layer, heads) for layer in scope for score, heads in units[layer]):
             if taken + len(heads) <= budget and left[index] - len(heads) >= min_heads:
                 removed.setdefault(index, []).extend(heads)
                 left[index] -= len(heads)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .attention.mask import Mask
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
-from .change import replace_config
+from .change import replace_config, require_grouping
 from .families import AttentionLayer, attention_layers
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
@@ -91,7 +91,8 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 
     Raises:
-        ValueError: if nothing was swapped.
+        ValueError: if nothing was swapped, or the earlier implementation cannot run the heads that
+            the model has by now.
     """
     model_layers = attention_layers(model)
     current = _current(model)
@@ -100,6 +101,8 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has no swapped attention to restore "
             f"(it runs {model.config._attn_implementation!r})"
         )
+    heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
+    require_grouping(model, heads, [current["base"]] * len(heads))
     model.set_attn_implementation(current["base"])
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
@@ -122,6 +125,14 @@ def install_saved(model: PreTrainedModel) -> None:
         _check_index(index, model_layers)
         check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
     _install(model, model_layers, saved["base"], kinds)
+
+
+def saved_kind(model: PreTrainedModel, index: int) -> str:
+    """Name of the implementation that the config gives to a layer."""
+    current = _current(model)
+    if current is None:
+        return model.config._attn_implementation
+    return current["layers"].get(str(index), [current["base"]])[0]
 
 
 def is_swapped(model: PreTrainedModel) -> bool:

@@ -95,6 +95,7 @@ class Mask:
         key_visible: `(B, K)` bool, False for padding; `None` when every key is real.
         dense: `(B, 1 or H, Q, K)` bool, True = may attend; complete, so causality is not added.
         bias: `(B, 1 or H, Q, K)` float, added to the scaled scores.
+        known_offset: `offset()` where it follows from the shapes, so that nothing waits for the device.
     """
 
     query_position: Tensor
@@ -103,6 +104,7 @@ class Mask:
     key_visible: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+    known_offset: int | None = None
 
     @classmethod
     def aligned(
@@ -117,7 +119,7 @@ class Mask:
         """A mask whose last query stands at the last key, as in a decode step with a cache."""
         queries = torch.arange(kv_length - q_length, kv_length, device=device)[None]
         keys = torch.arange(kv_length, device=device)[None]
-        return cls(queries, keys, is_causal, key_visible)
+        return cls(queries, keys, is_causal, key_visible, known_offset=kv_length - q_length)
 
     @classmethod
     def receive(
@@ -143,7 +145,9 @@ class Mask:
         # One mask serves all layers; a layer whose cache keeps only a window holds the last keys.
         keys = keys[:, -kv_length:]
         hidden = keys < 0
-        return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden)
+        # As many keys as queries are the same tokens; with a cache only the positions tell.
+        offset = 0 if q_length == kv_length else None
+        return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden, known_offset=offset)
 
     @classmethod
     def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
@@ -191,8 +195,12 @@ class Mask:
         return visible
 
     def offset(self) -> int:
-        """Position of the first query minus that of the first key; waits for the device."""
-        return int(self.query_position[0, 0] - self.key_position[0, 0])
+        """Position of the first query minus that of the first key."""
+        return (
+            self.known_offset
+            if self.known_offset is not None
+            else int(self.query_position[0, 0] - self.key_position[0, 0])
+        )
 
     def also(self, allowed: Tensor) -> Mask:
         """This mask and the bool matrix `allowed` `(B, 1 or H, Q, K)`, both."""

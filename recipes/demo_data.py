@@ -1,0 +1,448 @@
+"""Grammatical-acceptability minimal pairs from a small grammar of this project: demo data, NOT GLUE.
+
+They stand in for CoLA where neither data nor network is at hand. The form is BLiMP's (Warstadt et
+al. 2020): two sentences that differ in one place, one acceptable and one not. Grammar and
+vocabulary are this project's own.
+
+No bag of words tells the labels apart: pairs come as twins whose change runs in opposite
+directions ("the key near the doors is/*are ...", "the keys near the door are/*is ..."), so every
+token is exactly as frequent in acceptable as in unacceptable sentences.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import datasets
+
+DESCRIPTION = (
+    "Demo data of hf_attnkit, made by recipes/demo_data.py: grammatical-acceptability minimal "
+    "pairs from a small grammar. This is NOT GLUE and not CoLA; scores on it compare with neither."
+)
+
+# 2,000 and 500 sentences: five phenomena, two sentences a pair.
+_PAIRS_PER_PHENOMENON = {"train": 200, "validation": 50}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One minimal pair: two sentences of equally many words, and the phenomenon they differ in."""
+
+    phenomenon: str
+    acceptable: str
+    unacceptable: str
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """The content words of one split, lemmas separated by spaces.
+
+    The transitive verbs cannot stand without an object, the intransitive ones not with one. A
+    person verb also takes a reflexive object. Male and female nouns and names are equally many.
+    """
+
+    people: str
+    males: str
+    females: str
+    male_names: str
+    female_names: str
+    things: str
+    places: str
+    person_adjectives: str
+    thing_adjectives: str
+    adverbs: str
+    degrees: str
+    person_verbs: str
+    thing_verbs: str
+    intransitive_verbs: str
+    saying_verbs: str
+    linking_verbs: str
+
+    def forms(self) -> set[str]:
+        """Every form of every word, lower-case, whether a sentence uses it or not."""
+        found = set()
+        for field in fields(self):
+            for word in getattr(self, field.name).lower().split():
+                found.add(word)
+                if field.name in ("people", "males", "females", "things", "places"):
+                    found.add(_plural(word))
+                if field.name.endswith("_verbs"):
+                    found |= {_third_person(word), _past(word)}
+        return found
+
+
+# The two share no content word: a score on validation is about grammar, not vocabulary.
+LEXICONS = {
+    "train": Lexicon(
+        people="nurse pilot teacher farmer lawyer doctor singer painter soldier sailor banker "
+        "student guard waiter tourist plumber reporter judge barber clerk",
+        males="king boy uncle brother prince monk",
+        females="queen girl aunt sister princess nun",
+        male_names="Peter Oscar Martin Hugo Victor Samuel",
+        female_names="Greta Alice Nora Clara Julia Sophie",
+        things="lamp table mirror bottle basket letter clock blanket hammer carpet pillow bucket "
+        "jacket ladder wagon helmet",
+        places="kitchen garden station market forest village church hotel",
+        person_adjectives="tired clever famous polite hungry nervous cheerful loyal wealthy lonely",
+        thing_adjectives="dusty wooden heavy broken expensive rusty cheap narrow red fragile",
+        adverbs="quietly quickly often suddenly gladly rarely",
+        degrees="very truly",
+        person_verbs="praise blame admire describe comfort rescue insult surprise embarrass "
+        "convince reassure injure mention amuse humiliate flatter pamper accuse",
+        thing_verbs="fix fetch discard demolish purchase remove locate bring obtain replace",
+        intransitive_verbs="sleep sneeze vanish arrive laugh yawn tremble hesitate cough faint "
+        "shiver snore wait kneel linger",
+        saying_verbs="say believe",
+        linking_verbs="seem look",
+    ),
+    "validation": Lexicon(
+        people="tailor chemist editor dancer butcher carpenter manager poet senator wizard hunter "
+        "engineer librarian driver",
+        males="father son husband nephew duke groom",
+        females="mother daughter wife niece duchess bride",
+        male_names="David Leon Felix Simon Arthur",
+        female_names="Laura Emma Rosa Helen Martha",
+        things="chair vase kettle candle curtain suitcase guitar umbrella wallet barrel statue drawer",
+        places="office museum harbor castle cellar meadow theater tavern",
+        person_adjectives="brave patient stubborn gentle curious jealous anxious proud",
+        thing_adjectives="shiny dirty modern sturdy costly crooked yellow antique enormous",
+        adverbs="secretly seldom finally eagerly openly calmly",
+        degrees="rather fairly",
+        person_verbs="criticize soothe congratulate introduce portray deceive underestimate adore "
+        "astonish console irritate discredit",
+        thing_verbs="acquire damage conceal abandon dismantle construct examine transport mislay",
+        intransitive_verbs="giggle disappear nap smile doze frown shudder emerge loiter hiccup crouch",
+        saying_verbs="claim assume",
+        linking_verbs="appear remain",
+    ),
+}
+
+_IRREGULAR = {
+    "wife": "wives",
+    "bring": "brought",
+    "kneel": "knelt",
+    "mislay": "mislaid",
+    "nap": "napped",
+    "say": "said",
+    "sleep": "slept",
+}
+_DETERMINERS = ("the", "our", "my", "your", "their")
+_PREPOSITIONS = ("near", "behind", "beside")
+_NUMBER_DETERMINERS = (
+    ("this", "these"),
+    ("that", "those"),
+    ("every", "several"),
+    ("each", "many"),
+    ("one", "two"),
+    ("another", "three"),
+    ("every", "few"),
+    ("each", "both"),
+)
+_REFLEXIVES = {
+    "I": "myself",
+    "you": "yourself",
+    "he": "himself",
+    "she": "herself",
+    "we": "ourselves",
+    "they": "themselves",
+}
+
+
+def make_demo_data(seed: int = 0) -> datasets.DatasetDict:
+    """Make the demo data: minimal pairs by this project's own grammar, NOT GLUE.
+
+    Args:
+        seed: The same seed gives the same sentences in the same order, in every process.
+
+    Returns:
+        `train` (2,000 rows) and `validation` (500 rows), which share no content word. Columns:
+        `sentence` (str), `label` (1 acceptable, 0 not; half each) and `phenomenon` (str, one of
+        five, a fifth each). No sentence occurs twice. Rows are shuffled, so that the two sentences
+        of a pair do not stand side by side; `make_pairs` gives them as pairs.
+    """
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["unacceptable", "acceptable"]),
+            "phenomenon": datasets.Value("string"),
+        }
+    )
+    splits = {}
+    for split in LEXICONS:
+        rows = []
+        for pair in make_pairs(split, seed):
+            rows.append({"sentence": pair.acceptable, "label": 1, "phenomenon": pair.phenomenon})
+            rows.append({"sentence": pair.unacceptable, "label": 0, "phenomenon": pair.phenomenon})
+        random.Random(f"{split} order {seed}").shuffle(rows)
+        info = datasets.DatasetInfo(description=DESCRIPTION, features=features)
+        splits[split] = datasets.Dataset.from_list(rows, info=info, split=split)
+    return datasets.DatasetDict(splits)
+
+
+def make_pairs(split: str, seed: int = 0) -> list[Pair]:
+    """The pairs of one split, phenomenon by phenomenon, twins side by side.
+
+    Args:
+        split: `"train"` (1,000 pairs) or `"validation"` (250 pairs).
+        seed: See `make_demo_data`.
+
+    Raises:
+        ValueError: Another split.
+    """
+    if split not in LEXICONS:
+        raise ValueError(f"Unknown split {split!r}: use one of {', '.join(LEXICONS)}.")
+    # A text seed is hashed by random itself, without PYTHONHASHSEED.
+    draw = _Draw(LEXICONS[split], random.Random(f"{split} {seed}"))
+    pairs: list[Pair] = []
+    seen: set[str] = set()
+    for phenomenon, make in _PHENOMENA.items():
+        end = len(pairs) + _PAIRS_PER_PHENOMENON[split]
+        turn = 0
+        while len(pairs) < end:
+            twins = [(_finish(good), _finish(bad)) for good, bad in make(draw, turn)]
+            sentences = {sentence for twin in twins for sentence in twin}
+            # A unit is taken or left whole: half of one would unbalance its tokens.
+            if len(sentences) == 2 * len(twins) and seen.isdisjoint(sentences):
+                pairs += [Pair(phenomenon, good, bad) for good, bad in twins]
+                seen |= sentences
+                turn += 1
+    return pairs
+
+
+class _Draw:
+    """Random words and phrases of one lexicon."""
+
+    def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
+        self.lexicon = lexicon
+        self.rng = rng
+
+    def word(self, kind: str) -> str:
+        return self.rng.choice(getattr(self.lexicon, kind).split())
+
+    def two(self, kind: str) -> list[str]:
+        return self.rng.sample(getattr(self.lexicon, kind).split(), 2)
+
+    def determiner(self) -> str:
+        return self.rng.choice(_DETERMINERS)
+
+    def phrase(self, kind: str) -> str:
+        return f"{self.determiner()} {self.word(kind)}"
+
+    def preposition(self) -> str:
+        return self.rng.choice(_PREPOSITIONS)
+
+    def place(self) -> str:
+        return f"{self.rng.choice(('in', 'near', 'behind'))} {self.phrase('places')}"
+
+    def maybe(self, phrase: str) -> str:
+        return self.rng.choice((phrase, ""))
+
+
+# An acceptable sentence and its unacceptable partner, before _finish.
+_Twin = tuple[str, str]
+
+
+def _agreement(draw: _Draw, turn: int) -> list[_Twin]:
+    """Subject and verb, across a noun of the other number: the lamp near the doors is/*are red."""
+    of_things = turn % 4 == 0
+    first, second = draw.two("things" if of_things else "people")
+    head, attractor = (first, _plural(first)), (second, _plural(second))
+    outer, inner = draw.determiner(), draw.determiner()
+    verb = _past(draw.word("person_verbs"))
+    before, after = (
+        (f"{draw.preposition()} {inner}", ""),
+        (f"{draw.preposition()} {inner}", ""),
+        (f"that {inner}", verb),
+        (f"that {verb} {inner}", ""),
+    )[turn % 4]
+    forms, rest = _predicate(draw, of_things)
+    twins = []
+    for number in (0, 1):
+        start = f"{outer} {head[number]} {before} {attractor[1 - number]} {after}"
+        twins.append(
+            (f"{start} {forms[number]} {rest}", f"{start} {forms[1 - number]} {rest}"),
+        )
+    return twins
+
+
+def _predicate(draw: _Draw, of_things: bool) -> tuple[tuple[str, str], str]:
+    """A finite verb as (singular, plural), and what follows it."""
+    adjective = draw.word("thing_adjectives" if of_things else "person_adjectives")
+    link, verb = draw.word("linking_verbs"), draw.word("intransitive_verbs")
+    choices = [
+        (("is", "are"), adjective),
+        (("was", "were"), adjective),
+        ((_third_person(link), link), adjective),
+        (("does", "do"), f"not {link} {adjective}"),
+    ]
+    if not of_things:
+        choices += [
+            (("has", "have"), f"{_past(verb)} {draw.place()}"),
+            ((_third_person(verb), verb), draw.place()),
+        ]
+    return draw.rng.choice(choices)
+
+
+def _reflexive(draw: _Draw, turn: int) -> list[_Twin]:
+    """A reflexive and its subject: the king near the queen blamed himself/*herself."""
+    verb = f"{draw.maybe(draw.word('adverbs'))} {_past(draw.word('person_verbs'))}"
+    return (_reflexive_gender, _reflexive_number, _reflexive_name, _reflexive_pronoun)[turn % 4](draw, verb)
+
+
+def _reflexive_gender(draw: _Draw, verb: str) -> list[_Twin]:
+    nouns = (draw.word("males"), draw.word("females"))
+    pronouns = ("himself", "herself")
+    outer, inner = draw.determiner(), draw.determiner()
+    other = _past(draw.word("person_verbs"))
+    before, after = draw.rng.choice(
+        (
+            (f"{draw.preposition()} {inner}", ""),
+            (f"that {inner}", other),
+            (f"that {other} {inner}", ""),
+        )
+    )
+    twins = []
+    for i in (0, 1):
+        start = f"{outer} {nouns[i]} {before} {nouns[1 - i]} {after} {verb}"
+        twins.append((f"{start} {pronouns[i]}", f"{start} {pronouns[1 - i]}"))
+    return twins
+
+
+def _reflexive_number(draw: _Draw, verb: str) -> list[_Twin]:
+    males = draw.rng.random() < 0.5
+    singular = draw.word("males" if males else "females")
+    other = draw.word("females" if males else "males")
+    head, attractor = (singular, _plural(singular)), (other, _plural(other))
+    pronouns = ("himself" if males else "herself", "themselves")
+    outer, inner = draw.determiner(), draw.determiner()
+    preposition = draw.preposition()
+    twins = []
+    for i in (0, 1):
+        start = f"{outer} {head[i]} {preposition} {inner} {attractor[1 - i]} {verb}"
+        twins.append((f"{start} {pronouns[i]}", f"{start} {pronouns[1 - i]}"))
+    return twins
+
+
+def _reflexive_name(draw: _Draw, verb: str) -> list[_Twin]:
+    names = (draw.word("male_names"), draw.word("female_names"))
+    pronouns = ("himself", "herself")
+    saying = _past(draw.word("saying_verbs"))
+    twins = []
+    for i in (0, 1):
+        start = f"{names[1 - i]} {saying} that {names[i]} {verb}"
+        twins.append((f"{start} {pronouns[i]}", f"{start} {pronouns[1 - i]}"))
+    return twins
+
+
+def _reflexive_pronoun(draw: _Draw, verb: str) -> list[_Twin]:
+    subjects = draw.rng.sample(list(_REFLEXIVES), 2)
+    pronouns = [_REFLEXIVES[subject] for subject in subjects]
+    opening = f"{draw.phrase('people')} {_past(draw.word('saying_verbs'))} that"
+    return [
+        (f"{opening} {subjects[i]} {verb} {pronouns[i]}", f"{opening} {subjects[i]} {verb} {wrong}")
+        for i, wrong in enumerate(reversed(pronouns))
+    ]
+
+
+def _determiner(draw: _Draw, turn: int) -> list[_Twin]:
+    """A determiner and its noun: this lamp/*lamps, or this/*these lamp."""
+    pair = draw.rng.choice(_NUMBER_DETERMINERS)
+    as_subject = turn % 2 == 0
+    kind = "person" if as_subject else "thing"
+    noun = draw.word("people" if as_subject else "things")
+    nouns = (noun, _plural(noun))
+    adjective = draw.maybe(draw.word(f"{kind}_adjectives"))
+    if as_subject:
+        before, after = "", f"{_past(draw.word('intransitive_verbs'))} {draw.place()}"
+    else:
+        before = f"{draw.phrase('people')} {_past(draw.word('thing_verbs'))}"
+        after = draw.place()
+
+    def sentence(which_determiner: int, which_noun: int) -> str:
+        return f"{before} {pair[which_determiner]} {adjective} {nouns[which_noun]} {after}"
+
+    changes_noun = turn // 2 % 2 == 0
+    return [(sentence(i, i), sentence(i, 1 - i) if changes_noun else sentence(1 - i, i)) for i in (0, 1)]
+
+
+def _argument_structure(draw: _Draw, turn: int) -> list[_Twin]:
+    """Transitive and intransitive verbs: the nurse fixed/*slept the lamp."""
+    of_things = turn % 2 == 0
+    transitive = draw.word("thing_verbs" if of_things else "person_verbs")
+    intransitive = draw.word("intransitive_verbs")
+    object_ = draw.phrase("things" if of_things else "people")
+    auxiliary, inflect = draw.rng.choice(
+        (
+            (draw.maybe(draw.word("adverbs")), _past),
+            ("has", _past),
+            ("will", str),
+            ("did not", str),
+        )
+    )
+    good, bad = inflect(transitive), inflect(intransitive)
+    start = f"{draw.phrase('people')} {auxiliary}"
+    # No place after an object: with one, "sneezed the lamp behind the church" becomes possible.
+    with_object = (f"{start} {good} {object_}", f"{start} {bad} {object_}")
+    start = f"{draw.phrase('people')} {auxiliary}"
+    place = draw.place()
+    return [with_object, (f"{start} {bad} {place}", f"{start} {good} {place}")]
+
+
+def _word_order(draw: _Draw, turn: int) -> list[_Twin]:
+    """Two neighbouring words swapped: the clever nurse/*nurse clever fixed the lamp."""
+    determiner, person = draw.determiner(), draw.word("people")
+    adjective = draw.word("person_adjectives")
+    verb = draw.word("thing_verbs")
+    rest = f"{draw.phrase('things')} {draw.place()}"
+    before, first, second, after = (
+        ("", determiner, person, f"{_past(verb)} {rest}"),
+        (
+            f"{determiner} {adjective} {person} {_past(verb)}",
+            *draw.phrase("things").split(),
+            draw.place(),
+        ),
+        (determiner, adjective, person, f"{_past(verb)} {rest}"),
+        (f"{determiner} {person}", "has", _past(verb), rest),
+        (f"{determiner} {person}", "will", verb, rest),
+        (
+            f"{determiner} {adjective} {person} {_past(draw.word('intransitive_verbs'))}",
+            draw.preposition(),
+            draw.phrase("places"),
+            "",
+        ),
+        (determiner, person, draw.word("adverbs"), f"{_past(verb)} {rest}"),
+        (determiner, draw.word("degrees"), adjective, f"{person} {_past(verb)} {rest}"),
+        (f"{determiner} {person}", "did", "not", f"{verb} {rest}"),
+    )[turn % 9]
+    # Both sentences hold the same words, so no twin is needed.
+    return [(f"{before} {first} {second} {after}", f"{before} {second} {first} {after}")]
+
+
+_PHENOMENA: dict[str, Callable[[_Draw, int], list[_Twin]]] = {
+    "subject_verb_agreement": _agreement,
+    "reflexive": _reflexive,
+    "determiner_noun_agreement": _determiner,
+    "argument_structure": _argument_structure,
+    "word_order": _word_order,
+}
+
+
+def _finish(words: str) -> str:
+    sentence = " ".join(words.split())
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _third_person(verb: str) -> str:
+    return verb + ("es" if verb.endswith(("s", "sh", "ch", "x", "z")) else "s")
+
+
+def _plural(noun: str) -> str:
+    # A regular plural is spelled like a regular third person.
+    return _IRREGULAR.get(noun) or _third_person(noun)
+
+
+def _past(verb: str) -> str:
+    """Past tense, which is also the participle of every verb here."""
+    return _IRREGULAR.get(verb) or verb + ("d" if verb.endswith("e") else "ed")

@@ -1,0 +1,238 @@
+"""What the GLUE recipes share: arguments, data, evaluation, training with `Trainer`, the report.
+
+A recipe is a `GlueRun` and what it does to the model between two evaluations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from glue_data import load_glue
+from glue_metric import GlueMetric
+from glue_tasks import Task, get_task
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import hf_attnkit
+from hf_attnkit.families import attention_layers
+
+
+@dataclass
+class GlueArguments:
+    """Model and data; the names are those of Transformers' run_glue.py."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    task_name: str = field(
+        metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, or demo (made here, not GLUE)."}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder in the GLUE benchmark's TSV layout; the hub's nyu-mll/glue by default."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
+    max_length: int = field(default=128, metadata={"help": "Longer inputs are truncated, in tokens."})
+
+
+def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does."""
+    parser = HfArgumentParser((*kinds, TrainingArguments))
+    *own, training = parser.parse_args_into_dataclasses(args=argv)
+    if training.do_predict:
+        parser.error("--do_predict is not supported: the labels of GLUE's test sets are not public")
+    given = sys.argv if argv is None else argv
+    if not any(argument.split("=")[0] == "--output_dir" for argument in given):
+        parser.error("--output_dir is needed: the folder for results.json and the model")
+    return *own, training
+
+
+def describe(task: Task) -> str:
+    """What the numbers were measured on, for every place that shows them."""
+    return "GLUE dev set" if task.folder else "demo data made by this project, not GLUE"
+
+
+class GlueRun:
+    """One task, one model, a list of measured stages.
+
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+
+    Raises:
+        ValueError, FileNotFoundError: unknown task, bad data, a number of samples below 1, or an
+            output folder that holds a finished run; all before the model is loaded.
+    """
+
+    def __init__(self, arguments: GlueArguments, training: TrainingArguments) -> None:
+        self.arguments, self.training = arguments, training
+        self.output = Path(str(training.output_dir))
+        if (self.output / "results.json").exists():
+            raise ValueError(f"--output_dir {self.output} holds a finished run (results.json); name another folder")
+        for name in ("max_train_samples", "max_eval_samples", "max_length"):
+            value = getattr(arguments, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        self.trains = training.do_train or not training.do_eval
+        self.evaluates = training.do_eval or not training.do_train
+        self.task = get_task(arguments.task_name)
+        data = load_glue(arguments.task_name, arguments.data_dir)
+        set_seed(training.seed)
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.model = self._load_model()
+        with training.main_process_first(desc="tokenizing"):
+            self.train_data = self._tokenized(data["train"], arguments.max_train_samples)
+            self.dev_data = {
+                name: self._tokenized(data[name], arguments.max_eval_samples) for name in self.task.dev_splits
+            }
+        self.stages: list[dict[str, Any]] = []
+
+    def _load_model(self) -> PreTrainedModel:
+        labels = self.task.label_names
+        options: dict[str, Any] = {"num_labels": self.task.num_labels}
+        if labels:
+            options["id2label"] = dict(enumerate(labels))
+            options["label2id"] = {name: index for index, name in enumerate(labels)}
+        path = self.arguments.model_name_or_path
+        model = hf_attnkit.load_pretrained(path, AutoModelForSequenceClassification, **options)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def _tokenized(self, split: Any, limit: int | None) -> Any:
+        split = split if limit is None else split.select(range(min(limit, len(split))))
+        columns, tokenizer, max_length = self.task.text_columns, self.tokenizer, self.arguments.max_length
+        return split.map(
+            lambda rows: tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length),
+            batched=True,
+            remove_columns=[column for column in split.column_names if column != "label"],
+            desc="tokenizing",
+        )
+
+    def training_batches(self, num_samples: int) -> Iterable[Mapping[str, Any]]:
+        """Batches of the first `num_samples` training sentences, for scoring or calibration."""
+        rows = self.train_data.select(range(min(num_samples, len(self.train_data))))
+        return DataLoader(rows, self.training.per_device_eval_batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
+
+    def _trainer(self) -> Trainer:
+        # A new one each time: an optimizer made before a change of heads holds the old parameters.
+        return Trainer(
+            model=self.model,
+            args=self.training,
+            train_dataset=self.train_data,
+            eval_dataset=next(iter(self.dev_data.values())),
+            data_collator=self.collator,
+            processing_class=self.tokenizer,
+            compute_metrics=self._metrics,
+        )
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        answers = logits.squeeze(-1) if self.task.is_regression else logits.argmax(-1)
+        return GlueMetric(self.task.name).compute(predictions=answers, references=prediction.label_ids)
+
+    def evaluate(self, stage: str, **facts: Any) -> None:
+        """Measure the model on the dev set(s) and add a stage: "baseline", "changed" or "recovered"."""
+        if not self.evaluates:
+            return
+        trainer, metrics = self._trainer(), {}
+        start = time.perf_counter()
+        for name, rows in self.dev_data.items():
+            measured = trainer.evaluate(rows, metric_key_prefix=name)
+            suffix = name.removeprefix("validation")  # "", "_matched" or "_mismatched"
+            metrics.update({f"{metric}{suffix}": measured[f"{name}_{metric}"] for metric in self.task.metrics})
+        layers = attention_layers(self.model)
+        self.stages.append(
+            {
+                "stage": stage,
+                "metrics": metrics,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "num_heads": [layer.num_heads for layer in layers],
+                "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
+                "dev_samples": sum(len(rows) for rows in self.dev_data.values()),
+                "evaluation_seconds": round(time.perf_counter() - start, 2),
+                **facts,
+            }
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Fine-tune on the training split; returns what `Trainer` measured, or nothing where it was left out."""
+        if not self.trains:
+            return {}
+        result = self._trainer().train(resume_from_checkpoint=self.training.resume_from_checkpoint)
+        return {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
+        trainer = self._trainer()
+        trainer.save_model(str(self.output))
+        results = {
+            "task": self.task.name,
+            "data": describe(self.task),
+            "model": self.arguments.model_name_or_path,
+            "stages": self.stages,
+            **facts,
+            "train_samples": len(self.train_data),
+            "seed": self.training.seed,
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
+        }
+        if trainer.is_world_process_zero():
+            write_json(self.output / "results.json", results)
+            print_stages(results)
+        trainer.accelerator.end_training()
+        return results
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write in one step: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def print_stages(results: Mapping[str, Any]) -> None:
+    """Print the stages of a run as a table."""
+    stages = results["stages"]
+    table = Table(title=f"{results['task']} ({results['data']}), {Path(results['model']).name}")
+    table.add_column("stage")
+    metrics = list(stages[0]["metrics"]) if stages else []
+    for name in [*metrics, "heads", "key/value heads", "parameters"]:
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_row(
+            " ".join([stage["stage"], stage.get("label", "")]).strip(),
+            *(f"{stage['metrics'][name]:.4f}" for name in metrics),
+            _heads(stage["num_heads"]),
+            _heads(stage["num_key_value_heads"]),
+            f"{stage['parameters']:,}",
+        )
+    Console().print(table)
+
+
+def _heads(per_layer: Sequence[int]) -> str:
+    """`6 x 12` for equal layers, otherwise each layer's number."""
+    runs = [(number, len(list(run))) for number, run in itertools.groupby(per_layer)]
+    return f"{runs[0][1]} x {runs[0][0]}" if len(runs) == 1 else " ".join(str(number) for number in per_layer)

@@ -1,0 +1,81 @@
+"""Prune a fine-tuned model's heads and recover it: evaluate, score on training data, prune, evaluate, train, evaluate.
+
+    accelerate launch recipes/prune_heads_glue.py --model_name_or_path outputs/cola --task_name cola \\
+        --importance entropy --prune_fraction 0.5 --learning_rate 3e-5 --num_train_epochs 1 \\
+        --per_device_train_batch_size 32 --output_dir outputs/cola-pruned
+
+Writes the recovered model, results.json (stages "baseline", "changed", "recovered"), the scores and
+removed heads (head_importance.json) and their heat map (head_importance.png) into --output_dir.
+On grouped heads whole groups are removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from glue_run import GlueArguments, GlueRun, describe, parse_arguments, write_json
+from heat_map import draw_importance
+
+import hf_attnkit
+from hf_attnkit.families import attention_layers
+from hf_attnkit.importance import METHODS
+
+
+@dataclass
+class PruningArguments:
+    prune_fraction: float = field(metadata={"help": "Share of all heads to remove, from 0 to below 1."})
+    importance: str = field(default="entropy", metadata={"help": "Scoring method.", "choices": list(METHODS)})
+    importance_options: list[str] = field(
+        default_factory=list, metadata={"help": "The method's options, such as direction=focused or seed=1."}
+    )
+    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
+
+
+def parse_options(pairs: list[str]) -> dict[str, int | str | bool]:
+    """`["seed=1", "direction=focused"]` to a dictionary; whole numbers, true and false are converted.
+
+    Raises:
+        ValueError: for an entry that is not name=value.
+    """
+    words: dict[str, bool] = {"true": True, "false": False}
+    options: dict[str, int | str | bool] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not (name and separator and value):
+            raise ValueError(f"--importance_options {pair!r} must have the form name=value, such as seed=1")
+        options[name] = words[value] if value in words else int(value) if value.lstrip("-").isdigit() else value
+    return options
+
+
+def main() -> None:
+    arguments, pruning, training = parse_arguments(GlueArguments, PruningArguments)
+    if not 0 < pruning.prune_fraction < 1:
+        raise ValueError(f"--prune_fraction {pruning.prune_fraction} must be above 0 and below 1")
+    if pruning.score_samples < 1:
+        raise ValueError(f"--score_samples {pruning.score_samples} must be at least 1")
+    options = parse_options(pruning.importance_options)
+    run = GlueRun(arguments, training)
+    run.model.to(training.device)
+    run.evaluate("baseline")
+
+    scores = hf_attnkit.head_importance(
+        run.model, run.training_batches(pruning.score_samples), method=pruning.importance, **options
+    )
+    groups = [layer.num_key_value_heads for layer in attention_layers(run.model)]
+    removed = hf_attnkit.select_heads(scores, fraction=pruning.prune_fraction, num_key_value_heads=groups)
+    hf_attnkit.prune_heads(run.model, removed)
+    run.evaluate("changed")
+
+    if run.trains:
+        trained = run.train()
+        run.evaluate("recovered", **trained)
+    if training.should_save:
+        title = f"{pruning.importance}, {run.task.name} ({describe(run.task)})"
+        write_json(run.output / "head_importance.json", {"scores": scores.tolist(), "removed": removed})
+        draw_importance({title: (scores, removed)}, run.output / "head_importance.png")
+    run.finish(importance=pruning.importance, importance_options=options, prune_fraction=pruning.prune_fraction,
+               removed=removed)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,16 @@ def load_pretrained(
             "contradicts it; leave it out, and call hf_attnkit.restore_attention(model) after loading"
         )
     model_class = _model_class(config, auto_class)
-    model = _sized(model_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
+    try:
+        model = _sized(model_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"the weights in {str(pretrained_model_name_or_path)!r} do not have the sizes that the config asks for "
+            f"({_describe(config)}); Transformers' report above lists them. Correct the config, or for another number "
+            "of labels pass ignore_mismatched_sizes=True"
+        ) from error
     model.__class__ = model_class
     if config.model_type in families.FAMILIES:
         layers = families.attention_layers(model)
@@ -62,6 +71,13 @@ def load_pretrained(
         model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
         install_saved(model)
     return model
+
+
+def _describe(config: PreTrainedConfig) -> str:
+    if config.model_type not in families.FAMILIES:
+        return config.model_type
+    heads = {families.config_heads(config, index) for index in range(config.num_hidden_layers)}
+    return ", ".join(f"{n} query and {kv} key/value heads" for n, kv in sorted(heads, reverse=True))
 
 
 def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedModel]:

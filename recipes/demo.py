@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from glue_run import show
 from heat_map import draw_importance
 from rich.console import Console
 from rich.table import Table
@@ -96,7 +97,7 @@ def print_comparison(runs: dict[str, dict]) -> None:
             f"{last['parameters'] / first['parameters']:.1%}",
             f"{sum(first['num_key_value_heads'])} -> {sum(last['num_key_value_heads'])}",
         )
-    Console().print(table)
+    show(table)
 
 
 if __name__ == "__main__":

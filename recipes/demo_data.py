@@ -1,4 +1,4 @@
-"""Grammatical-acceptability minimal pairs from a small grammar of this project: demo data, NOT GLUE.
+"""Acceptability minimal pairs from a small grammar of this project: demo data, NOT GLUE.
 
 They stand in for CoLA where neither data nor network is at hand. The form is BLiMP's (Warstadt et
 al. 2020): two sentences that differ in one place, one acceptable and one not. Grammar and
@@ -40,7 +40,7 @@ class Lexicon:
     """The content words of one split, lemmas separated by spaces.
 
     The transitive verbs cannot stand without an object, the intransitive ones not with one. A
-    person verb also takes a reflexive object. Male and female nouns and names are equally many.
+    person verb also takes a reflexive object.
     """
 
     people: str
@@ -89,9 +89,9 @@ LEXICONS = {
         thing_adjectives="dusty wooden heavy broken expensive rusty cheap narrow red fragile",
         adverbs="quietly quickly often suddenly gladly rarely",
         degrees="very truly",
-        person_verbs="praise blame admire describe comfort rescue insult surprise embarrass "
+        person_verbs="distrust blame admire describe comfort rescue insult despise embarrass "
         "convince reassure injure mention amuse humiliate flatter pamper accuse",
-        thing_verbs="fix fetch discard demolish purchase remove locate bring obtain replace",
+        thing_verbs="fix fetch discard demolish confiscate remove destroy bring clutch replace",
         intransitive_verbs="sleep sneeze vanish arrive laugh yawn tremble hesitate cough faint "
         "shiver snore wait kneel linger",
         saying_verbs="say believe",
@@ -104,16 +104,18 @@ LEXICONS = {
         females="mother daughter wife niece duchess bride",
         male_names="David Leon Felix Simon Arthur",
         female_names="Laura Emma Rosa Helen Martha",
-        things="chair vase kettle candle curtain suitcase guitar umbrella wallet barrel statue drawer",
+        things="chair vase kettle candle curtain suitcase guitar umbrella wallet barrel statue "
+        "drawer",
         places="office museum harbor castle cellar meadow theater tavern",
         person_adjectives="brave patient stubborn gentle curious jealous anxious proud",
         thing_adjectives="shiny dirty modern sturdy costly crooked yellow antique enormous",
         adverbs="secretly seldom finally eagerly openly calmly",
         degrees="rather fairly",
-        person_verbs="criticize soothe congratulate introduce portray deceive underestimate adore "
+        person_verbs="resent soothe congratulate introduce portray deceive underestimate adore "
         "astonish console irritate discredit",
-        thing_verbs="acquire damage conceal abandon dismantle construct examine transport mislay",
-        intransitive_verbs="giggle disappear nap smile doze frown shudder emerge loiter hiccup crouch",
+        thing_verbs="acquire damage conceal abandon dismantle construct retrieve transport mislay",
+        intransitive_verbs="giggle disappear nap smile doze frown shudder emerge loiter hiccup "
+        "crouch",
         saying_verbs="claim assume",
         linking_verbs="appear remain",
     ),
@@ -128,7 +130,8 @@ _IRREGULAR = {
     "say": "said",
     "sleep": "slept",
 }
-_DETERMINERS = ("the", "our", "my", "your", "their")
+# "the" more often, as in English.
+_DETERMINERS = ("the", "the", "the", "our", "my", "your", "their")
 _PREPOSITIONS = ("near", "behind", "beside")
 _NUMBER_DETERMINERS = (
     ("this", "these"),
@@ -261,9 +264,8 @@ def _agreement(draw: _Draw, turn: int) -> list[_Twin]:
     twins = []
     for number in (0, 1):
         start = f"{outer} {head[number]} {before} {attractor[1 - number]} {after}"
-        twins.append(
-            (f"{start} {forms[number]} {rest}", f"{start} {forms[1 - number]} {rest}"),
-        )
+        good, bad = forms[number], forms[1 - number]
+        twins.append((f"{start} {good} {rest}", f"{start} {bad} {rest}"))
     return twins
 
 
@@ -288,7 +290,8 @@ def _predicate(draw: _Draw, of_things: bool) -> tuple[tuple[str, str], str]:
 def _reflexive(draw: _Draw, turn: int) -> list[_Twin]:
     """A reflexive and its subject: the king near the queen blamed himself/*herself."""
     verb = f"{draw.maybe(draw.word('adverbs'))} {_past(draw.word('person_verbs'))}"
-    return (_reflexive_gender, _reflexive_number, _reflexive_name, _reflexive_pronoun)[turn % 4](draw, verb)
+    kinds = (_reflexive_gender, _reflexive_number, _reflexive_name, _reflexive_pronoun)
+    return kinds[turn % 4](draw, verb)
 
 
 def _reflexive_gender(draw: _Draw, verb: str) -> list[_Twin]:
@@ -363,8 +366,9 @@ def _determiner(draw: _Draw, turn: int) -> list[_Twin]:
     def sentence(which_determiner: int, which_noun: int) -> str:
         return f"{before} {pair[which_determiner]} {adjective} {nouns[which_noun]} {after}"
 
-    changes_noun = turn // 2 % 2 == 0
-    return [(sentence(i, i), sentence(i, 1 - i) if changes_noun else sentence(1 - i, i)) for i in (0, 1)]
+    if turn // 2 % 2 == 0:
+        return [(sentence(i, i), sentence(i, 1 - i)) for i in (0, 1)]
+    return [(sentence(i, i), sentence(1 - i, i)) for i in (0, 1)]
 
 
 def _argument_structure(draw: _Draw, turn: int) -> list[_Twin]:
@@ -372,7 +376,8 @@ def _argument_structure(draw: _Draw, turn: int) -> list[_Twin]:
     of_things = turn % 2 == 0
     transitive = draw.word("thing_verbs" if of_things else "person_verbs")
     intransitive = draw.word("intransitive_verbs")
-    object_ = draw.phrase("things" if of_things else "people")
+    person, patient = draw.two("people")
+    object_ = draw.phrase("things") if of_things else f"{draw.determiner()} {patient}"
     auxiliary, inflect = draw.rng.choice(
         (
             (draw.maybe(draw.word("adverbs")), _past),
@@ -382,7 +387,7 @@ def _argument_structure(draw: _Draw, turn: int) -> list[_Twin]:
         )
     )
     good, bad = inflect(transitive), inflect(intransitive)
-    start = f"{draw.phrase('people')} {auxiliary}"
+    start = f"{draw.determiner()} {person} {auxiliary}"
     # No place after an object: with one, "sneezed the lamp behind the church" becomes possible.
     with_object = (f"{start} {good} {object_}", f"{start} {bad} {object_}")
     start = f"{draw.phrase('people')} {auxiliary}"

@@ -53,12 +53,19 @@ def load_glue(task_name: str, data_dir: str | os.PathLike | None = None) -> data
         return _load_from_hub(task).select_columns(columns)
     files = _find_files(task, Path(data_dir).expanduser())
     rows = {split: _read_tsv(task, path) for split, path in files.items()}
-    label = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.label_names))
+    features = _features(task)
+    loaded = datasets.DatasetDict()
+    for split, content in rows.items():
+        loaded[split] = datasets.Dataset.from_dict(content, features=features, split=split)
+    return loaded
+
+
+def _features(task: Task) -> datasets.Features:
+    """Column types, those of the hub."""
     texts = {column: datasets.Value("string") for column in task.text_columns}
-    features = datasets.Features({**texts, "label": label})
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(content, features=features, split=split) for split, content in rows.items()}
-    )
+    if task.is_regression:
+        return datasets.Features({**texts, "label": datasets.Value("float32")})
+    return datasets.Features({**texts, "label": datasets.ClassLabel(names=list(task.label_names))})
 
 
 def _load_from_hub(task: Task) -> datasets.DatasetDict:
@@ -97,20 +104,8 @@ def _find_files(task: Task, data_dir: Path) -> dict[str, Path]:
 
 def _read_tsv(task: Task, path: Path) -> dict[str, list]:
     """Columns of one file, each a list over its rows; raises ValueError for the first bad lines."""
-    layout = task.tsv
     lines = _lines(path)
-    fields = (*layout.text_fields, layout.label_field)
-    if layout.columns is None:
-        header = next(lines, (1, []))[1]
-        absent = [name for name in fields if name not in header]
-        if header and absent:
-            raise ValueError(
-                f"{path}, line 1: the header lacks {absent}; it has {header}. Task {task.name!r} "
-                f"needs {list(fields)}: restore the benchmark's header."
-            )
-        where, width = [header.index(name) for name in fields if header], len(header)
-    else:
-        where, width = list(fields), layout.columns
+    where, width = _positions(task, path, lines)
     parse, allowed = _label_parser(task)
 
     problems = []
@@ -133,8 +128,39 @@ def _read_tsv(task: Task, path: Path) -> dict[str, list]:
             "the hub."
         )
     if not rows:
-        raise ValueError(f"{path} is empty: it needs at least one example of task {task.name!r}; fetch it anew.")
+        raise _empty(task, path)
     return dict(zip((*task.text_columns, "label"), map(list, zip(*rows, strict=True)), strict=True))
+
+
+def _positions(
+    task: Task,
+    path: Path,
+    lines: Iterator[tuple[int, list[str]]],
+) -> tuple[list[int], int]:
+    """Where a row holds the texts and, last, the label; and how many columns it has.
+
+    Takes the header, if the task has one, off `lines`.
+    """
+    fields = [*task.tsv.text_fields, task.tsv.label_field]
+    if task.tsv.columns is not None:
+        return fields, task.tsv.columns
+    _, header = next(lines, (1, None))
+    if header is None:
+        raise _empty(task, path)
+    absent = [name for name in fields if name not in header]
+    if absent:
+        raise ValueError(
+            f"{path}, line 1: the header lacks {absent}; it has {header}. Task {task.name!r} needs "
+            f"{fields}: restore the benchmark's header line."
+        )
+    return [header.index(name) for name in fields], len(header)
+
+
+def _empty(task: Task, path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is empty: it needs at least one example of task {task.name!r}. Fetch it anew, or "
+        "leave data_dir out to load from the hub."
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -154,7 +180,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _label_parser(task: Task) -> tuple[Callable[[str], int | float | None], str]:
-    """A function from a label as written to its value (`None`: not allowed), and what is allowed."""
+    """A function from a written label to its value (`None`: not allowed), and what is allowed."""
     if task.tsv.label_kind == "float":
         return _parse_score, "a number from 0 to 5"
     ids = range(len(task.label_names))

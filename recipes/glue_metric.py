@@ -91,11 +91,8 @@ class GlueMetric(evaluate.Metric):
             )
         super()._finalize()
 
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        arrays = {
-            "predictions": np.asarray(predictions, dtype=np.float64),
-            "references": np.asarray(references, dtype=np.float64),
-        }
+    def _compute(self, **inputs: Sequence[float]) -> dict[str, float]:
+        arrays = {side: np.asarray(values, dtype=np.float64) for side, values in inputs.items()}
         if not self._task.is_regression:
             for side, values in arrays.items():
                 arrays[side] = self._class_ids(side, values)

@@ -5,6 +5,7 @@ A recipe is a `GlueRun` and what it does to the model between two evaluations.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 
 import hf_attnkit
 from hf_attnkit.families import attention_layers
@@ -56,9 +58,22 @@ class GlueArguments:
 
 
 def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does."""
+    """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
+
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+    """
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
+    # TrainingArguments sets do_eval by itself for --eval_strategy, so what the user asked for is read
+    # from the flags alone.
+    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("--do_train", "--do_eval"):
+        flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
+    asked, _ = flags.parse_known_args(argv)
+    training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
+    training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
+    if not (training.do_train or training.do_eval):
+        parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
         parser.error("--do_predict is not supported: the labels of GLUE's test sets are not public")
     given = sys.argv if argv is None else argv
@@ -75,8 +90,6 @@ def describe(task: Task) -> str:
 class GlueRun:
     """One task, one model, a list of measured stages.
 
-    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
-
     Raises:
         ValueError, FileNotFoundError: unknown task, bad data, a number of samples below 1, or an
             output folder that holds a finished run; all before the model is loaded.
@@ -91,8 +104,6 @@ class GlueRun:
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
-        self.trains = training.do_train or not training.do_eval
-        self.evaluates = training.do_eval or not training.do_train
         self.task = get_task(arguments.task_name)
         data = load_glue(arguments.task_name, arguments.data_dir)
         set_seed(training.seed)
@@ -154,7 +165,7 @@ class GlueRun:
 
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model on the dev set(s) and add a stage: "baseline", "changed" or "recovered"."""
-        if not self.evaluates:
+        if not self.training.do_eval:
             return
         trainer, metrics = self._trainer(), {}
         start = time.perf_counter()
@@ -178,7 +189,7 @@ class GlueRun:
 
     def train(self) -> dict[str, Any]:
         """Fine-tune on the training split; returns what `Trainer` measured, or nothing where it was left out."""
-        if not self.trains:
+        if not self.training.do_train:
             return {}
         result = self._trainer().train(resume_from_checkpoint=self.training.resume_from_checkpoint)
         return {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
@@ -229,7 +240,13 @@ def print_stages(results: Mapping[str, Any]) -> None:
             _heads(stage["num_key_value_heads"]),
             f"{stage['parameters']:,}",
         )
-    Console().print(table)
+    show(table)
+
+
+def show(table: Table) -> None:
+    """Print a table in full also where the output is no terminal (rich then assumes 80 columns)."""
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
 
 
 def _heads(per_layer: Sequence[int]) -> str:

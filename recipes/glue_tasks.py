@@ -135,7 +135,11 @@ TASKS: dict[str, Task] = {
             text_columns=("question", "sentence"),
             label_names=_ENTAILMENT_FIRST,
             metrics=("accuracy",),
-            tsv=TsvLayout(text_fields=("question", "sentence"), label_field="label", label_kind="word"),
+            tsv=TsvLayout(
+                text_fields=("question", "sentence"),
+                label_field="label",
+                label_kind="word",
+            ),
         ),
         Task(
             name="rte",

@@ -66,7 +66,7 @@ def main() -> None:
     hf_attnkit.prune_heads(run.model, removed)
     run.evaluate("changed")
 
-    if run.trains:
+    if training.do_train:
         trained = run.train()
         run.evaluate("recovered", **trained)
     if training.should_save:

@@ -31,7 +31,7 @@ def main() -> None:
     run.evaluate("baseline")
     hf_attnkit.convert_to_gqa(run.model, conversion.num_key_value_heads, method=conversion.method)
     run.evaluate("changed")
-    if run.trains:
+    if training.do_train:
         trained = run.train()
         run.evaluate("recovered", **trained)
     run.finish(method=conversion.method)

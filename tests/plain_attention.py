@@ -1,0 +1,41 @@
+"""Each implementation as a plain attention function of Transformers' own interface, for whole models.
+
+Registered under `plain_<name>` with a full bool mask, made from the definition in `reference`: what
+a swapped model must equal when one pass runs over the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from matrix import MATRIX
+from reference import attend
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+
+def full_mask(**arguments: Any) -> Tensor:
+    arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(**arguments)
+
+
+def plain(name: str, pattern: Any) -> Any:
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        i, j = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
+        first = mask.any(-2)[:, 0].int().argmax(-1)[:, None, None]
+        seen = mask & pattern(i, j, first)[:, None]
+        output = attend(query, key, value, seen, scaling=scaling, softmax=MATRIX[name].softmax)
+        return output.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+def register(name: str) -> str:
+    """Make the implementation's definition an `attn_implementation`; returns its name."""
+    AttentionInterface.register(f"plain_{name}", plain(name, MATRIX[name].pattern))
+    AttentionMaskInterface.register(f"plain_{name}", full_mask)
+    return f"plain_{name}"

@@ -1,0 +1,141 @@
+"""Swapped models with a cache: prefill and decoding give what one pass without a cache gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from matrix import EXACT, MATRIX
+from models import DECODERS, batch, build
+from test_swap import TERMS, build_for, swapped
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+NEW = 8
+# Block size and window far below the prompt, so that the pattern matters while decoding.
+RANDOM_BLOCKS = {"window": 2, "num_global_tokens": 1, "num_random_blocks": 1, "block_size": 2}
+KINDS = [*((name, case.options) for name, case in MATRIX.items()), ("local_global", RANDOM_BLOCKS)]
+every_kind = pytest.mark.parametrize(
+    ("name", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else "random" if len(x) > 2 else ""
+)
+
+
+def positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def whole(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of one pass without a cache."""
+    return model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+
+
+def in_steps(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any, steps: list[int]) -> Tensor:
+    """The same fed piece by piece into a cache."""
+    logits, start = [], 0
+    for step in steps:
+        stop = start + step
+        output = model(
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions(mask)[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits)
+        start = stop
+    assert start == ids.shape[1]
+    return torch.cat(logits, dim=1)
+
+
+def decoder(name: str, family: str, **options: Any) -> PreTrainedModel:
+    if family == "bert":
+        return build("bert", "causal")
+    return build_for(name, family, "causal", **options)
+
+
+@pytest.mark.parametrize("steps", [[9] + 11 * [1], [6, 7, 1, 6], 20 * [1]], ids=["prefill", "chunks", "tokens"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["bert", *DECODERS])
+@every_kind
+def test_cache_equals_one_pass(name: str, options: dict, family: str, cache: str, steps: list[int]) -> None:
+    if name == "mqa" and family == "bert":
+        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+    model = decoder(name, family)
+    ours = swapped(model, name, **options)
+    inputs = batch(model, (20, 12, 16))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    made = DynamicCache(config=ours.config) if cache == "dynamic" else StaticCache(ours.config, max_cache_len=32)
+    real = mask.bool()
+    with torch.no_grad():
+        one = whole(ours, ids, mask)[real]
+        exact = whole(copy.deepcopy(ours).double(), ids, mask)[real]
+        assert_as_accurate(in_steps(ours, ids, mask, made, steps)[real], one, exact, terms=TERMS)
+
+
+@pytest.mark.parametrize("family", ["bert", *DECODERS])
+@every_kind
+def test_greedy_generation_equals_a_loop_without_cache(name: str, options: dict, family: str) -> None:
+    if name == "mqa" and family == "bert":
+        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+    model = swapped(decoder(name, family), name, **options)
+    inputs = batch(model, (14, 9))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    with torch.no_grad():
+        for _ in range(NEW):
+            chosen = whole(model, ids, mask)[:, -1].argmax(-1, keepdim=True)
+            ids, mask = torch.cat([ids, chosen], dim=1), torch.cat([mask, torch.ones_like(chosen)], dim=1)
+    assert torch.equal(generated, ids)
+
+
+@pytest.mark.parametrize("family", ["bert", *DECODERS])
+@every_kind
+def test_left_padded_batch_equals_each_text_alone(name: str, options: dict, family: str) -> None:
+    if name == "mqa" and family == "bert":
+        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+    model = swapped(decoder(name, family), name, **options)
+    lengths = (14, 9, 4)
+    inputs = batch(model, lengths)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    for row, length in enumerate(lengths):
+        alone = model.generate(ids[row : row + 1, -length:], max_new_tokens=NEW, do_sample=False,
+                               attention_mask=mask[row : row + 1, -length:])  # fmt: skip
+        assert torch.equal(together[row, -length - NEW :], alone[0])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}], ids=["beams", "static"])
+@pytest.mark.parametrize("name", EXACT)
+def test_generation_equals_stock(name: str, options: dict) -> None:
+    model = build_for(name, "llama", "causal")
+    inputs = batch(model)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "disable_compile": True} | options
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(swapped(model, name).generate(**inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_mistral_beyond_its_own_window(name: str) -> None:
+    """Its cache keeps only the window; the mask is handed over as a matrix."""
+    model = build_for(name, "mistral", "causal", sliding_window=8)
+    inputs = batch(model, (13, 6))
+    expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    ours = swapped(model, name)
+    assert torch.equal(ours.generate(**inputs, max_new_tokens=12, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("steps", [[9] + 11 * [1], [6, 7, 1, 6], [3, 17]], ids=["prefill", "chunks", "long"])
+@pytest.mark.parametrize("name", EXACT)
+def test_cache_of_mistral_with_a_window(name: str, steps: list[int]) -> None:
+    model = build_for(name, "mistral", "causal", sliding_window=5)
+    ours = swapped(model, name)
+    inputs = batch(model, (20, 15))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    real = mask.bool()
+    with torch.no_grad():
+        one, exact = whole(model, ids, mask)[real], whole(copy.deepcopy(model).double(), ids, mask)[real]
+        steps_out = in_steps(ours, ids, mask, DynamicCache(config=ours.config), steps)[real]
+    assert_as_accurate(steps_out, one, exact, terms=TERMS)

@@ -1,0 +1,206 @@
+"""The recipes end to end on a tiny model: stages, files, reloading; and nothing written after bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune_glue
+import prune_heads_glue
+import pytest
+import torch
+import uptrain_gqa_glue
+from demo_data import make_demo_data
+from glue_metric import GlueMetric
+from glue_run import GlueArguments, parse_arguments, write_json
+from prune_heads_glue import parse_options
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+import hf_attnkit
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = sorted({word for row in make_demo_data()["train"] for word in row["sentence"].lower()[:-1].split()})
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, ".", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.normalizer = normalizers.Lowercase()
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+                                   sep_token="[SEP]")  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def checkpoint(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
+    if request.param == "bert":
+        model = BertForSequenceClassification(BertConfig(**common))
+    else:  # no pad_token_id: the recipe has to supply it
+        model = LlamaForSequenceClassification(LlamaConfig(**common, bos_token_id=2, eos_token_id=3))
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def flags(checkpoint: Path, output: Path, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(checkpoint), "--task_name", "demo", "--output_dir", str(output)),
+        *("--max_train_samples", "64", "--max_eval_samples", "40", "--max_length", "24", "--report_to", "none"),
+        *("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--use_cpu"),
+        *more,
+    ]
+
+
+def run(module, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> dict:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+    module.main()
+    output = Path(arguments[arguments.index("--output_dir") + 1])
+    return json.loads((output / "results.json").read_text())
+
+
+def test_finetune_reports_one_stage_and_changes_the_weights(checkpoint, tmp_path, monkeypatch) -> None:
+    results = run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path / "out"))
+    (stage,) = results["stages"]
+    assert stage["stage"] == "baseline"
+    assert set(stage["metrics"]) == {"matthews_correlation", "accuracy"}
+    assert stage["num_heads"] == stage["num_key_value_heads"] == [4, 4]
+    assert results["task"] == "demo"
+    assert "not GLUE" in results["data"]
+    before, after = hf_attnkit.load_pretrained(checkpoint), hf_attnkit.load_pretrained(tmp_path / "out")
+    assert not torch.equal(before.score.weight if hasattr(before, "score") else before.classifier.weight,
+                           after.score.weight if hasattr(after, "score") else after.classifier.weight)  # fmt: skip
+
+
+def test_uptrain_converts_and_the_saved_model_scores_what_was_reported(
+    checkpoint, tokenizer, tmp_path, monkeypatch
+) -> None:
+    results = run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "out", "--num_key_value_heads", "2"))
+    stages = {stage["stage"]: stage for stage in results["stages"]}
+    assert list(stages) == ["baseline", "changed", "recovered"]
+    assert stages["baseline"]["num_key_value_heads"] == [4, 4]
+    assert stages["changed"]["num_key_value_heads"] == stages["recovered"]["num_key_value_heads"] == [2, 2]
+    assert stages["changed"]["parameters"] < stages["baseline"]["parameters"]
+
+    model = hf_attnkit.load_pretrained(tmp_path / "out")
+    rows = make_demo_data()["validation"].select(range(40))
+    with torch.no_grad():
+        inputs = tokenizer(rows["sentence"][:], padding=True, return_tensors="pt")
+        if "token_type_ids" in inputs and model.config.model_type == "llama":
+            del inputs["token_type_ids"]
+        answers = model(**inputs).logits.argmax(-1)
+    measured = GlueMetric("demo").compute(predictions=answers, references=rows["label"][:])
+    assert measured == pytest.approx(stages["recovered"]["metrics"])
+
+
+def test_prune_writes_scores_picture_and_a_smaller_model(checkpoint, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "out"
+    more = ("--prune_fraction", "0.5", "--importance", "random", "--importance_options", "seed=3")
+    results = run(prune_heads_glue, monkeypatch, flags(checkpoint, output, *more))
+    stages = {stage["stage"]: stage for stage in results["stages"]}
+    assert sum(stages["recovered"]["num_heads"]) == sum(stages["changed"]["num_heads"]) == 4
+    saved = json.loads((output / "head_importance.json").read_text())
+    expected = hf_attnkit.head_importance(hf_attnkit.load_pretrained(checkpoint), method="random", seed=3)
+    assert torch.equal(torch.tensor(saved["scores"]), expected)
+    assert (output / "head_importance.png").read_bytes().startswith(b"\x89PNG")
+    model = hf_attnkit.load_pretrained(output)
+    assert [layer.num_heads for layer in hf_attnkit.families.attention_layers(model)] == stages["changed"]["num_heads"]
+
+
+def test_a_converted_checkpoint_can_be_pruned(checkpoint, tmp_path, monkeypatch) -> None:
+    run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "gqa", "--num_key_value_heads", "2"))
+    arguments = flags(tmp_path / "gqa", tmp_path / "pruned", "--prune_fraction", "0.5", "--do_eval")
+    results = run(prune_heads_glue, monkeypatch, arguments)
+    assert [stage["stage"] for stage in results["stages"]] == ["baseline", "changed"]  # --do_eval: no training
+    assert sum(results["stages"][1]["num_key_value_heads"]) == 2  # whole groups
+
+
+@pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
+def test_recipe_runs_under_accelerate_launch(checkpoint, tmp_path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu"]
+    script = str(RECIPES / "uptrain_gqa_glue.py")
+    arguments = flags(checkpoint, tmp_path / "out", "--num_key_value_heads", "1")
+    done = subprocess.run(
+        [*command, script, *arguments], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "recovered" in done.stdout
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["stages"][-1]["num_key_value_heads"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "train", "evaluate"),
+    [
+        ((), True, True),
+        (("--do_eval",), False, True),
+        (("--do_train",), True, False),
+        (("--do_train", "False"), False, True),
+        # TrainingArguments turns do_eval on for an eval_strategy; training must not go missing for it.
+        (("--eval_strategy", "epoch"), True, True),
+        (("--do_train", "--do_eval"), True, True),
+    ],
+)
+def test_what_is_done_follows_the_flags_given(given, train, evaluate, tmp_path) -> None:
+    argv = ["--model_name_or_path", "m", "--task_name", "demo", "--output_dir", str(tmp_path), "--use_cpu", *given]
+    _, training = parse_arguments(GlueArguments, argv=argv)
+    assert isinstance(training, TrainingArguments)
+    assert (training.do_train, training.do_eval) == (train, evaluate)
+
+
+BAD = [
+    (finetune_glue, ["--task_name", "colla"], "colla.*cola"),
+    (finetune_glue, ["--task_name", "cola", "--data_dir", "/no/such/folder"], "/no/such/folder"),
+    (finetune_glue, ["--max_train_samples", "0"], "max_train_samples 0"),
+    (uptrain_gqa_glue, ["--num_key_value_heads", "3"], "num_key_value_heads=3"),
+    (prune_heads_glue, ["--prune_fraction", "1.5"], "prune_fraction 1.5"),
+    (prune_heads_glue, ["--prune_fraction", "0.9"], "cannot be removed"),
+    (prune_heads_glue, ["--prune_fraction", "0.5", "--score_samples", "0"], "score_samples 0"),
+    (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "seed"], "name=value"),
+    (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "speed=1"], "no option speed"),
+]
+
+
+@pytest.mark.parametrize(("module", "wrong", "message"), BAD)
+def test_bad_input_is_named_and_leaves_nothing_that_looks_finished(
+    module, wrong, message, checkpoint, tmp_path, monkeypatch
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(module, monkeypatch, flags(checkpoint, output, "--do_eval", *wrong))
+    assert not output.exists() or not any(output.iterdir())
+
+
+def test_unknown_method_is_refused_by_the_command_line(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "out", "--method", "median"))
+    assert "median" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_finished_run_is_refused(checkpoint, tmp_path, monkeypatch) -> None:
+    write_json(tmp_path / "results.json", {"old": True})
+    with pytest.raises(ValueError, match="finished run"):
+        run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == {"old": True}
+
+
+def test_options_are_read() -> None:
+    assert parse_options(["seed=-1", "direction=focused", "normalize=false"]) == {
+        "seed": -1, "direction": "focused", "normalize": False,
+    }  # fmt: skip

@@ -1,0 +1,107 @@
+"""Which heads `select_heads` chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_attnkit import select_heads
+
+SCORES = torch.tensor([[0.1, 0.5, 0.3, 0.9], [0.2, 0.8, 0.7, 0.6], [1.0, 1.1, 1.2, 1.3]])
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_heads": 1}, {0: [0]}),
+        ({"num_heads": 4}, {0: [0, 1, 2], 1: [0]}),
+        ({"num_heads": 5}, {0: [0, 1, 2], 1: [0, 3]}),
+        ({"num_heads": 4, "min_heads": 2}, {0: [0, 2], 1: [0, 3]}),
+        ({"fraction": 0.25}, {0: [0, 2], 1: [0]}),
+        ({"fraction": 0.33}, {0: [0, 2], 1: [0]}),
+        ({"fraction": 0.5, "per_layer": True}, {0: [0, 2], 1: [0, 3], 2: [0, 1]}),
+        ({"num_heads": 1, "per_layer": True}, {0: [0], 1: [0], 2: [0]}),
+        ({"fraction": 0.0}, {}),
+        ({"num_heads": 0}, {}),
+        # Groups of two by their means: 0.3, 0.6 | 0.5, 0.65 | 1.05, 1.25
+        ({"num_heads": 4, "num_key_value_heads": 2}, {0: [0, 1], 1: [0, 1]}),
+        ({"fraction": 0.3, "num_key_value_heads": 2}, {0: [0, 1]}),
+        ({"num_heads": 3, "num_key_value_heads": [2, 4, 1]}, {0: [0, 1], 1: [0]}),
+    ],
+    ids=str,
+)
+def test_choice(options: dict, expected: dict) -> None:
+    assert select_heads(SCORES, **options) == expected
+
+
+def test_fractions_count_whole_heads_despite_rounding() -> None:
+    """0.3 * 10 is 2.9999999999999996 in floating point."""
+    scores = torch.arange(20.0).view(2, 10)
+    assert select_heads(scores, fraction=0.3, per_layer=True) == {0: [0, 1, 2], 1: [0, 1, 2]}
+
+
+def test_ties_go_to_the_lower_layer_and_head() -> None:
+    assert select_heads(torch.zeros(2, 3), num_heads=3) == {0: [0, 1], 1: [0]}
+
+
+def test_missing_heads_are_neither_counted_nor_chosen() -> None:
+    """Layer 0 has two heads left of four."""
+    scores = torch.tensor([[0.1, 0.2, NAN, NAN], [0.3, 0.4, 0.5, 0.6]])
+    assert select_heads(scores, fraction=0.5) == {0: [0], 1: [0, 1]}
+    assert select_heads(scores, num_heads=1, per_layer=True) == {0: [0], 1: [0]}
+
+
+def test_a_score_that_is_no_number_never_renumbers_heads() -> None:
+    """NaN in the middle of a row (a diverged model, say): refused, or the other heads keep their numbers."""
+    scores = torch.tensor([[NAN, 0.1, 0.9]])
+    try:
+        chosen = select_heads(scores, num_heads=1)
+    except ValueError as error:
+        assert "NaN" in str(error)
+    else:
+        assert chosen == {0: [1]}
+
+
+def test_low_precision_and_infinite_scores() -> None:
+    assert select_heads(SCORES.bfloat16(), num_heads=2) == {0: [0], 1: [0]}
+    assert select_heads(torch.tensor([[-torch.inf, 1.0, torch.inf]]), num_heads=2) == {0: [0, 1]}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 8)),
+    fraction=st.floats(0, 1, exclude_max=True),
+    per_layer=st.booleans(),
+    min_heads=st.integers(1, 4),
+    groups=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_properties(
+    shape: tuple[int, int], fraction: float, per_layer: bool, min_heads: int, groups: bool, seed: int
+) -> None:
+    """Never empties a layer, removes the number asked for or refuses, and keeps no head below a removed one."""
+    layers, heads = shape
+    number = 2 if groups and heads % 2 == 0 else heads
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    scopes = [[layer] for layer in range(layers)] if per_layer else [list(range(layers))]
+    group = heads // number
+    free = max(heads - min_heads, 0) // group * group  # of one layer
+    wanted = [int(fraction * heads * len(scope) + 1e-9) // group * group for scope in scopes]
+    arguments = {"per_layer": per_layer, "min_heads": min_heads, "num_key_value_heads": number}
+    if any(want > free * len(scope) for want, scope in zip(wanted, scopes, strict=True)):
+        with pytest.raises(ValueError, match="ask for fewer"):
+            select_heads(scores, fraction=fraction, **arguments)
+        return
+    removed = select_heads(scores, fraction=fraction, **arguments)
+    assert all(chosen == sorted(set(chosen)) for chosen in removed.values())
+    for scope, want in zip(scopes, wanted, strict=True):
+        assert sum(len(removed.get(layer, [])) for layer in scope) == want
+    for layer in range(layers):
+        gone = set(removed.get(layer, []))
+        kept = set(range(heads)) - gone
+        assert len(kept) >= min(min_heads, heads)
+        means = scores[layer].double().view(number, group).mean(1).repeat_interleave(group)
+        assert not gone or not kept or means[sorted(gone)].max() <= means[sorted(kept)].min()

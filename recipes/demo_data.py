@@ -5,8 +5,8 @@ al. 2020): two sentences that differ in one place, one acceptable and one not. G
 vocabulary are this project's own.
 
 No bag of words tells the labels apart: pairs come as twins whose change runs in opposite
-directions ("the key near the doors is/*are ...", "the keys near the door are/*is ..."), so every
-token is exactly as frequent in acceptable as in unacceptable sentences.
+directions ("the nurse that the pilots blamed is/*are tired" and "the nurses that the pilot blamed
+are/*is tired"), so every token is exactly as frequent in acceptable as in unacceptable sentences.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ LEXICONS = {
         females="mother daughter wife niece duchess bride",
         male_names="David Leon Felix Simon Arthur",
         female_names="Laura Emma Rosa Helen Martha",
-        things="chair vase kettle candle curtain suitcase guitar umbrella wallet barrel statue "
-        "drawer",
+        things="chair vase kettle candle curtain suitcase guitar umbrella wallet barrel statue",
         places="office museum harbor castle cellar meadow theater tavern",
         person_adjectives="brave patient stubborn gentle curious jealous anxious proud",
         thing_adjectives="shiny dirty modern sturdy costly crooked yellow antique enormous",
@@ -114,8 +113,7 @@ LEXICONS = {
         person_verbs="resent soothe congratulate introduce portray deceive underestimate adore "
         "astonish console irritate discredit",
         thing_verbs="acquire damage conceal abandon dismantle construct retrieve transport mislay",
-        intransitive_verbs="giggle disappear nap smile doze frown shudder emerge loiter hiccup "
-        "crouch",
+        intransitive_verbs="giggle disappear nap smile doze frown shudder emerge loiter crouch",
         saying_verbs="claim assume",
         linking_verbs="appear remain",
     ),
@@ -248,17 +246,18 @@ _Twin = tuple[str, str]
 
 
 def _agreement(draw: _Draw, turn: int) -> list[_Twin]:
-    """Subject and verb, across a noun of the other number: the lamp near the doors is/*are red."""
+    """Verb and subject, across a noun of the other number: the nurse that pilots met is/*are."""
     of_things = turn % 4 == 0
     first, second = draw.two("things" if of_things else "people")
     head, attractor = (first, _plural(first)), (second, _plural(second))
     outer, inner = draw.determiner(), draw.determiner()
     verb = _past(draw.word("person_verbs"))
+    # A phrase or verb parts distractor and verb: side by side, "doors is" would always be right.
     before, after = (
-        (f"{draw.preposition()} {inner}", ""),
-        (f"{draw.preposition()} {inner}", ""),
+        (f"{draw.preposition()} {inner}", draw.place()),
+        (f"{draw.preposition()} {inner}", draw.place()),
         (f"that {inner}", verb),
-        (f"that {verb} {inner}", ""),
+        (f"that {verb} {inner}", draw.place()),
     )[turn % 4]
     forms, rest = _predicate(draw, of_things)
     twins = []
@@ -281,8 +280,8 @@ def _predicate(draw: _Draw, of_things: bool) -> tuple[tuple[str, str], str]:
     ]
     if not of_things:
         choices += [
-            (("has", "have"), f"{_past(verb)} {draw.place()}"),
-            ((_third_person(verb), verb), draw.place()),
+            (("has", "have"), _past(verb)),
+            ((_third_person(verb), verb), ""),
         ]
     return draw.rng.choice(choices)
 

@@ -18,7 +18,7 @@ from heat_map import draw_importance
 
 import hf_attnkit
 from hf_attnkit.families import attention_layers
-from hf_attnkit.importance import METHODS
+from hf_attnkit.importance import METHODS, check_method
 
 
 @dataclass
@@ -54,14 +54,18 @@ def main() -> None:
     if pruning.score_samples < 1:
         raise ValueError(f"--score_samples {pruning.score_samples} must be at least 1")
     options = parse_options(pruning.importance_options)
+    check_method(pruning.importance, options)
     run = GlueRun(arguments, training)
+    groups = [layer.num_key_value_heads for layer in attention_layers(run.model)]
+    # A fraction that cannot be removed is refused before the first evaluation, which may take long.
+    any_scores = hf_attnkit.head_importance(run.model, method="random")
+    hf_attnkit.select_heads(any_scores, fraction=pruning.prune_fraction, num_key_value_heads=groups)
     run.model.to(training.device)
     run.evaluate("baseline")
 
     scores = hf_attnkit.head_importance(
         run.model, run.training_batches(pruning.score_samples), method=pruning.importance, **options
     )
-    groups = [layer.num_key_value_heads for layer in attention_layers(run.model)]
     removed = hf_attnkit.select_heads(scores, fraction=pruning.prune_fraction, num_key_value_heads=groups)
     hf_attnkit.prune_heads(run.model, removed)
     run.evaluate("changed")

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from glue_run import GlueArguments, GlueRun, parse_arguments
 
 import hf_attnkit
-from hf_attnkit.conversion import METHODS
+from hf_attnkit.conversion import METHODS, target_heads
+from hf_attnkit.families import attention_layers
 
 
 @dataclass
@@ -28,8 +29,10 @@ class ConversionArguments:
 def main() -> None:
     arguments, conversion, training = parse_arguments(GlueArguments, ConversionArguments)
     run = GlueRun(arguments, training)
+    # Refused before the first evaluation, which may take long.
+    number = target_heads(attention_layers(run.model), conversion.num_key_value_heads)
     run.evaluate("baseline")
-    hf_attnkit.convert_to_gqa(run.model, conversion.num_key_value_heads, method=conversion.method)
+    hf_attnkit.convert_to_gqa(run.model, number, method=conversion.method)
     run.evaluate("changed")
     if training.do_train:
         trained = run.train()

@@ -61,7 +61,7 @@ def convert_to_gqa(
         given = "calibration" if calibration is not None else "refit"
         raise ValueError(f"method {method!r} uses no data, so {given} would have no effect; leave it out")
     layers = editable_layers(model)
-    number = _default(layers) if num_key_value_heads is None else _checked(num_key_value_heads, layers)
+    number = target_heads(layers, num_key_value_heads)
 
     edits = []
     for layer in layers:
@@ -80,6 +80,11 @@ def convert_to_mqa(
 ) -> PreTrainedModel:
     """Convert to multi-query attention: `convert_to_gqa` with one key/value head."""
     return convert_to_gqa(model, 1, method=method, calibration=calibration, refit=refit)
+
+
+def target_heads(layers: Sequence[AttentionLayer], num_key_value_heads: int | None) -> int:
+    """The number of key/value heads that `convert_to_gqa` would give these layers; raises as it does."""
+    return _default(layers) if num_key_value_heads is None else _checked(num_key_value_heads, layers)
 
 
 def _valid(layers: Sequence[AttentionLayer]) -> list[int]:

@@ -1,6 +1,6 @@
 """Head importance: one file per method, all (num_layers, num_heads), higher = keep."""
 
 from .entropy import attention_entropy
-from .score import METHODS, head_importance
+from .score import METHODS, check_method, head_importance
 
-__all__ = ["METHODS", "attention_entropy", "head_importance"]
+__all__ = ["METHODS", "attention_entropy", "check_method", "head_importance"]

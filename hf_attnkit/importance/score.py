@@ -48,14 +48,8 @@ def head_importance(
         TypeError: if `model` is not a plain `PreTrainedModel`.
         ValueError: unknown method or option, no or empty batches, a model that is not supported.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
+    check_method(method, options)
     implementation = METHODS[method]
-    known = list(inspect.signature(implementation.score).parameters)[3:]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        takes = ", ".join(known) if known else "no options"
-        raise ValueError(f"importance method {method!r} has no option {', '.join(unknown)}; it takes {takes}")
     if batches is None and getattr(implementation, "NEEDS_BATCHES", True):
         raise ValueError(f"importance method {method!r} looks at data; give batches of model inputs")
     layers = editable_layers(model)
@@ -64,3 +58,14 @@ def head_importance(
     for row, layer_scores in zip(importance, scores, strict=True):
         row[: len(layer_scores)] = layer_scores
     return importance
+
+
+def check_method(method: str, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an unknown method, or an option that it does not have."""
+    if method not in METHODS:
+        raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
+    known = list(inspect.signature(METHODS[method].score).parameters)[3:]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        takes = ", ".join(known) if known else "no options"
+        raise ValueError(f"importance method {method!r} has no option {', '.join(unknown)}; it takes {takes}")

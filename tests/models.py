@@ -132,7 +132,7 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -
     if "start_logits" in result:
         tensor = torch.stack([result.start_logits, result.end_logits], dim=-1)
     else:
-        tensor = result["logits"] if "logits" in result else result.last_hidden_state
+        tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
     if tensor.dim() == 3 and tensor.shape[1] == inputs["input_ids"].shape[1]:
         tensor = tensor.masked_fill(inputs["attention_mask"][..., None] == 0, 0.0)
     return tensor

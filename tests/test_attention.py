@@ -131,7 +131,7 @@ def test_local_global_refuses_a_full_matrix_with_a_cache() -> None:
     """The matrix does not tell where the padding ends, and with it the global tokens begin."""
     dense = torch.ones(2, 1, 3, 8, dtype=torch.bool)
     mask = Mask.receive(dense, 3, 8, is_causal=True, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="set config.sliding_window to None, or pass a 2-D attention_mask"):
+    with pytest.raises(ValueError, match=r"set config\.sliding_window to None, or pass a 2-D attention_mask"):
         run("local_global", *inputs(4, 2, 3, 8), mask)
 
 

@@ -216,7 +216,7 @@ def test_bert_reloads_with_every_head_type(head: str, tmp_path: Path) -> None:
     if head == "choice":
         inputs = {name: tensor[None] for name, tensor in inputs.items()}
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="size|shape"):
+    with pytest.raises(RuntimeError, match=r"size|shape"):
         type(model).from_pretrained(tmp_path)
     again = aligned(load_pretrained(tmp_path))
     assert type(again) is CLASSES["bert"][head]

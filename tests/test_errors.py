@@ -213,7 +213,11 @@ SELECT: dict[str, Bad] = {
     "number -1": (lambda s: select_heads(s, num_heads=-1), ValueError, "num_heads=-1 .*at least 0"),
     "number 1.5": (lambda s: select_heads(s, num_heads=1.5), ValueError, r"num_heads=1\.5 must be an integer"),
     "number bool": (lambda s: select_heads(s, num_heads=True), ValueError, "num_heads=True"),
-    "too many": (lambda s: select_heads(s, num_heads=7), ValueError, "7 heads cannot be removed.* 6 can; ask for fewer"),
+    "too many": (
+        lambda s: select_heads(s, num_heads=7),
+        ValueError,
+        "7 heads cannot be removed.* 6 can; ask for fewer",
+    ),
     "too many in a layer": (
         lambda s: select_heads(s, num_heads=4, per_layer=True),
         ValueError,
@@ -319,7 +323,7 @@ def test_with_adapters(change: Callable) -> None:
 def test_on_the_meta_device(change: Callable) -> None:
     with torch.device("meta"):
         model = build("llama", "causal", 8, 4)
-    with unchanged(model), pytest.raises(ValueError, match="on the meta device.*load "):
+    with unchanged(model), pytest.raises(ValueError, match=r"on the meta device.*load "):
         change(model)
 
 
@@ -344,7 +348,9 @@ def test_quantized(change: Callable, projection: str) -> None:
 def test_config_that_disagrees_with_the_weights(change: Callable) -> None:
     model = build("llama", "causal", 8, 4)
     model.config.num_key_value_heads = 8
-    message = r"layer 0: the config says 8 query and 8 key/value heads of size 8.* the weights have .*correct the config"
+    message = (
+        r"layer 0: the config says 8 query and 8 key/value heads of size 8.* the weights have .*correct the config"
+    )
     with unchanged(model), pytest.raises(ValueError, match=message):
         change(model)
 
@@ -353,7 +359,7 @@ def test_config_that_disagrees_with_the_weights(change: Callable) -> None:
 def test_attributes_that_disagree_with_the_weights(change: Callable) -> None:
     model = build("llama", "causal", 8, 4)
     model.model.layers[1].self_attn.num_key_value_groups = 4
-    with unchanged(model), pytest.raises(ValueError, match="layer 1: .*num_key_value_groups is 4 but .* say 2"):
+    with unchanged(model), pytest.raises(ValueError, match=r"layer 1: .*num_key_value_groups is 4 but .* say 2"):
         change(model)
 
 
@@ -380,7 +386,10 @@ def test_a_grouped_bert_cannot_go_back_to_eager() -> None:
     model = build("bert")
     model.set_attn_implementation("eager")
     convert_to_gqa(swap_attention(model, "mha"), 2)
-    with unchanged(model), pytest.raises(ValueError, match=r"eager attention.*'bert'.*set_attn_implementation\('sdpa'\)"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"eager attention.*'bert'.*set_attn_implementation\('sdpa'\)"),
+    ):
         restore_attention(model)
 
 

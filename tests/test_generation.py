@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from matrix import EXACT, MATRIX
+from matrix import EXACT, MATRIX, WITH_FAMILY
 from models import DECODERS, batch, build
 from test_swap import TERMS, build_for, swapped
 from torch import Tensor
@@ -17,9 +17,12 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 NEW = 8
 # Block size and window far below the prompt, so that the pattern matters while decoding.
 RANDOM_BLOCKS = {"window": 2, "num_global_tokens": 1, "num_random_blocks": 1, "block_size": 2}
-KINDS = [*((name, case.options) for name, case in MATRIX.items()), ("local_global", RANDOM_BLOCKS)]
+KINDS = [
+    *((name, family, MATRIX[name].options) for name, family in WITH_FAMILY),
+    *(("local_global", family, RANDOM_BLOCKS) for family in ("bert", *DECODERS)),
+]
 every_kind = pytest.mark.parametrize(
-    ("name", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else "random" if len(x) > 2 else ""
+    ("name", "family", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else "random" if len(x) > 2 else ""
 )
 
 
@@ -58,11 +61,8 @@ def decoder(name: str, family: str, **options: Any) -> PreTrainedModel:
 
 @pytest.mark.parametrize("steps", [[9] + 11 * [1], [6, 7, 1, 6], 20 * [1]], ids=["prefill", "chunks", "tokens"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["bert", *DECODERS])
 @every_kind
-def test_cache_equals_one_pass(name: str, options: dict, family: str, cache: str, steps: list[int]) -> None:
-    if name == "mqa" and family == "bert":
-        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+def test_cache_equals_one_pass(name: str, family: str, options: dict, cache: str, steps: list[int]) -> None:
     model = decoder(name, family)
     ours = swapped(model, name, **options)
     inputs = batch(model, (20, 12, 16))
@@ -75,11 +75,8 @@ def test_cache_equals_one_pass(name: str, options: dict, family: str, cache: str
         assert_as_accurate(in_steps(ours, ids, mask, made, steps)[real], one, exact, terms=TERMS)
 
 
-@pytest.mark.parametrize("family", ["bert", *DECODERS])
 @every_kind
-def test_greedy_generation_equals_a_loop_without_cache(name: str, options: dict, family: str) -> None:
-    if name == "mqa" and family == "bert":
-        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+def test_greedy_generation_equals_a_loop_without_cache(name: str, family: str, options: dict) -> None:
     model = swapped(decoder(name, family), name, **options)
     inputs = batch(model, (14, 9))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -91,11 +88,8 @@ def test_greedy_generation_equals_a_loop_without_cache(name: str, options: dict,
     assert torch.equal(generated, ids)
 
 
-@pytest.mark.parametrize("family", ["bert", *DECODERS])
 @every_kind
-def test_left_padded_batch_equals_each_text_alone(name: str, options: dict, family: str) -> None:
-    if name == "mqa" and family == "bert":
-        pytest.skip("BERT has one key/value head after convert_to_mqa only")
+def test_left_padded_batch_equals_each_text_alone(name: str, family: str, options: dict) -> None:
     model = swapped(decoder(name, family), name, **options)
     lengths = (14, 9, 4)
     inputs = batch(model, lengths)

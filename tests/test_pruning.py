@@ -87,7 +87,9 @@ def test_stock_attention_of_either_kind(family: str, implementation: str) -> Non
     model.set_attn_implementation(implementation)
     inputs = batch(model, (9, 9))
     expected, exact = outputs(zeroed(model, UNEVEN), inputs), outputs(zeroed(model, UNEVEN).double(), inputs)
-    assert_as_accurate(outputs(prune_heads(model, UNEVEN), inputs).detach(), expected.detach(), exact.detach(), terms=96)
+    assert_as_accurate(
+        outputs(prune_heads(model, UNEVEN), inputs).detach(), expected.detach(), exact.detach(), terms=96
+    )
 
 
 @every_family
@@ -154,7 +156,7 @@ def test_grouped_and_uneven_reloads_bit_equal(family: str, tmp_path: Path) -> No
 def test_plain_from_pretrained_never_loads_uneven_heads_wrongly(family: str, tmp_path: Path) -> None:
     model = prune_heads(build(family), UNEVEN)
     model.save_pretrained(tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match="size|shape|per"):
+    with pytest.raises((RuntimeError, ValueError), match=r"size|shape"):
         type(model).from_pretrained(tmp_path)
 
 
@@ -169,16 +171,17 @@ def test_uniform_decoders_load_without_this_package(tmp_path: Path) -> None:
         model = prune_heads(build(family, "causal", heads, kv_heads), {0: selection, 1: selection})
         assert "per_layer_config" not in model.config.to_diff_dict()
         inputs = batch(model)
-        path = tmp_path / f"{family}{len(selection)}"
+        path = tmp_path / f"{family}{kv_heads}"
         model.save_pretrained(path)
         torch.save((inputs, outputs(model, inputs).detach()), path / "expected.pt")
-    assert len(list(tmp_path.iterdir())) == 3  # the two Llamas share a name: check the later, grouped one
     run_python(
         """
         import copy, pathlib, sys, torch
         from transformers import AutoModelForCausalLM
         torch.set_num_threads(1)
-        for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+        paths = sorted(pathlib.Path(sys.argv[1]).iterdir())
+        assert len(paths) == 4
+        for path in paths:
             inputs, expected = torch.load(path / "expected.pt")
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
             assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -16,7 +16,7 @@ import plain_attention
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from matrix import EXACT, LONG, MATRIX
+from matrix import EXACT, LONG, MATRIX, WITH_FAMILY
 from models import DECODERS, EVERY_HEAD, batch, build, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -83,11 +83,11 @@ def check(name: str, model: PreTrainedModel, inputs: dict[str, Tensor], options:
     assert_equal_models(results(ours, inputs), results(model, inputs), results(precise, inputs))
 
 
-@pytest.mark.parametrize(("family", "head"), EVERY_HEAD, ids=lambda x: x)
-@pytest.mark.parametrize("name", list(MATRIX))
+@pytest.mark.parametrize(
+    ("name", "family", "head"),
+    [(name, family, head) for name, family in WITH_FAMILY for of, head in EVERY_HEAD if of == family],
+)
 def test_every_head_type(name: str, family: str, head: str) -> None:
-    if name == "mqa" and family == "bert":
-        pytest.skip("BERT has one key/value head after convert_to_mqa only: test_conversion.py")
     model = build_for(name, family, head)
     stock = "sdpa" if name in EXACT else plain_attention.register(name)
     check(name, model, batch(model), MATRIX[name].options, stock)
@@ -100,11 +100,8 @@ def test_windows_longer_than_the_sequence_are_exact(name: str, family: str) -> N
     check(name, model, batch(model), LONG[name], "sdpa")
 
 
-@pytest.mark.parametrize("family", ["bert", *DECODERS])
-@pytest.mark.parametrize("name", list(MATRIX))
+@pytest.mark.parametrize(("name", "family"), WITH_FAMILY)
 def test_without_a_mask(name: str, family: str) -> None:
-    if name == "mqa" and family == "bert":
-        pytest.skip("as above")
     model = build_for(name, family)
     ours = outputs_without_mask(swapped(model, name, **MATRIX[name].options))
     model.set_attn_implementation("sdpa" if name in EXACT else plain_attention.register(name))

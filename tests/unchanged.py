@@ -26,7 +26,9 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "config": model.config.to_json_string(use_diff=False),
         "config state": copy.deepcopy(model.config.__dict__),
         "config objects": {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")},
-        "modules": {name: {k: v for k, v in attributes.items() if k != "config"} for name, attributes in modules.items()},
+        "modules": {
+            name: {k: v for k, v in attributes.items() if k != "config"} for name, attributes in modules.items()
+        },
         "parameters": {name: id(p) for name, p in model.named_parameters()},
         "gradients wanted": {name: p.requires_grad for name, p in model.named_parameters()},
     }

@@ -1,0 +1,135 @@
+"""What importing does, what the package offers, and which way its modules import each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from subprocesses import run_python
+
+import hf_attnkit
+
+ROOT = Path(hf_attnkit.__file__).parent
+PUBLIC = [
+    "attention_entropy",
+    "available_attentions",
+    "convert_to_gqa",
+    "convert_to_mqa",
+    "head_importance",
+    "load_pretrained",
+    "prune_heads",
+    "restore_attention",
+    "select_heads",
+    "swap_attention",
+]
+
+
+def test_importing_registers_one_name_and_changes_nothing_else() -> None:
+    run_python(
+        """
+        import types
+        import torch
+        from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+        from transformers.models.bert import configuration_bert, modeling_bert
+        from transformers.models.llama import configuration_llama, modeling_llama
+        from transformers.models.mistral import modeling_mistral
+        from transformers import cache_utils, masking_utils, modeling_utils
+        from transformers.integrations import sdpa_attention
+
+        watched = [modeling_bert, modeling_llama, modeling_mistral, configuration_bert, configuration_llama,
+                   cache_utils, masking_utils, modeling_utils, sdpa_attention, torch.nn.functional]
+
+        def state():
+            found = {}
+            for module in watched:
+                for name, value in vars(module).items():
+                    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+                        found[module.__name__, name] = id(value)
+                    if isinstance(value, type) and value.__module__ == module.__name__:
+                        for key, member in vars(value).items():
+                            found[module.__name__, name, key] = id(member)
+            for owner in (PreTrainedModel, PreTrainedConfig, AutoConfig):
+                found |= {(owner.__name__, key): id(member) for key, member in vars(owner).items()}
+            return found
+
+        def mapping(interface):
+            return {key: id(interface[key]) for key in interface}
+
+        before = mapping(functions), mapping(masks), state()
+        settings = torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state()
+        import hf_attnkit
+        after = mapping(functions), mapping(masks), state()
+        for old, new in zip(before[:2], after[:2]):
+            assert set(new) - set(old) == {"hf_attnkit"}, set(new) ^ set(old)
+            assert all(new[key] == value for key, value in old.items())
+        # Looking a class up by its lazy name adds entries, never replaces one.
+        assert all(after[2][key] == value for key, value in before[2].items())
+        assert settings[:2] == (torch.get_default_dtype(), torch.get_num_threads())
+        assert torch.equal(settings[2], torch.random.get_rng_state())
+        """
+    )
+
+
+def test_public_names() -> None:
+    assert hf_attnkit.__all__ == PUBLIC
+    for name in PUBLIC:
+        assert callable(getattr(hf_attnkit, name)) and getattr(hf_attnkit, name).__doc__
+
+
+def test_every_public_name_is_documented() -> None:
+    api = (ROOT.parent / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: hf_attnkit\.(\w+)$", api, re.MULTILINE)) == PUBLIC
+
+
+def test_typed_and_versioned() -> None:
+    assert (ROOT / "py.typed").is_file()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_attnkit.__version__)
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the package's top-level modules that a file imports, anywhere in it."""
+    package = ["hf_attnkit", *path.relative_to(ROOT).parts[:-1]]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            full = [f"{prefix}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        names |= {name.split(".")[1] for name in full if name.startswith("hf_attnkit.")}
+    return names
+
+
+def test_imports_point_one_way() -> None:
+    """The lower modules import nothing of the package but their own folder."""
+    found = {path.relative_to(ROOT).as_posix(): imported(path) for path in ROOT.rglob("*.py")}
+    assert len(found) > 15 and found["swap.py"] >= {"attention", "families"}
+    for path, names in found.items():
+        if path.startswith("attention/"):
+            assert names <= {"attention"}, path
+        if path in ("families.py", "surgery.py"):
+            assert names == set(), path
+        if not path.startswith("attention/"):
+            assert "recipes" not in names
+    # Nothing in a cycle: walk from each module along its imports.
+    edges: dict[str, set[str]] = {}
+    for path, names in found.items():
+        module = path.split("/")[0].removesuffix(".py")
+        edges.setdefault(module, set()).update(names - {module})
+    done: set[str] = set()
+    while edges.keys() - done:
+        ready = {module for module, names in edges.items() if module not in done and names & edges.keys() <= done}
+        assert ready, f"import cycle among {sorted(edges.keys() - done)}"
+        done |= ready
+
+
+def test_only_the_registry_registers() -> None:
+    for path in ROOT.rglob("*.py"):
+        if re.search(r"\b\w*Interface(\(\))?\.register\(", path.read_text()):
+            assert path.relative_to(ROOT).as_posix() == "attention/registry.py"

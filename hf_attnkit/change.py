@@ -30,7 +30,8 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
     attributes: list[tuple[Any, dict[str, Any]]] = []
     try:
         for edit in edits:
-            undo.append(surgery.apply(edit))
+            undo.append(surgery.present(edit.linear))  # before, so that nothing is lost if `apply` stops halfway
+            surgery.apply(edit)
         for layer, (num_heads, num_key_value_heads) in zip(layers, heads, strict=True):
             before = families.set_attributes(layer.module, num_heads, num_key_value_heads, layer.head_dim)
             attributes.append((layer.module, before))

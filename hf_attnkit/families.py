@@ -8,6 +8,7 @@ against the weights; `write_heads` is the only place that changes them.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,22 @@ def check_heads(layers: Sequence[AttentionLayer]) -> None:
                     f"layer {layer.index}: the attention module's {name} is {getattr(layer.module, name)} but config "
                     f"and weights say {value}"
                 )
+
+
+def in_range(value: Any, count: int, what: str, where: str = "") -> int:
+    """`value` as an int from 0 to `count` - 1; integers of NumPy and torch count.
+
+    Raises:
+        ValueError: naming what it is ("layer", "head") and, before that, where.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not 0 <= number < count:
+        problem = "is no integer" if number is None else "is out of range"
+        raise ValueError(f"{where}{what} {value!r} {problem}; there are {what}s 0 to {count - 1}")
+    return number
 
 
 def _attributes(num_heads: int, num_key_value_heads: int, head_dim: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .change import change_heads
-from .families import AttentionLayer, editable_layers
+from .families import AttentionLayer, editable_layers, in_range
 from .surgery import Edit, keep_columns, keep_rows
 
 
@@ -51,6 +51,8 @@ def select_heads(
     Raises:
         TypeError, ValueError: for a bad shape or value, or more heads than may be removed.
     """
+    if not isinstance(importance, Tensor):
+        raise TypeError(f"importance is a {type(importance).__name__}; it must be a tensor (num_layers, num_heads)")
     if importance.dim() != 2:
         raise ValueError(f"importance has shape {tuple(importance.shape)}; it must be (num_layers, num_heads)")
     if (fraction is None) == (num_heads is None):
@@ -100,6 +102,11 @@ def _units(
     units = []
     for index, (row, number) in enumerate(zip(importance.double(), groups, strict=True)):
         scores = row[~row.isnan()]
+        if row[: len(scores)].isnan().any():
+            raise ValueError(
+                f"layer {index}: importance has NaN before its last score ({row.tolist()}); only places after a "
+                "layer's last head may be NaN, so this score went wrong"
+            )
         number = len(scores) if number is None else number
         if number < 1 or len(scores) % number:
             raise ValueError(
@@ -159,17 +166,14 @@ def prune_heads(
 
 
 def _checked(heads: Mapping[int, Iterable[int]], layers: Sequence[AttentionLayer]) -> dict[int, set[int]]:
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads={heads!r} must be a mapping {{layer: [head, ...]}}, as from select_heads")
     removed = {}
-    for index, given in heads.items():
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(layers):
-            raise ValueError(f"layer {index!r} is out of range; the model has layers 0 to {len(layers) - 1}")
-        listed = list(given)
-        for head in listed:
-            if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head < layers[index].num_heads:
-                raise ValueError(
-                    f"layer {index}: head {head!r} is out of range; the layer has heads 0 to "
-                    f"{layers[index].num_heads - 1}"
-                )
+    for layer, given in heads.items():
+        index = in_range(layer, len(layers), "layer")
+        if not isinstance(given, Iterable):
+            raise TypeError(f"layer {index}: {given!r} must be a list of heads")
+        listed = [in_range(head, layers[index].num_heads, "head", f"layer {index}: ") for head in given]
         if len(set(listed)) != len(listed):
             twice = sorted({head for head in listed if listed.count(head) > 1})
             raise ValueError(f"layer {index}: heads {twice} are named more than once")

@@ -53,18 +53,23 @@ def pool_rows(linear: nn.Linear, num_groups: int, head_dim: int, pool: Callable[
     return Edit(linear, merge(linear.weight), None if linear.bias is None else merge(linear.bias))
 
 
-def apply(edit: Edit) -> Edit:
-    """Put new parameters into the same module, so that hooks on it stay; returns the edit that undoes it.
+def apply(edit: Edit) -> None:
+    """Put new parameters into the same module, so that hooks on it stay.
 
     Device, dtype and `requires_grad` stay; an optimizer made before holds the old parameters.
     """
     linear = edit.linear
-    undo = Edit(linear, linear.weight, linear.bias)
-    linear.weight = _parameter(edit.weight, linear.weight)
-    if edit.bias is not None:
-        linear.bias = _parameter(edit.bias, linear.bias)
+    weight = _parameter(edit.weight, linear.weight)
+    bias = None if edit.bias is None else _parameter(edit.bias, linear.bias)
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
     linear.out_features, linear.in_features = edit.weight.shape
-    return undo
+
+
+def present(linear: nn.Linear) -> Edit:
+    """The edit that brings the module's present parameters back."""
+    return Edit(linear, linear.weight, linear.bias)
 
 
 def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:

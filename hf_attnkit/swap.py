@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .attention.mask import Mask
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
 from .change import replace_config, require_grouping
-from .families import AttentionLayer, attention_layers
+from .families import AttentionLayer, attention_layers, in_range
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
 # that can be made from ours.
@@ -122,7 +122,7 @@ def install_saved(model: PreTrainedModel) -> None:
     saved = model.config.hf_attnkit
     kinds = {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
     for index, kind in kinds.items():
-        _check_index(index, model_layers)
+        in_range(index, len(model_layers), "layer")
         check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
     _install(model, model_layers, saved["base"], kinds)
 
@@ -144,11 +144,6 @@ def _current(model: PreTrainedModel) -> dict[str, Any] | None:
     return getattr(model.config, "hf_attnkit", None)
 
 
-def _check_index(index: int, model_layers: list[AttentionLayer]) -> None:
-    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(model_layers):
-        raise ValueError(f"layer {index!r} is out of range; the model has layers 0 to {len(model_layers) - 1}")
-
-
 def _plan(
     model: PreTrainedModel,
     model_layers: list[AttentionLayer],
@@ -163,6 +158,8 @@ def _plan(
             raise ValueError(f"{given} cannot be given beside a mapping; write {{layer: (name, options)}}")
         specs = dict(implementation)
     else:
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(f"layers={layers!r} must be a list of layer numbers")
         indices = range(len(model_layers)) if layers is None else list(layers)
         if isinstance(implementation, str):
             specs = dict.fromkeys(indices, (implementation, options))
@@ -173,10 +170,12 @@ def _plan(
     if not specs:
         raise ValueError("no layer to swap: layers or the mapping is empty")
     kinds = {}
-    for index, spec in specs.items():
-        _check_index(index, model_layers)
-        name, given_options = (spec, {}) if isinstance(spec, str) else spec
-        kinds[index] = Kind(name, dict(given_options))
+    for layer, spec in specs.items():
+        index = in_range(layer, len(model_layers), "layer")
+        named = (spec, {}) if isinstance(spec, str) else spec
+        if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
+            raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
+        kinds[index] = Kind(named[0], dict(named[1]))
     return kinds
 
 

@@ -117,6 +117,15 @@ def test_a_matrix_of_another_size_is_refused(shape: tuple[int, ...], dtype: torc
         Mask.receive(torch.ones(shape, dtype=dtype), 4, 4, is_causal=False, device=CPU)
 
 
+def test_a_layer_that_keeps_fewer_keys_holds_the_last_ones() -> None:
+    attention_mask = torch.tensor([[0, 1, 1, 0, 1, 1]], dtype=torch.bool)
+    tensor = create_mask(batch_size=1, q_length=2, kv_length=6, q_offset=4, attention_mask=attention_mask)
+    mask = Mask.receive(tensor, 2, 4, is_causal=True, device=CPU)
+    assert mask.key_position.tolist() == [[2, 3, 4, 5]] and mask.query_position.tolist() == [[4, 5]]
+    assert mask.visible()[0, 0].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
+    assert mask.offset() == 2
+
+
 def test_positions_of_another_pass_are_refused() -> None:
     tensor = create_mask(batch_size=1, q_length=2, kv_length=4, q_offset=torch.tensor(2))
     with pytest.raises(ValueError, match="describes 4 keys, but the layer has 6"):

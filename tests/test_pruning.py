@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,22 @@ def test_grouped_and_uneven_reloads_bit_equal(family: str, tmp_path: Path) -> No
     again = aligned(load_pretrained(tmp_path))
     assert numbers(again) == numbers(model) == [(4, 1), (4, 2)]
     assert torch.equal(outputs(again, batch(model)), outputs(model, batch(model)))
+
+
+@every_family
+def test_what_is_saved(family: str, tmp_path: Path) -> None:
+    """The fields of docs/checkpoints.md, and no others than the stock config has."""
+    prune_heads(build(family), UNEVEN).save_pretrained(tmp_path / "uneven")
+    build(family).save_pretrained(tmp_path / "stock")
+    saved, stock = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("uneven", "stock"))
+    assert saved["head_dim"] == 8 and saved["allow_global_per_layer_attribute_access"] is True
+    assert saved["per_layer_config"] == {
+        "0": {"num_attention_heads": 5, "num_key_value_heads": 5},
+        "1": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    }
+    added = {"head_dim", "num_key_value_heads", "per_layer_config", "allow_global_per_layer_attribute_access"}
+    assert saved.keys() - stock.keys() <= added
+    assert all(saved[key] == value for key, value in stock.items())
 
 
 @every_family

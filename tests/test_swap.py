@@ -142,6 +142,32 @@ def test_mask_made_by_the_user(name: str, kind: str) -> None:
     assert_as_accurate(run(ours, mask), plain, exact, terms=TERMS)
 
 
+@pytest.mark.parametrize("stock", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [[0], [0, 1]], ids=["one layer", "all layers"])
+def test_bias_made_by_the_user(layers: list[int], stock: str) -> None:
+    """A float mask that also weighs keys (ALiBi, say) reaches swapped and unswapped layers alike."""
+    model = build("llama", "base", 8, 2)
+    model.set_attn_implementation(stock)
+    ids = batch(model, (12, 12))["input_ids"]
+    distance = torch.arange(12)[:, None] - torch.arange(12)
+    mask = (-0.3 * distance).masked_fill(distance < 0, torch.finfo(torch.float32).min).expand(2, 1, 12, 12)
+
+    def run(model: PreTrainedModel, mask: Tensor) -> Tensor:
+        return model(ids, attention_mask=mask).last_hidden_state.detach()
+
+    ours, plain = run(swapped(model, "flash", layers=layers), mask), run(model, mask)
+    exact = run(copy.deepcopy(model).double(), mask.double())
+    assert_as_accurate(ours, plain, exact, terms=TERMS)
+    assert (plain - run(model, torch.where(mask < -100, mask, 0.0))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("argument", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(8))])
+def test_arguments_that_no_kind_applies_are_refused(argument: str, value: Any) -> None:
+    model = swapped(build("bert"), "flash")
+    with pytest.raises(ValueError, match=f"BertSelfAttention passes '{argument}', which no attention of hf_attnkit"):
+        model(**batch(model), **{argument: value})
+
+
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("name", [*EXACT, *LONG])
 def test_packed_sequences(name: str, family: str) -> None:

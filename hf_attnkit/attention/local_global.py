@@ -84,8 +84,9 @@ def attention(
         marked = global_attention_mask.bool()
         allowed = allowed | marked[:, None, None, :] | marked[:, None, :, None]
     if num_random_blocks:
-        query_block = mask.query_position // block_size
-        key_block = mask.key_position // block_size
+        first = _first_token(mask)
+        query_block = (mask.query_position - first).clamp(min=0) // block_size
+        key_block = (mask.key_position - first).clamp(min=0) // block_size
         chosen = _random_blocks(int(query_block.max()) + 1, num_random_blocks, seed).to(key.device)
         # Keys beyond the last query (empty cache slots) lie in no chosen block.
         inside = key_block.clamp(max=chosen.shape[1] - 1)

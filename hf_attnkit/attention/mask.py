@@ -89,8 +89,8 @@ class Mask:
     """Which keys each query may see. Shapes: B may be 1 where all rows of the batch agree.
 
     Attributes:
-        query_position: `(B, Q)`, integer; consecutive along Q unless `dense` is set.
-        key_position: `(B, K)`, integer, consecutive along K.
+        query_position: `(B, Q)`, integer; consecutive along Q, and equal in all rows, unless `dense` is set.
+        key_position: `(B, K)`, integer, consecutive along K, equal in all rows.
         is_causal: hide keys whose position is after the query's.
         key_visible: `(B, K)` bool, False for padding; `None` when every key is real.
         dense: `(B, 1 or H, Q, K)` bool, True = may attend; complete, so causality is not added.

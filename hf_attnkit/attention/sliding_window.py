@@ -91,5 +91,5 @@ def _banded(
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
     weights = F.dropout(weights.masked_fill(~visible, 0.0).to(dtype), dropout)
     output = weights.view(batch, num_groups, num_blocks, -1, band) @ bands(value)
-    output = output.view(batch, num_groups, num_blocks, -1, block, head_dim).transpose(2, 3)
-    return output.reshape(batch, num_heads, num_blocks * block, head_dim)[:, :, :q_length]
+    output = output.view(batch, num_groups, num_blocks, -1, block, value.shape[-1]).transpose(2, 3)
+    return output.reshape(batch, num_heads, num_blocks * block, -1)[:, :, :q_length]

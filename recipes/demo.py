@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 from glue_run import show
 from heat_map import draw_importance
-from rich.console import Console
 from rich.table import Table
 
 RECIPES = Path(__file__).parent
@@ -38,16 +38,19 @@ def minilm() -> Path:
 
 def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
     """Run a recipe under `accelerate launch` and return its results; prints the command."""
-    command = [
-        *("accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"),
-        *("--dynamo_backend", "no", str(RECIPES / script)),
-        *("--model_name_or_path", str(model), "--task_name", "demo", "--output_dir", str(output)),
-        *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_length", "32"),
-        *("--save_strategy", "no", "--report_to", "none", "--log_level", "warning", "--logging_steps", "20"),
+    # accelerate gives a process one thread unless told otherwise, and explains each default it takes.
+    launch = [
+        *("launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"),
+        *("--dynamo_backend", "no", "--num_cpu_threads_per_process", str(os.cpu_count())),
+    ]
+    recipe = [
+        *(str(RECIPES / script), "--model_name_or_path", str(model), "--task_name", "demo"),
+        *("--output_dir", str(output), "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64"),
+        *("--max_length", "32", "--save_strategy", "no", "--report_to", "none", "--log_level", "warning"),
         *arguments,
     ]
-    Console().print(f"\n[bold]{shlex.join(['accelerate', 'launch', script, *command[9:]])}[/bold]", soft_wrap=True)
-    subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]], check=True)
+    print(f"\n$ accelerate launch {shlex.join(recipe)}", flush=True)
+    subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *recipe], check=True)
     return json.loads((output / "results.json").read_text())
 
 

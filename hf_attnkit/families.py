@@ -262,8 +262,10 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
     from them; all else goes into `per_layer_config`.
     """
     family, config = family_of(model), copy.deepcopy(model.config)
+    others = _other_overrides(config)
     config.per_layer_config = None
-    config.__dict__.pop("allow_global_per_layer_attribute_access", None)
+    if not others:
+        config.__dict__.pop("allow_global_per_layer_attribute_access", None)
     base_heads = config.num_attention_heads
     config.head_dim = attention_layers(model)[0].head_dim
     if not family.has_key_value_heads and not hasattr(config, "num_key_value_heads"):
@@ -273,15 +275,28 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
     uniform = all(pair == heads[0] for pair in heads)
     if uniform and num_heads == base_heads:
         config.num_key_value_heads = num_key_value_heads
+        config.per_layer_config = others or None
         return config
     if uniform and family.has_key_value_heads and _accepts(config, num_heads, num_key_value_heads):
+        config.per_layer_config = others or None
         return config
     config.per_layer_config = {
-        index: {"num_attention_heads": n, "num_key_value_heads": kv} for index, (n, kv) in enumerate(heads)
+        index: others.get(index, {}) | {"num_attention_heads": n, "num_key_value_heads": kv}
+        for index, (n, kv) in enumerate(heads)
     }
     # The stock classes read the global numbers once while they build the model.
     config.allow_global_per_layer_attribute_access = True
     return config
+
+
+def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
+    """What `per_layer_config` says about other things than heads."""
+    saved = config.to_dict().get("per_layer_config") or {}
+    overrides = {
+        int(index): {k: v for k, v in layer.items() if k not in ("num_attention_heads", "num_key_value_heads")}
+        for index, layer in saved.items()
+    }
+    return {index: layer for index, layer in overrides.items() if layer}
 
 
 def _accepts(config: PreTrainedConfig, num_heads: int, num_key_value_heads: int) -> bool:

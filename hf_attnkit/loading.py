@@ -26,7 +26,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 
 def load_pretrained(
     pretrained_model_name_or_path: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any
-) -> PreTrainedModel:
+) -> Any:
     """Load any checkpoint, also one whose heads or attention hf_attnkit changed.
 
     Args:
@@ -36,7 +36,8 @@ def load_pretrained(
         kwargs: those of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
 
     Returns:
-        The model, an instance of Transformers' own class.
+        The model, an instance of Transformers' own class; with `output_loading_info=True`, the
+        model and that information, as `from_pretrained` does.
 
     Raises:
         ValueError: if no class can be found, the checkpoint's attention was swapped and another
@@ -44,25 +45,31 @@ def load_pretrained(
         OSError: if there is no such checkpoint.
     """
     located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    config = kwargs.get("config") or AutoConfig.from_pretrained(pretrained_model_name_or_path, **located)
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
     swapped = getattr(config, "hf_attnkit", None) is not None
-    if swapped and kwargs.get("attn_implementation", NAME) != NAME:
+    if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
             f"this checkpoint's attention was swapped, so attn_implementation={kwargs['attn_implementation']!r} "
             "contradicts it; leave it out, and call hf_attnkit.restore_attention(model) after loading"
         )
     model_class = _model_class(config, auto_class)
     try:
-        model = _sized(model_class).from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model, info = _sized(model_class).from_pretrained(
+            pretrained_model_name_or_path, **(kwargs | {"output_loading_info": True})
+        )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(
-            f"the weights in {str(pretrained_model_name_or_path)!r} do not have the sizes that the config asks for "
-            f"({_describe(config)}); Transformers' report above lists them. Correct the config, or for another number "
-            "of labels pass ignore_mismatched_sizes=True"
+            f"the weights in {str(pretrained_model_name_or_path)!r} do not have the sizes that the config asks for; "
+            "Transformers' report above lists them. Where it lists attention projections, the config's numbers of "
+            f"heads are wrong ({_describe(config)}): correct them. Where it lists the classifier, pass "
+            "ignore_mismatched_sizes=True to start it anew"
         ) from error
     model.__class__ = model_class
+    _require_attention_weights(model, info)
     if config.model_type in families.FAMILIES:
         layers = families.attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
@@ -70,7 +77,22 @@ def load_pretrained(
     if swapped:
         model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
         install_saved(model)
-    return model
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise `ValueError` if `ignore_mismatched_sizes=True` left attention projections at random."""
+    if model.config.model_type not in families.FAMILIES:
+        return
+    family = families.FAMILIES[model.config.model_type]
+    paths = [getattr(family, name) for name in ("query", "key", "value", "output")]
+    lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    lost = sorted(key for key in lost if any(f".{path}." in key for path in paths))
+    if lost:
+        raise ValueError(
+            f"{len(lost)} attention projections, {lost[0]!r} among them, do not have the sizes that the config asks "
+            f"for ({_describe(model.config)}) and would be random; correct the config's numbers of heads"
+        )
 
 
 def _describe(config: PreTrainedConfig) -> str:

@@ -11,7 +11,6 @@ does not know that name, refuses the checkpoint instead of running other attenti
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .attention.mask import Mask
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
-from .change import replace_config, require_grouping
+from .change import replace_config, require_consistent, require_grouping
 from .families import AttentionLayer, attention_layers, in_range
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
@@ -65,10 +64,10 @@ def swap_attention(
     kinds = _plan(model, model_layers, implementation, layers, options)
     for index, kind in kinds.items():
         check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+    require_consistent(model, model_layers)
     base = model.config._attn_implementation
-    current = _current(model)
-    if current is not None:
-        base = current["base"]
+    if is_swapped(model):
+        base = model.config.hf_attnkit["base"]
     elif base not in STOCK and len(kinds) < len(model_layers):
         raise ValueError(
             f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
@@ -95,15 +94,15 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             the model has by now.
     """
     model_layers = attention_layers(model)
-    current = _current(model)
-    if current is None:
+    if not is_swapped(model):
         raise ValueError(
             f"{type(model).__name__} has no swapped attention to restore "
             f"(it runs {model.config._attn_implementation!r})"
         )
     heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
-    require_grouping(model, heads, [current["base"]] * len(heads))
-    model.set_attn_implementation(current["base"])
+    base = model.config.hf_attnkit["base"]
+    require_grouping(model, heads, [base] * len(heads))
+    model.set_attn_implementation(base)
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
@@ -127,21 +126,16 @@ def install_saved(model: PreTrainedModel) -> None:
     _install(model, model_layers, saved["base"], kinds)
 
 
+def is_swapped(model: PreTrainedModel) -> bool:
+    """Whether the config says that some layers run one of our implementations."""
+    return getattr(model.config, "hf_attnkit", None) is not None
+
+
 def saved_kind(model: PreTrainedModel, index: int) -> str:
     """Name of the implementation that the config gives to a layer."""
-    current = _current(model)
-    if current is None:
+    if not is_swapped(model):
         return model.config._attn_implementation
-    return current["layers"].get(str(index), [current["base"]])[0]
-
-
-def is_swapped(model: PreTrainedModel) -> bool:
-    """Whether any layer runs one of our implementations."""
-    return _current(model) is not None
-
-
-def _current(model: PreTrainedModel) -> dict[str, Any] | None:
-    return getattr(model.config, "hf_attnkit", None)
+    return model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
 
 
 def _plan(
@@ -183,12 +177,13 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
     config, old_config = model.config, dict(model.config.__dict__)
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
-    saved = copy.deepcopy(_current(model)) or {"base": base, "layers": {}}
-    saved["layers"].update({str(index): [kind.name, kind.options] for index, kind in kinds.items()})
+    saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
             setattr(layer.module, ATTRIBUTE, kind)
+            if kind.name in IMPLEMENTATIONS:
+                saved["layers"][str(layer.index)] = [kind.name, kind.options]
         config.hf_attnkit = saved
         config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
         model.set_attn_implementation(NAME)

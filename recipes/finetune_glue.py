@@ -3,7 +3,7 @@
     accelerate launch recipes/finetune_glue.py --model_name_or_path bert-base-uncased --task_name cola \\
         --learning_rate 3e-5 --num_train_epochs 3 --per_device_train_batch_size 32 --output_dir outputs/cola
 
-Loads any checkpoint that hf_attnkit.load_pretrained loads. Writes the model and results.json (one
+Loads any checkpoint of a supported family, also one that hf_attnkit changed. Writes the model and results.json (one
 stage, "baseline": what the other recipes start from) into --output_dir.
 """
 

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from glue_data import load_glue
 from glue_metric import GlueMetric
 from glue_tasks import Task, get_task
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -104,6 +106,9 @@ class GlueRun:
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
+        checkpoint = training.resume_from_checkpoint
+        if checkpoint is not None and not Path(checkpoint).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder; name one such as .../checkpoint-500")
         self.task = get_task(arguments.task_name)
         data = load_glue(arguments.task_name, arguments.data_dir)
         set_seed(training.seed)
@@ -111,6 +116,7 @@ class GlueRun:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.label_ids = list(range(self.task.num_labels))  # GLUE's class id -> the model's
         self.model = self._load_model()
         with training.main_process_first(desc="tokenizing"):
             self.train_data = self._tokenized(data["train"], arguments.max_train_samples)
@@ -120,13 +126,17 @@ class GlueRun:
         self.stages: list[dict[str, Any]] = []
 
     def _load_model(self) -> PreTrainedModel:
-        labels = self.task.label_names
+        path, names = self.arguments.model_name_or_path, self.task.label_names
+        own = AutoConfig.from_pretrained(path).label2id or {}
         options: dict[str, Any] = {"num_labels": self.task.num_labels}
-        if labels:
-            options["id2label"] = dict(enumerate(labels))
-            options["label2id"] = {name: index for index, name in enumerate(labels)}
-        path = self.arguments.model_name_or_path
+        if names and set(own) == set(names):
+            # A checkpoint of this task that numbers the classes its own way keeps doing so.
+            self.label_ids = [own[name] for name in names]
+        elif names:
+            options["id2label"] = dict(enumerate(names))
+            options["label2id"] = {name: index for index, name in enumerate(names)}
         model = hf_attnkit.load_pretrained(path, AutoModelForSequenceClassification, **options)
+        attention_layers(model)  # refuses a family that cannot be reported on before hours of training
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -134,10 +144,16 @@ class GlueRun:
     def _tokenized(self, split: Any, limit: int | None) -> Any:
         split = split if limit is None else split.select(range(min(limit, len(split))))
         columns, tokenizer, max_length = self.task.text_columns, self.tokenizer, self.arguments.max_length
+        label_ids = None if self.task.is_regression else self.label_ids
+
+        def encode(rows: dict[str, list]) -> dict[str, Any]:
+            encoded = dict(tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length))
+            return encoded | {"labels": [label_ids[label] if label_ids else label for label in rows["label"]]}
+
         return split.map(
-            lambda rows: tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length),
+            encode,
             batched=True,
-            remove_columns=[column for column in split.column_names if column != "label"],
+            remove_columns=split.column_names,
             desc="tokenizing",
         )
 
@@ -160,8 +176,12 @@ class GlueRun:
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        answers = logits.squeeze(-1) if self.task.is_regression else logits.argmax(-1)
-        return GlueMetric(self.task.name).compute(predictions=answers, references=prediction.label_ids)
+        if self.task.is_regression:
+            answers, references = logits.squeeze(-1), prediction.label_ids
+        else:
+            glue_ids = np.argsort(self.label_ids)  # the model's class id -> GLUE's
+            answers, references = glue_ids[logits.argmax(-1)], glue_ids[prediction.label_ids]
+        return GlueMetric(self.task.name).compute(predictions=answers, references=references)
 
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model on the dev set(s) and add a stage: "baseline", "changed" or "recovered"."""
@@ -191,8 +211,10 @@ class GlueRun:
         """Fine-tune on the training split; returns what `Trainer` measured, or nothing where it was left out."""
         if not self.training.do_train:
             return {}
-        result = self._trainer().train(resume_from_checkpoint=self.training.resume_from_checkpoint)
-        return {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
+        checkpoint = self.training.resume_from_checkpoint
+        result = self._trainer().train(resume_from_checkpoint=checkpoint)
+        facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
+        return facts | ({"resumed_from": checkpoint} if checkpoint else {})
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""

@@ -55,12 +55,18 @@ def main() -> None:
     if pruning.score_samples < 1:
         raise ValueError(f"--score_samples {pruning.score_samples} must be at least 1")
     options = parse_options(pruning.importance_options)
+    if pruning.importance == "random":
+        options.setdefault("seed", training.seed)
     check_method(pruning.importance, options)
     run = GlueRun(arguments, training)
     groups = [layer.num_key_value_heads for layer in attention_layers(run.model)]
     # A fraction that cannot be removed is refused before the first evaluation, which may take long.
     any_scores = hf_attnkit.head_importance(run.model, method="random")
-    hf_attnkit.select_heads(any_scores, fraction=pruning.prune_fraction, num_key_value_heads=groups)
+    if not hf_attnkit.select_heads(any_scores, fraction=pruning.prune_fraction, num_key_value_heads=groups):
+        raise ValueError(
+            f"--prune_fraction {pruning.prune_fraction} removes no head: it is less than one head (or one group, where "
+            "heads share keys and values); ask for more"
+        )
     run.model.to(training.device)
     run.evaluate("baseline")
 

@@ -130,15 +130,19 @@ def attention_forward(
         observer(module, query, key, value, mask, scaling)
 
     if kind.name not in IMPLEMENTATIONS:
-        return _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
-    implementation = IMPLEMENTATIONS[kind.name]
-    per_call = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
-    output, weights = implementation.attention(
-        query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **per_call
-    )
-    if weights is None and kwargs.get("output_attentions"):
+        output, weights = _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
+    else:
+        implementation = IMPLEMENTATIONS[kind.name]
+        per_call = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+        output, weights = implementation.attention(
+            query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **per_call
+        )
+        output = output.transpose(1, 2).contiguous()
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    if weights is None and wanted:
+        # Transformers would leave this layer out of the tuple, and the others would take its place.
         raise ValueError(f"attention {kind.name!r} forms no attention weights; for output_attentions swap to 'mha'")
-    return output.transpose(1, 2).contiguous(), weights
+    return output, weights
 
 
 def _run_stock(

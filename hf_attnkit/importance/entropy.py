@@ -65,15 +65,15 @@ def attention_entropy(
         visible = attention_mask.bool()
     mask = Mask.aligned(query.shape[2], key.shape[2], is_causal=is_causal, key_visible=visible, device=query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return masked_entropy(query, key, mask, scaling, normalize)
+    return masked_entropy(query, key, mask, scaling, normalize)[0]
 
 
-def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> Tensor:
-    """`attention_entropy` under a `Mask`."""
+def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """`attention_entropy` under a `Mask`, and the number of keys that each query sees, `(B, 1 or H, Q)`."""
     batch, num_heads, q_length, head_dim = query.shape
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     keys = key.to(dtype).transpose(-1, -2)
-    blocks = []
+    blocks, counts = [], []
     for start in range(0, q_length, BLOCK):
         queries = slice(start, min(start + BLOCK, q_length))
         stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
@@ -85,13 +85,22 @@ def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, norma
             scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
             count = visible.sum(-1)
         else:
-            count = torch.full((1, 1, 1), key.shape[2], device=key.device)
+            count = torch.full((1, 1, scores.shape[2]), key.shape[2], device=key.device)
+        counts.append(count.expand(-1, -1, scores.shape[2]))
         logsumexp = scores.logsumexp(-1)
         weights = torch.exp(scores - logsumexp[..., None])
         entropy = logsumexp - (weights * scores).sum(-1)
         entropy = entropy.masked_fill(count <= 1, 0.0).clamp(min=0.0)
         blocks.append(entropy / count.clamp(min=2).log() if normalize else entropy)
-    return torch.cat(blocks, dim=-1)
+    return torch.cat(blocks, dim=-1), torch.cat(counts, dim=-1)
+
+
+def check(*, direction: str = "focused", normalize: bool = True) -> None:
+    """Raises `ValueError` for an unknown direction or a `normalize` that is no bool."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r} is unknown; it must be one of {', '.join(DIRECTIONS)}")
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize={normalize!r} must be True or False")
 
 
 def score(
@@ -114,34 +123,33 @@ def score(
     Returns:
         For each layer `(num_heads,)`, float32; nats if not normalised, else a fraction.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown; it must be one of {', '.join(DIRECTIONS)}")
     totals = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
     counts = [0.0] * len(layers)
     indices = {id(layer.module): position for position, layer in enumerate(layers)}
 
     def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         position = indices[id(module)]
-        entropy = masked_entropy(query, key, mask, scaling, normalize)
-        real = _real_queries(mask, query, normalize)
+        entropy, visible_keys = masked_entropy(query, key, mask, scaling, normalize)
+        real = (visible_keys[:, :1] >= (2 if normalize else 1)).float()
+        own = _own_key_visible(mask)
+        real = real if own is None else real * own
         totals[position] += (entropy * real).sum((0, 2)).double().cpu()
         counts[position] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
 
     observe_attention(model, batches, observe, description="entropy")
+    if not all(counts):
+        raise ValueError(
+            "no query of the batches sees enough keys to have an entropy; give sequences of at least two tokens"
+        )
     sign = 1.0 if direction == "diffuse" else -1.0
-    return [sign * (total / max(count, 1.0)).float() for total, count in zip(totals, counts, strict=True)]
+    return [sign * (total / count).float() for total, count in zip(totals, counts, strict=True)]
 
 
-def _real_queries(mask: Mask, query: Tensor, normalize: bool) -> Tensor:
-    """`(B, 1, Q)` float, 1 for queries that count.
+def _own_key_visible(mask: Mask) -> Tensor | None:
+    """`(B, 1, Q)` bool, False for padding, or `None` if there is none.
 
     Queries and keys are the same tokens here, so a query is padding where its own key is hidden.
     """
-    visible = mask.visible()
-    if visible is None:
-        return torch.ones(1, 1, query.shape[2], device=query.device)
-    own = visible.expand(-1, visible.shape[1], query.shape[2], -1).diagonal(dim1=-2, dim2=-1)[:, :1]
-    if mask.key_visible is not None:
-        own = mask.key_visible[:, None]
-    least = 2 if normalize else 1
-    return (own & (visible.sum(-1)[:, :1] >= least)).float()
+    if mask.dense is not None:
+        return mask.dense.expand(-1, -1, mask.key_position.shape[1], -1).diagonal(dim1=-2, dim2=-1)[:, :1]
+    return None if mask.key_visible is None else mask.key_visible[:, None]

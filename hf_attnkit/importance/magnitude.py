@@ -13,6 +13,10 @@ from ..families import AttentionLayer
 NEEDS_BATCHES = False
 
 
+def check() -> None:
+    """No options."""
+
+
 def score(
     model: PreTrainedModel, layers: list[AttentionLayer], batches: Iterable[Mapping[str, Any]] | None
 ) -> list[Tensor]:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
+from ..change import require_consistent
 from ..families import attention_layers
 from ..swap import STOCK, is_swapped
 
@@ -22,11 +23,12 @@ def visible_attention(model: PreTrainedModel) -> Iterator[None]:
 
     Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are stood in for by SDPA.
     """
+    layers = attention_layers(model)
+    require_consistent(model, layers)
     if is_swapped(model):
         yield
         return
     before = model.config._attn_implementation
-    layers = attention_layers(model)
     try:
         for layer in layers:
             setattr(layer.module, ATTRIBUTE, Kind(before if before in STOCK else "sdpa"))

@@ -15,6 +15,12 @@ from ..families import AttentionLayer
 NEEDS_BATCHES = False
 
 
+def check(*, seed: int = 0) -> None:
+    """Raises `ValueError` unless `seed` is an integer of at least 0."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed={seed!r} must be an integer of at least 0")
+
+
 def score(
     model: PreTrainedModel,
     layers: list[AttentionLayer],

@@ -15,7 +15,8 @@ from ..families import editable_layers
 from . import entropy, magnitude, random
 
 # method -> module with `score(model, layers, batches, **options)`: a list of `(num_heads,)` per layer,
-# higher = keep; `NEEDS_BATCHES = False` where it looks at no data.
+# higher = keep, and `check(**options)`, whose keywords are the options; `NEEDS_BATCHES = False` where it
+# looks at no data.
 METHODS: dict[str, ModuleType] = {
     "entropy": entropy,
     "magnitude": magnitude,
@@ -61,11 +62,12 @@ def head_importance(
 
 
 def check_method(method: str, options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an unknown method, or an option that it does not have."""
+    """Raise `ValueError` for an unknown method, an option that it does not have, or a bad value of one."""
     if method not in METHODS:
         raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
-    known = list(inspect.signature(METHODS[method].score).parameters)[3:]
+    known = list(inspect.signature(METHODS[method].check).parameters)
     unknown = [name for name in options if name not in known]
     if unknown:
         takes = ", ".join(known) if known else "no options"
         raise ValueError(f"importance method {method!r} has no option {', '.join(unknown)}; it takes {takes}")
+    METHODS[method].check(**options)

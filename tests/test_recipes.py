@@ -171,6 +171,8 @@ BAD = [
     (uptrain_gqa_glue, ["--num_key_value_heads", "3"], "num_key_value_heads=3"),
     (prune_heads_glue, ["--prune_fraction", "1.5"], "prune_fraction 1.5"),
     (prune_heads_glue, ["--prune_fraction", "0.9"], "cannot be removed"),
+    (prune_heads_glue, ["--prune_fraction", "0.05"], "prune_fraction 0.05 removes no head"),
+    (finetune_glue, ["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint nowhere"),
     (prune_heads_glue, ["--prune_fraction", "0.5", "--score_samples", "0"], "score_samples 0"),
     (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "seed"], "name=value"),
     (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "speed=1"], "no option speed"),
@@ -204,3 +206,30 @@ def test_options_are_read() -> None:
     assert parse_options(["seed=-1", "direction=focused", "normalize=false"]) == {
         "seed": -1, "direction": "focused", "normalize": False,
     }  # fmt: skip
+
+
+def test_a_checkpoint_that_numbers_its_classes_otherwise_is_measured_right(
+    checkpoint, tokenizer, tmp_path, monkeypatch
+) -> None:
+    first = run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path / "a"))
+    model = hf_attnkit.load_pretrained(tmp_path / "a")
+    head = model.score if hasattr(model, "score") else model.classifier
+    with torch.no_grad():
+        head.weight.copy_(head.weight.flip(0))
+        if head.bias is not None:
+            head.bias.copy_(head.bias.flip(0))
+    model.config.id2label = {0: "acceptable", 1: "unacceptable"}
+    model.config.label2id = {"acceptable": 0, "unacceptable": 1}
+    model.save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    second = run(finetune_glue, monkeypatch, flags(tmp_path / "b", tmp_path / "c", "--do_eval"))
+    assert second["stages"][0]["metrics"] == first["stages"][0]["metrics"]
+    assert hf_attnkit.load_pretrained(tmp_path / "c").config.label2id["acceptable"] == 0
+
+
+@pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
+def test_random_pruning_follows_the_seed(checkpoint, tmp_path, monkeypatch) -> None:
+    more = ("--prune_fraction", "0.5", "--importance", "random", "--do_eval", "--seed")
+    runs = [run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / s, *more, s)) for s in ("1", "2")]
+    assert runs[0]["removed"] != runs[1]["removed"]
+    assert [result["importance_options"] for result in runs] == [{"seed": 1}, {"seed": 2}]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import families, surgery
 from .attention.registry import ATTRIBUTE, NAME, Kind
@@ -26,28 +27,21 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
     running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
     require_grouping(model, heads, running)
     config = families.with_heads(model, heads)
-    old_config = dict(model.config.__dict__)
+    old_states = [(owner, dict(owner.__dict__)) for owner in (model.config, *(layer.module for layer in layers))]
     undo: list[Edit] = []
-    attributes: list[tuple[Any, dict[str, Any]]] = []
     try:
         for edit in edits:
             undo.append(surgery.present(edit.linear))  # before, so that nothing is lost if `apply` stops halfway
             surgery.apply(edit)
         for layer, (num_heads, num_key_value_heads) in zip(layers, heads, strict=True):
-            before = families.set_attributes(layer.module, num_heads, num_key_value_heads, layer.head_dim)
-            attributes.append((layer.module, before))
-        replace_config(model.config, config.__dict__)
+            families.set_attributes(layer.module, num_heads, num_key_value_heads, layer.head_dim)
+        replace_state(model.config, config.__dict__)
         after = families.editable_layers(model)
         if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != list(heads):
             raise ValueError("the config did not take the new numbers of heads; the model is unchanged")
     except BaseException:
-        replace_config(model.config, old_config)
-        for module, before in attributes:
-            for name, value in before.items():
-                if value is None:
-                    delattr(module, name)
-                else:
-                    setattr(module, name, value)
+        for owner, state in old_states:
+            replace_state(owner, state)
         for edit in undo:
             surgery.apply(edit)
         raise
@@ -59,7 +53,7 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[families.Attenti
     Transformers' own functions bring that about: `set_attn_implementation` after a swap, or plain
     `from_pretrained` of a swapped checkpoint.
     """
-    if getattr(model.config, "hf_attnkit", None) is None:
+    if not is_swapped(model):
         return
     running = model.config._attn_implementation
     if running != NAME:
@@ -92,8 +86,25 @@ def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], i
         )
 
 
-def replace_config(config: PreTrainedConfig, state: dict[str, Any]) -> None:
-    """Give the same config object another content; model and modules share it by reference."""
+def replace_state(owner: Any, state: dict[str, Any]) -> None:
+    """Give the same object (a config, a module) other attributes; others hold it by reference."""
     state = dict(state)
-    config.__dict__.clear()
-    config.__dict__.update(state)
+    owner.__dict__.clear()
+    owner.__dict__.update(state)
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in evaluation mode for a while, then each in the mode that it had."""
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def is_swapped(model: PreTrainedModel) -> bool:
+    """Whether the config says that some layers run one of our implementations."""
+    return getattr(model.config, "hf_attnkit", None) is not None

@@ -2,7 +2,7 @@
 
 A family says where a layer keeps its query, key, value and output projections. Numbers of heads are
 read from the config (Transformers' own fields, `per_layer_config` where layers differ) and checked
-against the weights; `write_heads` is the only place that changes them.
+against the weights; `with_heads` and `set_attributes` are the only places that write them.
 """
 
 from __future__ import annotations
@@ -234,18 +234,15 @@ def _attributes(num_heads: int, num_key_value_heads: int, head_dim: int) -> dict
     }
 
 
-def set_attributes(module: nn.Module, num_heads: int, num_key_value_heads: int, head_dim: int) -> dict[str, Any]:
-    """Write the numbers of heads onto an attention module; returns what was there, `None` if absent.
+def set_attributes(module: nn.Module, num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
+    """Write the numbers of heads onto an attention module.
 
     `num_key_value_groups` is written even where the class has none (BERT): Transformers' SDPA and
     flash attention read it to group heads.
     """
-    before = {}
     for name, value in _attributes(num_heads, num_key_value_heads, head_dim).items():
         if hasattr(module, name) or name == "num_key_value_groups":
-            before[name] = getattr(module, name, None)
             setattr(module, name, value)
-    return before
 
 
 def config_heads(config: PreTrainedConfig, index: int) -> tuple[int, int]:

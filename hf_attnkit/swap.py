@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .attention.mask import Mask
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
-from .change import replace_config, require_consistent, require_grouping
+from .change import evaluation_mode, is_swapped, replace_state, require_consistent, require_grouping
 from .families import AttentionLayer, attention_layers, in_range
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
@@ -107,7 +107,8 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
     del model.config.hf_attnkit
-    del model.config.attn_implementation
+    # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+    model.config.__dict__.pop("attn_implementation", None)
     return model
 
 
@@ -124,11 +125,6 @@ def install_saved(model: PreTrainedModel) -> None:
         in_range(index, len(model_layers), "layer")
         check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
     _install(model, model_layers, saved["base"], kinds)
-
-
-def is_swapped(model: PreTrainedModel) -> bool:
-    """Whether the config says that some layers run one of our implementations."""
-    return getattr(model.config, "hf_attnkit", None) is not None
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
@@ -194,7 +190,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
                 delattr(layer.module, ATTRIBUTE)
-        replace_config(config, old_config)
+        replace_state(config, old_config)
         raise
 
 
@@ -211,15 +207,9 @@ def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         called.add(id(module))
 
-    was_training = {module: module.training for module in model.modules()}
     tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
-    try:
-        model.eval()
-        with torch.no_grad(), observe(note):
-            model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with torch.no_grad(), evaluation_mode(model), observe(note):
+        model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     missing = [layer.index for layer in swapped if id(layer.module) not in called]
     if missing:
         raise ValueError(

@@ -160,7 +160,7 @@ class GlueRun:
     def training_batches(self, num_samples: int) -> Iterable[Mapping[str, Any]]:
         """Batches of the first `num_samples` training sentences, for scoring or calibration."""
         rows = self.train_data.select(range(min(num_samples, len(self.train_data))))
-        return DataLoader(rows, self.training.per_device_eval_batch_size, collate_fn=self.collator)  # type: ignore[arg-type]
+        return DataLoader(rows, self.training.per_device_eval_batch_size, collate_fn=self.collator)
 
     def _trainer(self) -> Trainer:
         # A new one each time: an optimizer made before a change of heads holds the old parameters.
@@ -216,7 +216,7 @@ class GlueRun:
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
         return facts | ({"resumed_from": checkpoint} if checkpoint else {})
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
+    def finish(self, **facts: Any) -> None:
         """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
         trainer = self._trainer()
         trainer.save_model(str(self.output))
@@ -235,7 +235,6 @@ class GlueRun:
             write_json(self.output / "results.json", results)
             print_stages(results)
         trainer.accelerator.end_training()
-        return results
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -256,7 +255,7 @@ def print_stages(results: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     for stage in stages:
         table.add_row(
-            " ".join([stage["stage"], stage.get("label", "")]).strip(),
+            stage["stage"],
             *(f"{stage['metrics'][name]:.4f}" for name in metrics),
             _heads(stage["num_heads"]),
             _heads(stage["num_key_value_heads"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CLASSES, batch, build, outputs
+from models import CLASSES, aligned, batch, build, outputs
 from unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, head_importance, load_pretrained, prune_heads, restore_attention, swap_attention
@@ -39,6 +39,10 @@ def test_after_a_plain_load(call, implementation: dict, tmp_path: Path) -> None:
     model = CLASSES["bert"]["base"].from_pretrained(tmp_path, **implementation)
     with unchanged(model), pytest.raises(ValueError, match=r"load_pretrained|restore_attention"):
         call(model, batch(model))
+    restore_attention(model)  # the remedy that the message names
+    assert "hf_attnkit" not in model.config.to_json_string()
+    assert torch.equal(outputs(aligned(model), batch(model)), outputs(build("bert"), batch(model)))
+    call(model, batch(model))
 
 
 def test_config_names_exactly_the_kinds_on_the_modules() -> None:

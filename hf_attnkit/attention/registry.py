@@ -8,7 +8,7 @@ different kinds need one name; which kind a layer runs stands on its attention m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -68,19 +68,27 @@ def check_kind(kind: Kind, num_heads: int, num_key_value_heads: int) -> None:
     """
     if kind.name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {kind.name!r}; available: {', '.join(IMPLEMENTATIONS)}")
-    check = IMPLEMENTATIONS[kind.name].check
-    parameters = list(inspect.signature(check).parameters.values())[2:]
+    check_options(
+        f"attention {kind.name!r}", IMPLEMENTATIONS[kind.name].check, kind.options, num_heads, num_key_value_heads
+    )
+
+
+def check_options(what: str, check: Callable[..., None], options: Mapping[str, Any], *facts: int) -> None:
+    """Call `check(*facts, **options)`, whose keywords are the options that `what` has.
+
+    Raises:
+        ValueError: for an unknown or missing option, and what `check` itself refuses.
+    """
+    parameters = list(inspect.signature(check).parameters.values())[len(facts) :]
     known = [parameter.name for parameter in parameters]
-    unknown = [name for name in kind.options if name not in known]
+    unknown = [name for name in options if name not in known]
     if unknown:
         takes = ", ".join(known) if known else "no options"
-        raise ValueError(f"attention {kind.name!r} has no option {', '.join(unknown)}; it takes {takes}")
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in kind.options]
+        raise ValueError(f"{what} has no option {', '.join(map(str, unknown))}; it takes {takes}")
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in options]
     if required:
-        raise ValueError(
-            f"attention {kind.name!r} needs the option {', '.join(required)}, for example {required[0]}=64"
-        )
-    check(num_heads, num_key_value_heads, **kind.options)
+        raise ValueError(f"{what} needs the option {', '.join(required)}, for example {required[0]}=64")
+    check(*facts, **options)
 
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]

@@ -121,7 +121,7 @@ def score(
             causal positions compare; a query that sees one key only counts nothing then.
 
     Returns:
-        For each layer `(num_heads,)`, float32; nats if not normalised, else a fraction.
+        For each layer `(num_heads,)`, float32: nats, or a fraction if normalised; negated for "focused".
     """
     totals = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
     counts = [0.0] * len(layers)

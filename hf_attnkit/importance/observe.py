@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
-from ..change import require_consistent
+from ..change import evaluation_mode, is_swapped, require_consistent
 from ..families import attention_layers
-from ..swap import STOCK, is_swapped
+from ..swap import STOCK
 
 
 @contextmanager
@@ -49,18 +49,12 @@ def observe_attention(
     Raises:
         ValueError: if `batches` is empty, or a batch is no mapping.
     """
-    was_training = {module: module.training for module in model.modules()}
     device = model.get_input_embeddings().weight.device
     seen = 0
-    try:
-        model.eval()
-        with torch.no_grad(), visible_attention(model), observe(observer):
-            for batch in tqdm(batches, desc=description, unit="batch"):
-                model(**to_device(batch, device))
-                seen += 1
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    with torch.no_grad(), evaluation_mode(model), visible_attention(model), observe(observer):
+        for batch in tqdm(batches, desc=description, unit="batch"):
+            model(**to_device(batch, device))
+            seen += 1
     if not seen:
         raise ValueError(
             "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"

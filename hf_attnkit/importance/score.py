@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..attention.registry import check_options
 from ..families import editable_layers
 from . import entropy, magnitude, random
 
@@ -65,9 +65,4 @@ def check_method(method: str, options: Mapping[str, Any]) -> None:
     """Raise `ValueError` for an unknown method, an option that it does not have, or a bad value of one."""
     if method not in METHODS:
         raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
-    known = list(inspect.signature(METHODS[method].check).parameters)
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        takes = ", ".join(known) if known else "no options"
-        raise ValueError(f"importance method {method!r} has no option {', '.join(unknown)}; it takes {takes}")
-    METHODS[method].check(**options)
+    check_options(f"importance method {method!r}", METHODS[method].check, options)

@@ -96,7 +96,7 @@ def attention(
     common: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
     if global_attention_mask is not None:
         _check_marks(global_attention_mask, query, key, cache)
-    elif num_random_blocks == 0 and (mask.is_causal or cache is not None):
+    elif mask.is_causal and num_random_blocks == 0:
         # A global query sees no more than the others here: all before it is global too.
         return sliding_window.attention(
             query, key, value, mask, window=window, num_sink_tokens=num_global_tokens, cache=cache, **common

@@ -184,7 +184,7 @@ class Mask:
             start = described[0, 0] ^ (described[0, 0] >> 63)  # the position, also of a hidden key
             inside = (keys - start).clamp(0, described.shape[1] - 1)
             visible = (described[:, inside] >= 0) & (keys >= 0)
-        return cls(queries, keys[None], is_causal and q_length > 1, visible, known_offset=kv_length - q_length)
+        return cls(queries, keys[None], is_causal, visible, known_offset=kv_length - q_length)
 
     @classmethod
     def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
@@ -226,7 +226,8 @@ class Mask:
         if self.dense is not None:
             return self.dense[..., queries if self.dense.shape[-2] > 1 else ALL, keys]
         visible = None if self.key_visible is None else self.key_visible[:, None, None, keys]
-        if self.is_causal:
+        # A single query at the last key has no future to hide.
+        if self.is_causal and not (self.known_offset is not None and self.query_position.shape[1] == 1):
             past = self.distance(queries, keys) >= 0
             visible = past if visible is None else visible & past
         return visible

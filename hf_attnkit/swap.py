@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention.mask import Mask
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
 from .change import evaluation_mode, is_swapped, replace_state, require_consistent, require_grouping
-from .families import AttentionLayer, attention_layers, in_range
+from .families import AttentionLayer, attention_layers, in_range, input_device, probe_inputs
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
 # that can be made from ours.
@@ -40,14 +40,17 @@ def swap_attention(
 ) -> PreTrainedModel:
     """Run another attention implementation in the model's layers.
 
-    The swap is proved by a forward pass over four tokens: if any of the layers did not run its new
-    implementation, the model is put back and an error raised.
+    The swap is proved by a forward pass over four tokens (or an empty image): if any of the layers did
+    not run its new implementation, the model is put back and an error raised.
 
     Args:
         model: a model of a supported family; changed in place.
         implementation: a name of `available_attentions()`, or a mapping `{layer index: name or
             (name, options)}`.
-        layers: with one name, the layers to swap; all by default. Other layers keep what they run.
+        layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
+            need queries and keys of one sequence leave cross-attention out. Other layers keep what
+            they run. Layers are numbered through encoder self-attention, decoder self-attention,
+            decoder cross-attention.
         options: the implementation's options, for example `window=64`; with a mapping they stand in
             the mapping.
 
@@ -63,7 +66,7 @@ def swap_attention(
     model_layers = attention_layers(model)
     kinds = _plan(model, model_layers, implementation, layers, options)
     for index, kind in kinds.items():
-        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+        _check(kind, model_layers[index])
     require_consistent(model, model_layers)
     base = model.config._attn_implementation
     if is_swapped(model):
@@ -106,9 +109,10 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
-    del model.config.hf_attnkit
-    # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
-    model.config.__dict__.pop("attn_implementation", None)
+    for config in _configs(model):
+        config.__dict__.pop("hf_attnkit", None)
+        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+        config.__dict__.pop("attn_implementation", None)
     return model
 
 
@@ -122,8 +126,7 @@ def install_saved(model: PreTrainedModel) -> None:
     saved = model.config.hf_attnkit
     kinds = {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
     for index, kind in kinds.items():
-        in_range(index, len(model_layers), "layer")
-        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+        _check(kind, model_layers[in_range(index, len(model_layers), "layer")])
     _install(model, model_layers, saved["base"], kinds)
 
 
@@ -150,7 +153,7 @@ def _plan(
     else:
         if layers is not None and not isinstance(layers, Iterable):
             raise TypeError(f"layers={layers!r} must be a list of layer numbers")
-        indices = range(len(model_layers)) if layers is None else list(layers)
+        indices = _layers_for(implementation, model_layers) if layers is None else list(layers)
         if isinstance(implementation, str):
             specs = dict.fromkeys(indices, (implementation, options))
         elif options:
@@ -169,9 +172,32 @@ def _plan(
     return kinds
 
 
+def _layers_for(implementation: Spec, model_layers: list[AttentionLayer]) -> list[int]:
+    """All layers, without cross-attention where the implementation needs queries and keys of one sequence."""
+    name = implementation if isinstance(implementation, str) else implementation[0]
+    self_only = hasattr(IMPLEMENTATIONS.get(name), "SELF_ATTENTION_ONLY")
+    return [layer.index for layer in model_layers if not (self_only and layer.is_cross)]
+
+
+def _check(kind: Kind, layer: AttentionLayer) -> None:
+    """Raise `ValueError` if the layer cannot run this kind."""
+    check_kind(kind, layer.num_heads, layer.num_key_value_heads)
+    implementation = IMPLEMENTATIONS[kind.name]
+    if layer.is_cross and hasattr(implementation, "SELF_ATTENTION_ONLY"):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
+            "this layer out, or give it 'mha', 'gqa' or 'flash'"
+        )
+    if layer.position_bias and hasattr(implementation, "NO_SCORES"):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
+            "use another attention for this model"
+        )
+
+
 def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
-    config, old_config = model.config, dict(model.config.__dict__)
+    config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
     saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
@@ -190,14 +216,20 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
                 delattr(layer.module, ATTRIBUTE)
-        replace_state(config, old_config)
+        for each, state in old_configs:
+            replace_state(each, state)
         raise
 
 
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's config and those of its parts; T5's encoder and decoder have copies."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return list(configs.values())
+
+
 def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
-    """Run four tokens through the model and check that each swapped layer ran through `NAME`."""
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":
+    """Run small inputs through the model and check that each swapped layer ran through `NAME`."""
+    if input_device(model).type == "meta":
         raise ValueError(
             "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
             "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
@@ -207,9 +239,8 @@ def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         called.add(id(module))
 
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
     with torch.no_grad(), evaluation_mode(model), observe(note):
-        model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        model.base_model(**probe_inputs(model))
     missing = [layer.index for layer in swapped if id(layer.module) not in called]
     if missing:
         raise ValueError(

@@ -21,6 +21,8 @@ from torch import Tensor
 from .mask import Mask
 
 NEEDS_TRANSFER = True
+SELF_ATTENTION_ONLY = True  # the causal sums take queries and keys of one sequence
+NO_SCORES = True
 CHUNK = 64
 
 

@@ -24,6 +24,7 @@ from . import gqa
 from .mask import Mask
 
 CALL_ARGUMENTS = ("global_attention_mask",)
+SELF_ATTENTION_ONLY = True  # a window is a distance within one sequence
 
 
 def check(

@@ -26,7 +26,9 @@ ATTRIBUTE = "_hf_attnkit_kind"
 
 # name -> module with `attention(query, key, value, mask, *, scaling, dropout, **options)` and
 # `check(num_heads, num_key_value_heads, **options)`; optionally `NEEDS_TRANSFER` (a pretrained softmax
-# model needs training after the swap) and `CALL_ARGUMENTS` (keywords a user may give to `model(...)`).
+# model needs training after the swap), `CALL_ARGUMENTS` (keywords a user may give to `model(...)`),
+# `SELF_ATTENTION_ONLY` (queries and keys must be of one sequence) and `NO_SCORES` (there is nothing to
+# which a model's position bias could be added).
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "mha": mha,
     "gqa": gqa,

@@ -26,6 +26,8 @@ from torch import Tensor
 from . import gqa
 from .mask import Mask
 
+SELF_ATTENTION_ONLY = True  # a window is a distance within one sequence
+
 
 def check(num_heads: int, num_key_value_heads: int, *, window: int) -> None:
     """Raises `ValueError` unless `window` is an integer of at least 1."""

@@ -424,10 +424,7 @@ def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """What `per_layer_config` says about other things than heads."""
     saved = config.to_dict().get("per_layer_config") or {}
     numbers = {"num_attention_heads", "num_key_value_heads", config.attribute_map.get("num_attention_heads")}
-    overrides = {
-        int(index): {k: v for k, v in layer.items() if k not in numbers}
-        for index, layer in saved.items()
-    }
+    overrides = {int(index): {k: v for k, v in layer.items() if k not in numbers} for index, layer in saved.items()}
     return {index: layer for index, layer in overrides.items() if layer}
 
 

@@ -153,7 +153,7 @@ def _plan(
     else:
         if layers is not None and not isinstance(layers, Iterable):
             raise TypeError(f"layers={layers!r} must be a list of layer numbers")
-        indices = _layers_for(implementation, model_layers) if layers is None else list(layers)
+        indices = range(len(model_layers)) if layers is None else list(layers)
         if isinstance(implementation, str):
             specs = dict.fromkeys(indices, (implementation, options))
         elif options:
@@ -168,27 +168,26 @@ def _plan(
         named = (spec, {}) if isinstance(spec, str) else spec
         if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
             raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
-        kinds[index] = Kind(named[0], dict(named[1]))
+        kind = Kind(named[0], dict(named[1]))
+        chosen = layers is not None or isinstance(implementation, Mapping)
+        if chosen or not (model_layers[index].is_cross and _self_attention_only(kind)):
+            kinds[index] = kind
     return kinds
 
 
-def _layers_for(implementation: Spec, model_layers: list[AttentionLayer]) -> list[int]:
-    """All layers, without cross-attention where the implementation needs queries and keys of one sequence."""
-    name = implementation if isinstance(implementation, str) else implementation[0]
-    self_only = hasattr(IMPLEMENTATIONS.get(name), "SELF_ATTENTION_ONLY")
-    return [layer.index for layer in model_layers if not (self_only and layer.is_cross)]
+def _self_attention_only(kind: Kind) -> bool:
+    return hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
 
 
 def _check(kind: Kind, layer: AttentionLayer) -> None:
     """Raise `ValueError` if the layer cannot run this kind."""
     check_kind(kind, layer.num_heads, layer.num_key_value_heads)
-    implementation = IMPLEMENTATIONS[kind.name]
-    if layer.is_cross and hasattr(implementation, "SELF_ATTENTION_ONLY"):
+    if layer.is_cross and _self_attention_only(kind):
         raise ValueError(
             f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
             "this layer out, or give it 'mha', 'gqa' or 'flash'"
         )
-    if layer.position_bias and hasattr(implementation, "NO_SCORES"):
+    if layer.position_bias and hasattr(IMPLEMENTATIONS[kind.name], "NO_SCORES"):
         raise ValueError(
             f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
             "use another attention for this model"

@@ -7,6 +7,7 @@ different kinds need one name; which kind a layer runs stands on its attention m
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 
 # Arguments of a model's attention call that change the result and that no implementation here reads.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("softcap", "s_aux")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,11 @@ def attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     mask = Mask.receive(attention_mask, query.shape[2], key.shape[2], is_causal=is_causal, device=query.device)
+    if (position_bias := kwargs.pop("position_bias", None)) is not None:
+        visible = mask.visible()
+        dense = torch.ones_like(position_bias, dtype=torch.bool) if visible is None else visible
+        bias = position_bias if mask.bias is None else mask.bias + position_bias
+        mask = dataclasses.replace(mask, dense=dense, bias=bias)
     for observer in _observers:
         observer(module, query, key, value, mask, scaling)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -259,7 +259,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Small inputs for `model.base_model` under which every one of its attention layers runs."""
     config, device, stacks = model.config, input_device(model), _stacks(model)
     if model.base_model.main_input_name == "pixel_values":
@@ -267,8 +267,9 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=device)}
     tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if any(stack.is_cross for stack in stacks):
+        inputs["use_cache"] = False  # Transformers sizes a decoder's cache by the encoder's number of layers
         if stacks == list(family_of(model).stacks):
             inputs["decoder_input_ids"] = tokens[:, :3]
         else:  # a decoder alone attends to what its caller hands over

@@ -41,7 +41,7 @@ def opt() -> PreTrainedModel:
 
 def test_a_family_that_is_not_in_the_table_is_refused() -> None:
     model = opt()
-    with unchanged(model), pytest.raises(ValueError, match="type 'opt'.*not supported; supported: bert, .*one row in"):
+    with unchanged(model), pytest.raises(ValueError, match=r"type 'opt'.*not supported; supported: bert, .*one row in"):
         swap_attention(model, "flash")
 
 

@@ -16,7 +16,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     private = {"_parameters", "_buffers", "_modules"}
     modules = {
         name: {
-            key: copy.copy(value)
+            key: value if callable(value) else copy.copy(value)
             for key, value in module.__dict__.items()
             if key not in private and not isinstance(value, torch.Tensor)
         }

@@ -327,6 +327,9 @@ def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path
     reference = zeroed(model, selection)
     prune_heads(model, selection)
     assert numbers(model) == ([(4, 1), (4, 2)] if grouped else [(5, 5), (3, 3)])
+    for layer in attention_layers(model):
+        own = {getattr(layer.module, name, None) for name in ("n_heads", "num_heads", "num_attention_heads")}
+        assert own <= {None, layer.num_heads}
     inputs = batch(model)
     assert_same(model, reference, inputs)
     assert_same(swapped(model, "flash"), reference, inputs)

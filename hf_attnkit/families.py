@@ -1,8 +1,9 @@
 """The one table of model families, and what is read from and written to a model with its help.
 
-A family says where a layer keeps its query, key, value and output projections. Numbers of heads are
-read from the config (Transformers' own fields, `per_layer_config` where layers differ) and checked
-against the weights; `with_heads` and `set_attributes` are the only places that write them.
+A family says where a model keeps its attention layers and where a layer keeps its query, key, value
+and output projections. Numbers of heads are read from the config (Transformers' own fields,
+`per_layer_config` where layers differ) and checked against the weights; `with_heads` and
+`set_attributes` are the only places that write them.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Family:
-    """Where a model family keeps things. Paths are relative to the base model, then to a layer.
+class Stack:
+    """One list of layers, each with one attention. `layers` is a path from the base model, the others from a layer.
 
     Attributes:
         layers: the list of layers.
         attention: the module whose forward calls the attention interface.
-        query, key, value, output: the projections (`nn.Linear`).
+        query, key, value, output: the projections.
         head_dim: name of the attention module's attribute with the size of a head.
-        has_key_value_heads: whether the family's config class knows `num_key_value_heads`. Where it
-            does not, Transformers cannot rebuild grouped or fewer heads and `load_pretrained` does.
-        rope: whether keys are rotated between projection and product.
+        name: what messages call the stack, in families that have several.
+        num_heads: the config's field, where it is not the same for all layers of the model.
+        is_cross: whether queries and keys come from two sequences.
     """
 
     layers: str
@@ -37,12 +39,43 @@ class Family:
     key: str
     value: str
     output: str
-    head_dim: str
-    has_key_value_heads: bool
-    rope: bool
+    head_dim: str = "head_dim"
+    name: str = ""
+    num_heads: str = "num_attention_heads"
+    is_cross: bool = False
 
 
-_BERT = Family(
+@dataclass(frozen=True)
+class Family:
+    """How the models of a family keep attention.
+
+    Attributes:
+        stacks: where the attention layers are. They are numbered through all stacks in this order; a
+            model may lack some (the encoder or decoder of an encoder-decoder by itself).
+        has_key_value_heads: whether the family's config class knows `num_key_value_heads`. Where it
+            does not, Transformers cannot rebuild grouped heads and `load_pretrained` does.
+        has_head_dim: whether the family's classes read `head_dim` from the config. Where they do not,
+            Transformers cannot rebuild fewer heads and `load_pretrained` does.
+        rope: whether keys are rotated between projection and product.
+        position_bias: whether the model passes a bias of the scores, the keyword `position_bias`.
+        fixed: why the heads cannot be edited; empty where they can.
+    """
+
+    stacks: tuple[Stack, ...]
+    has_key_value_heads: bool = False
+    has_head_dim: bool = False
+    rope: bool = False
+    position_bias: bool = False
+    fixed: str = ""
+
+
+def _stack(layers: str, attention: str, projections: str, **others: Any) -> Stack:
+    """A stack whose attention modules hold the projections `"query key value output"` themselves."""
+    query, key, value, output = (f"{attention}.{name}" for name in projections.split())
+    return Stack(layers, attention, query, key, value, output, **others)
+
+
+_BERT = Family((Stack(
     layers="encoder.layer",
     attention="attention.self",
     query="attention.self.query",
@@ -50,26 +83,66 @@ _BERT = Family(
     value="attention.self.value",
     output="attention.output.dense",
     head_dim="attention_head_size",
-    has_key_value_heads=False,
-    rope=False,
-)
-_LLAMA = Family(
-    layers="layers",
-    attention="self_attn",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    output="self_attn.o_proj",
-    head_dim="head_dim",
-    has_key_value_heads=True,
-    rope=True,
-)
+),))  # fmt: skip
+_DISTILBERT = Family((_stack("transformer.layer", "attention", "q_lin k_lin v_lin out_lin",
+                             head_dim="attention_head_size"),))  # fmt: skip
+_LLAMA = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj o_proj"),),
+                has_key_value_heads=True, has_head_dim=True, rope=True)  # fmt: skip
+_VIT = Family((_stack("layers", "attention", "q_proj k_proj v_proj o_proj"),), has_head_dim=True)
+_GPT2 = Family((_stack("h", "attn", "c_attn c_attn c_attn c_proj"),),
+               fixed="query, key and value are one fused projection (c_attn)")  # fmt: skip
+
+_ENCODER_DECODER = "an encoder-decoder's config keeps the numbers of heads of encoder and decoder in fields of its own"
+_T5 = Family(
+    (
+        _stack("encoder.block", "layer.0.SelfAttention", "q k v o", head_dim="key_value_proj_dim",
+               name="encoder self-attention"),
+        _stack("decoder.block", "layer.0.SelfAttention", "q k v o", head_dim="key_value_proj_dim",
+               name="decoder self-attention"),
+        _stack("decoder.block", "layer.1.EncDecAttention", "q k v o", head_dim="key_value_proj_dim",
+               name="decoder cross-attention", is_cross=True),
+    ),
+    position_bias=True,
+    fixed=_ENCODER_DECODER,
+)  # fmt: skip
+_BART = Family(
+    (
+        _stack("encoder.layers", "self_attn", "q_proj k_proj v_proj out_proj",
+               name="encoder self-attention", num_heads="encoder_attention_heads"),
+        _stack("decoder.layers", "self_attn", "q_proj k_proj v_proj out_proj",
+               name="decoder self-attention", num_heads="decoder_attention_heads"),
+        _stack("decoder.layers", "encoder_attn", "q_proj k_proj v_proj out_proj",
+               name="decoder cross-attention", num_heads="decoder_attention_heads", is_cross=True),
+    ),
+    fixed=_ENCODER_DECODER,
+)  # fmt: skip
 
 # config.model_type -> family
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
+    "roberta": _BERT,
+    "electra": _BERT,
+    "distilbert": _DISTILBERT,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gpt2": _GPT2,
+    "t5": _T5,
+    "bart": _BART,
+    "vit": _VIT,
+}
+
+_NEVER_CALLS = "its attention accepts an implementation's name and never calls Transformers' attention interface"
+_OWN_CLASSES = "it chooses among attention classes of its own and never calls Transformers' attention interface"
+# config.model_type -> why no attention can be swapped in
+REFUSED: dict[str, str] = {
+    "bloom": _NEVER_CALLS,
+    "deberta": _NEVER_CALLS,
+    "deberta-v2": _NEVER_CALLS,
+    "falcon": _OWN_CLASSES,
+    "gptj": _OWN_CLASSES,
 }
 
 
@@ -78,10 +151,13 @@ class AttentionLayer:
     """One attention layer of a model.
 
     Attributes:
-        index: number of the layer.
+        index: number of the layer, counted through all stacks of the family.
+        name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
         module: the module whose forward calls the attention interface.
-        query, key, value, output: the projections.
+        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
         num_heads, num_key_value_heads, head_dim: as the config says.
+        is_cross: whether queries and keys come from two sequences.
+        position_bias: whether the module passes a bias of the scores.
     """
 
     index: int
@@ -93,6 +169,9 @@ class AttentionLayer:
     num_heads: int
     num_key_value_heads: int
     head_dim: int
+    name: str = ""
+    is_cross: bool = False
+    position_bias: bool = False
 
     @property
     def group_size(self) -> int:
@@ -105,7 +184,8 @@ def family_of(model: PreTrainedModel) -> Family:
 
     Raises:
         TypeError: if it is no `PreTrainedModel` (compiled, wrapped for training, or PEFT).
-        ValueError: if its family is not in the table, or it has adapters or cross-attention.
+        ValueError: if its family is refused or not in the table, or it has adapters or cross-attention
+            that the table does not know.
     """
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -119,9 +199,11 @@ def family_of(model: PreTrainedModel) -> Family:
         )
     model_type = model.config.model_type
     if model_type not in FAMILIES:
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        remedy = "" if reason else ". A family is one row in hf_attnkit/families.py"
         raise ValueError(
-            f"models of type {model_type!r} ({type(model).__name__}) are not supported; supported: "
-            f"{', '.join(FAMILIES)}. A family is one row in hf_attnkit/families.py"
+            f"models of type {model_type!r} ({type(model).__name__}) are not supported{reason}; supported: "
+            f"{', '.join(FAMILIES)}{remedy}"
         )
     if getattr(model.config, "add_cross_attention", False):
         raise ValueError(
@@ -131,32 +213,83 @@ def family_of(model: PreTrainedModel) -> Family:
     return FAMILIES[model_type]
 
 
+def _stacks(model: PreTrainedModel) -> list[Stack]:
+    """The family's stacks that the model has.
+
+    Raises:
+        ValueError: if it has none: a part of a model (`model.encoder`).
+    """
+    modules = {name for name, _ in model.base_model.named_modules()}
+    stacks = [stack for stack in family_of(model).stacks if stack.layers in modules]
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no layers where models of type {model.config.model_type!r} keep them; pass "
+            "the whole model, not a part of it"
+        )
+    return stacks
+
+
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """The attention layers, first to last, with the numbers of heads from the config.
 
     Raises:
-        TypeError, ValueError: as `family_of`.
+        TypeError, ValueError: as `family_of`; ValueError for a part of a model.
     """
     family = family_of(model)
-    layers = []
-    for index, layer in enumerate(model.base_model.get_submodule(family.layers)):
-        num_heads, num_key_value_heads = config_heads(model.config, index)
-        module = layer.get_submodule(family.attention)
-        parts = {name: layer.get_submodule(getattr(family, name)) for name in ("query", "key", "value", "output")}
-        head_dim = getattr(module, family.head_dim)
-        layers.append(AttentionLayer(index, module, **parts, num_heads=num_heads,
-                                     num_key_value_heads=num_key_value_heads, head_dim=head_dim))  # fmt: skip
+    layers: list[AttentionLayer] = []
+    for stack in _stacks(model):
+        for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
+            if family.fixed:
+                num_heads = num_key_value_heads = getattr(model.config, stack.num_heads)
+            else:
+                num_heads, num_key_value_heads = config_heads(model.config, position)
+            module, index = layer.get_submodule(stack.attention), len(layers)
+            parts = {name: layer.get_submodule(getattr(stack, name)) for name in ("query", "key", "value", "output")}
+            layers.append(AttentionLayer(
+                index, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
+                head_dim=getattr(module, stack.head_dim),
+                name=f"layer {index}" + (f" ({stack.name} {position})" if stack.name else ""),
+                is_cross=stack.is_cross, position_bias=family.position_bias,
+            ))  # fmt: skip
     return layers
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's inputs go; images enter through a convolution, tokens through an embedding."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
+def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Small inputs for `model.base_model` under which every one of its attention layers runs."""
+    config, device, stacks = model.config, input_device(model), _stacks(model)
+    if model.base_model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.zeros(1, config.num_channels, height, width, dtype=model.dtype, device=device)}
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if any(stack.is_cross for stack in stacks):
+        inputs["use_cache"] = False  # Transformers sizes a decoder's cache by the encoder's number of layers
+        if stacks == list(family_of(model).stacks):
+            inputs["decoder_input_ids"] = tokens[:, :3]
+        else:  # a decoder alone attends to what its caller hands over
+            inputs["encoder_hidden_states"] = torch.zeros(1, 3, config.hidden_size, dtype=model.dtype, device=device)
+    return inputs
 
 
 def editable_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """The attention layers of a model whose weights may be cut.
 
     Raises:
-        TypeError, ValueError: as `family_of`, and for weights that are on the meta device, quantized
-            or wrapped, or whose sizes disagree with the config.
+        TypeError, ValueError: as `family_of`, for a family whose heads are fixed, and for weights that
+            are on the meta device, quantized or wrapped, or whose sizes disagree with the config.
     """
     layers = attention_layers(model)
+    if family_of(model).fixed:
+        raise ValueError(
+            f"heads of {model.config.model_type!r} models ({type(model).__name__}) can be neither scored, merged nor "
+            f"removed: {family_of(model).fixed}; their attention can be swapped"
+        )
     for layer in layers:
         for name in ("query", "key", "value", "output"):
             linear = getattr(layer, name)
@@ -228,6 +361,7 @@ def _attributes(num_heads: int, num_key_value_heads: int, head_dim: int) -> dict
     return {
         "num_attention_heads": num_heads,
         "num_heads": num_heads,
+        "n_heads": num_heads,
         "num_key_value_heads": num_key_value_heads,
         "num_key_value_groups": num_heads // num_key_value_heads,
         "all_head_size": num_heads * head_dim,
@@ -270,11 +404,12 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
 
     num_heads, num_key_value_heads = heads[0]
     uniform = all(pair == heads[0] for pair in heads)
+    rebuilt = family.has_head_dim and (family.has_key_value_heads or num_heads == num_key_value_heads)
     if uniform and num_heads == base_heads:
         config.num_key_value_heads = num_key_value_heads
         config.per_layer_config = others or None
         return config
-    if uniform and family.has_key_value_heads and _accepts(config, num_heads, num_key_value_heads):
+    if uniform and rebuilt and _accepts(config, num_heads, num_key_value_heads):
         config.per_layer_config = others or None
         return config
     config.per_layer_config = {
@@ -289,10 +424,8 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
 def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """What `per_layer_config` says about other things than heads."""
     saved = config.to_dict().get("per_layer_config") or {}
-    overrides = {
-        int(index): {k: v for k, v in layer.items() if k not in ("num_attention_heads", "num_key_value_heads")}
-        for index, layer in saved.items()
-    }
+    numbers = {"num_attention_heads", "num_key_value_heads", config.attribute_map.get("num_attention_heads")}
+    overrides = {int(index): {k: v for k, v in layer.items() if k not in numbers} for index, layer in saved.items()}
     return {index: layer for index, layer in overrides.items() if layer}
 
 

@@ -84,8 +84,8 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
     """Raise `ValueError` if `ignore_mismatched_sizes=True` left attention projections at random."""
     if model.config.model_type not in families.FAMILIES:
         return
-    family = families.FAMILIES[model.config.model_type]
-    paths = [getattr(family, name) for name in ("query", "key", "value", "output")]
+    stacks = families.FAMILIES[model.config.model_type].stacks
+    paths = {getattr(stack, name) for stack in stacks for name in ("query", "key", "value", "output")}
     lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     lost = sorted(key for key in lost if any(f".{path}." in key for path in paths))
     if lost:
@@ -127,7 +127,7 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
-        if config.model_type in families.FAMILIES:
+        if config.model_type in families.FAMILIES and not families.FAMILIES[config.model_type].fixed:
             _resize(self)
 
     # The same name and module, because Transformers looks up sources and architectures by them.

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention.mask import Mask
 from .attention.place import add_hook, remove_hook
-from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
+from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind, check_kind, observe
 from .change import evaluation_mode, is_swapped, replace_state, require_consistent, require_grouping
-from .families import AttentionLayer, attention_layers, in_range
+from .families import AttentionLayer, attention_layers, in_range, input_device, probe_inputs
 
 # Transformers' own implementations that can serve beside ours in one model: their masks are tensors
 # that can be made from ours.
@@ -41,14 +41,17 @@ def swap_attention(
 ) -> PreTrainedModel:
     """Run another attention implementation in the model's layers.
 
-    The swap is proved by a forward pass over four tokens: if any of the layers did not run its new
-    implementation, the model is put back and an error raised.
+    The swap is proved by a forward pass over four tokens (or an empty image): if any of the layers did
+    not run its new implementation, the model is put back and an error raised.
 
     Args:
         model: a model of a supported family; changed in place.
         implementation: a name of `available_attentions()`, or a mapping `{layer index: name or
             (name, options)}`.
-        layers: with one name, the layers to swap; all by default. Other layers keep what they run.
+        layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
+            need queries and keys of one sequence leave cross-attention out. Other layers keep what
+            they run. Layers are numbered through encoder self-attention, decoder self-attention,
+            decoder cross-attention.
         options: the implementation's options, for example `window=64`; with a mapping they stand in
             the mapping.
 
@@ -64,7 +67,7 @@ def swap_attention(
     model_layers = attention_layers(model)
     kinds = _plan(model, model_layers, implementation, layers, options)
     for index, kind in kinds.items():
-        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+        _check(kind, model_layers[index])
     require_consistent(model, model_layers)
     base = model.config._attn_implementation
     if is_swapped(model):
@@ -108,9 +111,11 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
-    del model.config.hf_attnkit
-    # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
-    model.config.__dict__.pop("attn_implementation", None)
+        _set_parameters(layer.module, None)
+    for config in _configs(model):
+        config.__dict__.pop("hf_attnkit", None)
+        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+        config.__dict__.pop("attn_implementation", None)
     return model
 
 
@@ -124,8 +129,7 @@ def install_saved(model: PreTrainedModel) -> None:
     saved = model.config.hf_attnkit
     kinds = {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
     for index, kind in kinds.items():
-        in_range(index, len(model_layers), "layer")
-        check_kind(kind, model_layers[index].num_heads, model_layers[index].num_key_value_heads)
+        _check(kind, model_layers[in_range(index, len(model_layers), "layer")])
     _install(model, model_layers, saved["base"], kinds)
 
 
@@ -167,18 +171,43 @@ def _plan(
         named = (spec, {}) if isinstance(spec, str) else spec
         if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
             raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
-        kinds[index] = Kind(named[0], dict(named[1]))
+        kind = Kind(named[0], dict(named[1]))
+        chosen = layers is not None or isinstance(implementation, Mapping)
+        if chosen or not (model_layers[index].is_cross and _self_attention_only(kind)):
+            kinds[index] = kind
     return kinds
+
+
+def _self_attention_only(kind: Kind) -> bool:
+    return hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
+
+
+def _check(kind: Kind, layer: AttentionLayer) -> None:
+    """Raise `ValueError` if the layer cannot run this kind."""
+    check_kind(kind, layer.num_heads, layer.num_key_value_heads)
+    if layer.is_cross and _self_attention_only(kind):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
+            "this layer out, or give it 'mha', 'gqa' or 'flash'"
+        )
+    if layer.position_bias and hasattr(IMPLEMENTATIONS[kind.name], "NO_SCORES"):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
+            "use another attention for this model"
+        )
 
 
 def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
-    config, old_config = model.config, dict(model.config.__dict__)
+    config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
+    old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
     saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
+            if kind != getattr(layer.module, ATTRIBUTE, None):
+                add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
             if kind.name in IMPLEMENTATIONS:
@@ -188,21 +217,51 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         model.set_attn_implementation(NAME)
         _prove(model, [layer for layer in model_layers if layer.index in kinds])
     except BaseException:
-        for layer, old in zip(model_layers, old_kinds, strict=True):
+        for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
+            _set_parameters(layer.module, parameters)
             if old is not None:
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
                 delattr(layer.module, ATTRIBUTE)
             if old is None:
                 remove_hook(layer.module)
-        replace_state(config, old_config)
+        for each, state in old_configs:
+            replace_state(each, state)
         raise
 
 
+def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
+    """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
+
+    `load_pretrained` calls this before the weights are read.
+    """
+    create = getattr(IMPLEMENTATIONS.get(kind.name), "create_parameters", None)
+    new = None if create is None else create(layer.num_heads, layer.num_key_value_heads, layer.head_dim, **kind.options)
+    old = getattr(layer.module, PARAMETERS, None)
+    if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
+        return  # a checkpoint that is being loaded
+    if new is not None:
+        like = next(p for p in layer.module.parameters() if p.is_floating_point())
+        new = new.to(device=like.device, dtype=like.dtype)
+    _set_parameters(layer.module, new)
+
+
+def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
+    if parameters is not None:
+        setattr(module, PARAMETERS, parameters)
+    elif hasattr(module, PARAMETERS):
+        delattr(module, PARAMETERS)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's config and those of its parts; T5's encoder and decoder have copies."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return list(configs.values())
+
+
 def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
-    """Run four tokens through the model and check that each swapped layer ran through `NAME`."""
-    device = model.get_input_embeddings().weight.device
-    if device.type == "meta":
+    """Run small inputs through the model and check that each swapped layer ran through `NAME`."""
+    if input_device(model).type == "meta":
         raise ValueError(
             "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
             "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
@@ -212,9 +271,8 @@ def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         called.add(id(module))
 
-    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
     with torch.no_grad(), evaluation_mode(model), observe(note):
-        model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        model.base_model(**probe_inputs(model))
     missing = [layer.index for layer in swapped if id(layer.module) not in called]
     if missing:
         raise ValueError(

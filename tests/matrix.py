@@ -25,7 +25,8 @@ class Case:
         exact: computes the model's own attention, whatever the sequence.
         softmax: otherwise the features of linear attention.
         grouped: takes more than one key/value head.
-        matrix: takes a full (queries x keys) mask.
+        matrix: takes a full (queries x keys) mask, and a bias of the scores.
+        crosses: runs in cross-attention too.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,16 +35,19 @@ class Case:
     softmax: bool = True
     grouped: bool = True
     matrix: bool = True
+    crosses: bool = True
 
 
 MATRIX: dict[str, Case] = {
     "mha": Case(),
     "gqa": Case(),
     "mqa": Case(grouped=False),
-    "sliding_window": Case({"window": 5}, partial(window, 5), exact=False),
-    "local_global": Case({"window": 4, "num_global_tokens": 2}, partial(window_and_global, 4, 2), exact=False),
+    "sliding_window": Case({"window": 5}, partial(window, 5), exact=False, crosses=False),
+    "local_global": Case(
+        {"window": 4, "num_global_tokens": 2}, partial(window_and_global, 4, 2), exact=False, crosses=False
+    ),
     "flash": Case(),
-    "linear": Case(exact=False, softmax=False, matrix=False),
+    "linear": Case(exact=False, softmax=False, matrix=False, crosses=False),
 }
 EXACT = [name for name, case in MATRIX.items() if case.exact]
 # Options that make every pattern cover a whole short sequence.

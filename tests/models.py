@@ -7,11 +7,16 @@ uniform and no bias is zero: a wrong mask, head or bias moves the logits by far 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartForQuestionAnswering,
+    BartModel,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -21,6 +26,19 @@ from transformers import (
     BertForTokenClassification,
     BertLMHeadModel,
     BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraForCausalLM,
+    ElectraForPreTraining,
+    ElectraModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -33,44 +51,159 @@ from transformers import (
     MistralForSequenceClassification,
     MistralForTokenClassification,
     MistralModel,
+    PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RobertaForMaskedLM,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForTokenClassification,
+    T5Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
-CONFIGS = {"bert": BertConfig, "llama": LlamaConfig, "mistral": MistralConfig}
-CLASSES: dict[str, dict[str, type[PreTrainedModel]]] = {
-    "bert": {
-        "base": BertModel,
-        "sequence": BertForSequenceClassification,
-        "causal": BertLMHeadModel,
-        "masked": BertForMaskedLM,
-        "question": BertForQuestionAnswering,
-        "token": BertForTokenClassification,
-        "choice": BertForMultipleChoice,
-        "next": BertForNextSentencePrediction,
-    },
-    "llama": {
-        "base": LlamaModel,
-        "sequence": LlamaForSequenceClassification,
-        "causal": LlamaForCausalLM,
-        "question": LlamaForQuestionAnswering,
-        "token": LlamaForTokenClassification,
-    },
-    "mistral": {
-        "base": MistralModel,
-        "sequence": MistralForSequenceClassification,
-        "causal": MistralForCausalLM,
-        "question": MistralForQuestionAnswering,
-        "token": MistralForTokenClassification,
-    },
-}
-FAMILIES = tuple(CONFIGS)
+
+@dataclass(frozen=True)
+class Sample:
+    """A family under test.
+
+    Attributes:
+        config: its config class.
+        classes: its model classes, by what they are for.
+        options: what its config needs beside or instead of the common fields.
+        reads_both_ways: whether it sees the future (an encoder that is not used as a decoder).
+        grouped: whether its config knows key/value heads.
+        editable: whether heads can be merged and removed.
+    """
+
+    config: type[PreTrainedConfig]
+    classes: dict[str, type[PreTrainedModel]]
+    options: dict[str, Any] = field(default_factory=dict)
+    reads_both_ways: bool = False
+    grouped: bool = False
+    editable: bool = True
+
+
+_CAUSAL = {"grouped": True, "options": {"bos_token_id": 1, "eos_token_id": None}}
+_ENCODER_DECODER = {"reads_both_ways": True, "editable": False}
+SAMPLES: dict[str, Sample] = {
+    "bert": Sample(
+        BertConfig,
+        {
+            "base": BertModel,
+            "sequence": BertForSequenceClassification,
+            "causal": BertLMHeadModel,
+            "masked": BertForMaskedLM,
+            "question": BertForQuestionAnswering,
+            "token": BertForTokenClassification,
+            "choice": BertForMultipleChoice,
+            "next": BertForNextSentencePrediction,
+        },
+        reads_both_ways=True,
+    ),
+    "llama": Sample(
+        LlamaConfig,
+        {
+            "base": LlamaModel,
+            "sequence": LlamaForSequenceClassification,
+            "causal": LlamaForCausalLM,
+            "question": LlamaForQuestionAnswering,
+            "token": LlamaForTokenClassification,
+        },
+        {"bos_token_id": 1, "eos_token_id": None, "attention_bias": True},
+        grouped=True,
+    ),
+    "mistral": Sample(
+        MistralConfig,
+        {
+            "base": MistralModel,
+            "sequence": MistralForSequenceClassification,
+            "causal": MistralForCausalLM,
+            "question": MistralForQuestionAnswering,
+            "token": MistralForTokenClassification,
+        },
+        {"bos_token_id": 1, "eos_token_id": None, "sliding_window": None},
+        grouped=True,
+    ),
+    "roberta": Sample(
+        RobertaConfig,
+        {"base": RobertaModel, "masked": RobertaForMaskedLM, "causal": RobertaForCausalLM},
+        reads_both_ways=True,
+    ),
+    "electra": Sample(
+        ElectraConfig,
+        {"base": ElectraModel, "token": ElectraForPreTraining, "causal": ElectraForCausalLM},
+        {"embedding_size": 32},
+        reads_both_ways=True,
+    ),
+    "distilbert": Sample(
+        DistilBertConfig,
+        {"base": DistilBertModel, "sequence": DistilBertForSequenceClassification},
+        {"hidden_dim": 96},
+        reads_both_ways=True,
+    ),
+    "qwen2": Sample(Qwen2Config, {"base": Qwen2Model, "causal": Qwen2ForCausalLM}, **_CAUSAL),
+    "qwen3": Sample(
+        Qwen3Config,
+        {"base": Qwen3Model, "causal": Qwen3ForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "head_dim": 16},
+        grouped=True,
+    ),
+    "gemma": Sample(
+        GemmaConfig,
+        {"base": GemmaModel, "causal": GemmaForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "head_dim": 16},
+        grouped=True,
+    ),
+    "gpt2": Sample(
+        GPT2Config,
+        {"base": GPT2Model, "causal": GPT2LMHeadModel},
+        {"bos_token_id": 1, "eos_token_id": None, "scale_attn_by_inverse_layer_idx": True},
+        editable=False,
+    ),
+    "t5": Sample(
+        T5Config,
+        {"base": T5Model, "causal": T5ForConditionalGeneration, "token": T5ForTokenClassification},
+        {"d_kv": 8, "d_ff": 96, "num_decoder_layers": 3, "initializer_factor": 2.0, "decoder_start_token_id": 1,
+         "eos_token_id": None, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12},
+        **_ENCODER_DECODER,
+    ),
+    "bart": Sample(
+        BartConfig,
+        {"base": BartModel, "causal": BartForConditionalGeneration, "question": BartForQuestionAnswering},
+        {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "decoder_layers": 3, "decoder_attention_heads": 4,
+         "init_std": 0.2, "decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": None,
+         "forced_eos_token_id": None},
+        **_ENCODER_DECODER,
+    ),
+    "vit": Sample(
+        ViTConfig,
+        {"base": ViTModel, "sequence": ViTForImageClassification},
+        {"image_size": [12, 16], "patch_size": 4},
+        reads_both_ways=True,
+    ),
+}  # fmt: skip
+CLASSES = {family: sample.classes for family, sample in SAMPLES.items()}
+FAMILIES = tuple(SAMPLES)
+# The families that the tests of single functions run on; all families run in test_families.py.
 DECODERS = ("llama", "mistral")
-EVERY_HEAD = [(family, head) for family in FAMILIES for head in CLASSES[family] if head != "choice"]
+EVERY_HEAD = [(family, head) for family in ("bert", *DECODERS) for head in CLASSES[family] if head != "choice"]
 VOCABULARY = 99
 
 
 def build(family: str, head: str = "base", heads: int = 8, kv_heads: int | None = None, **options: Any) -> Any:
     """A model in evaluation mode; the same arguments give the same weights."""
+    sample = SAMPLES[family]
     config: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -81,17 +214,14 @@ def build(family: str, head: str = "base", heads: int = 8, kv_heads: int | None 
         "initializer_range": 0.2,
         "pad_token_id": 0,
     }
-    if family == "bert":
-        assert kv_heads is None, "BERT is grouped by convert_to_gqa only"
-        config |= {"is_decoder": head == "causal"}
+    if sample.grouped:
+        config |= {"num_key_value_heads": kv_heads or heads}
     else:
-        config |= {"num_key_value_heads": kv_heads or heads, "bos_token_id": 1, "eos_token_id": None}
-    if family == "llama":
-        config |= {"attention_bias": True}
-    if family == "mistral":
-        config |= {"sliding_window": None}
+        assert kv_heads is None, f"{family} is grouped by convert_to_gqa only"
+    if sample.reads_both_ways and sample.editable:
+        config |= {"is_decoder": head == "causal"}
     torch.manual_seed(7)
-    model = CLASSES[family][head](CONFIGS[family](**(config | options)))
+    model = sample.classes[head](sample.config(**(config | sample.options | options)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -109,19 +239,37 @@ def aligned(model: PreTrainedModel) -> Any:
 
 
 def reads_both_ways(model: nn.Module) -> bool:
-    return model.config.model_type == "bert" and not model.config.is_decoder
+    return SAMPLES[model.config.model_type].reads_both_ways and not getattr(model.config, "is_decoder", False)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder: T5 and BART with both halves."""
+    return bool(model.config.is_encoder_decoder)
 
 
 def batch(model: PreTrainedModel, lengths: tuple[int, ...] = (13, 7, 10), seed: int = 0) -> dict[str, Tensor]:
-    """Sequences of several lengths, padded on the left for decoders and on the right for encoders."""
+    """Sequences of several lengths, padded on the left for decoders and on the right for encoders.
+
+    Images have as many patches as all images of the model; the lengths say how many of them are seen.
+    Encoder-decoders also get target sequences, two tokens shorter than the longest source.
+    """
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(1, VOCABULARY, (len(lengths), longest), generator=generator)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         mask[row, slice(0, length) if reads_both_ways(model) else slice(longest - length, None)] = 1
+    if model.config.model_type == "vit":
+        height, width = model.config.image_size
+        pixels = torch.randn(len(lengths), model.config.num_channels, height, width, generator=generator)
+        tokens = torch.arange(1 + height * width // model.config.patch_size**2)  # the class token and the patches
+        return {"pixel_values": pixels, "attention_mask": (tokens < torch.tensor(lengths)[:, None]).long()}
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    if model.config.model_type == "bert" and not reads_both_ways(model):
+    if has_decoder(model):
+        targets = torch.randint(1, VOCABULARY, (len(lengths), longest - 2), generator=generator)
+        target_mask = (torch.arange(longest - 2) < torch.tensor(lengths)[:, None] - 1).long()
+        inputs |= {"decoder_input_ids": targets * target_mask, "decoder_attention_mask": target_mask}
+    elif model.config.model_type in ("bert", "roberta", "electra", "gpt2") and not reads_both_ways(model):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
 
@@ -133,6 +281,7 @@ def outputs(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -
         tensor = torch.stack([result.start_logits, result.end_logits], dim=-1)
     else:
         tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    if tensor.dim() == 3 and tensor.shape[1] == inputs["input_ids"].shape[1]:
-        tensor = tensor.masked_fill(inputs["attention_mask"][..., None] == 0, 0.0)
+    mask = inputs.get("decoder_attention_mask", inputs["attention_mask"])
+    if tensor.dim() >= 2 and tensor.shape[:2] == mask.shape:
+        tensor = tensor.masked_fill(mask.view(*mask.shape, *[1] * (tensor.dim() - 2)) == 0, 0.0)
     return tensor

@@ -23,12 +23,23 @@ def full_mask(**arguments: Any) -> Tensor:
 
 def plain(name: str, pattern: Any) -> Any:
     def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        scaling: float,
+        position_bias: Tensor | None = None,
+        **_: Any,
     ) -> tuple[Tensor, None]:
+        # Cross-attention keeps the model's own: positions of two sequences make no pattern.
+        if getattr(module, "is_decoder", False) and not module.is_causal:
+            output = attend(query, key, value, mask, scaling=scaling, bias=position_bias)
+            return output.transpose(1, 2).contiguous(), None
         i, j = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
         first = mask.any(-2)[:, 0].int().argmax(-1)[:, None, None]
         seen = mask & pattern(i, j, first)[:, None]
-        output = attend(query, key, value, seen, scaling=scaling, softmax=MATRIX[name].softmax)
+        output = attend(query, key, value, seen, scaling=scaling, softmax=MATRIX[name].softmax, bias=position_bias)
         return output.transpose(1, 2).contiguous(), None
 
     return forward

@@ -17,11 +17,11 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from matrix import EXACT, LONG, MATRIX, WITH_FAMILY
-from models import DECODERS, EVERY_HEAD, batch, build, outputs
+from models import DECODERS, EVERY_HEAD, SAMPLES, batch, build, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_attnkit import restore_attention, swap_attention
+from hf_attnkit import convert_to_gqa, restore_attention, swap_attention
 
 # The longest sum that rounds: over the intermediate layer.
 TERMS = 96
@@ -35,9 +35,9 @@ def swapped(model: PreTrainedModel, name: Any, **options: Any) -> PreTrainedMode
 
 def build_for(name: str, family: str, head: str = "base", **options: Any) -> PreTrainedModel:
     """With one key/value head for `mqa`, grouped heads otherwise, where the family has them."""
-    if family == "bert":
-        assert name != "mqa"
-        return build(family, head, **options)
+    if not SAMPLES[family].grouped:
+        model = build(family, head, **options)
+        return convert_to_gqa(model, 1) if name == "mqa" else model
     return build(family, head, 8, 2 if MATRIX[name].grouped else 1, **options)
 
 
@@ -70,7 +70,7 @@ def assert_equal_models(ours: dict[str, Tensor], plain: dict[str, Tensor], exact
 
 
 def layer_of(name: str) -> str:
-    found = re.search(r"layers?\.\d+\.", name)
+    found = re.search(r"^.*?\b(layers?|block|h)\.\d+\.", name)
     return found[0] if found else name
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 
 import pytest
 import torch
 from test_swap import batch, build, outputs
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BloomConfig,
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
-    GPT2Config,
-    GPT2LMHeadModel,
+    OPTConfig,
+    OPTModel,
     PreTrainedModel,
 )
 from unchanged import unchanged
 
-from hf_attnkit import families, swap_attention
+from hf_attnkit import convert_to_gqa, families, head_importance, prune_heads, swap_attention
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
@@ -31,42 +35,65 @@ def deberta() -> PreTrainedModel:
     return DebertaV2Model(DebertaV2Config(**SIZES, intermediate_size=96)).eval()
 
 
-def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=99)).eval()
+def opt() -> PreTrainedModel:
+    return OPTModel(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)).eval()
 
 
-@pytest.mark.parametrize("make", [bloom, deberta, gpt2])
-def test_unknown_families_are_refused(make) -> None:
-    model = make()
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=f"{model.config.model_type}.*supported: bert, llama, mistral"),
-    ):
+def test_a_family_that_is_not_in_the_table_is_refused() -> None:
+    model = opt()
+    with unchanged(model), pytest.raises(ValueError, match=r"type 'opt'.*not supported; supported: bert, .*one row in"):
         swap_attention(model, "flash")
+
+
+TINY = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64,
+             "bos_token_id": 1, "eos_token_id": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: swap_attention(model, "mha"),
+        lambda model: swap_attention(model, "flash", layers=[1]),
+        lambda model: convert_to_gqa(model, 2),
+        lambda model: prune_heads(model, {0: [0]}),
+        lambda model: head_importance(model, method="magnitude"),
+    ],
+    ids=["swap", "one layer", "convert", "prune", "importance"],
+)
+@pytest.mark.parametrize("model_type", list(families.REFUSED))
+def test_families_that_bypass_the_interface_are_refused_by_name(model_type: str, call) -> None:
+    config = AutoConfig.for_model(model_type, **(SIZES | TINY.get(model_type, {})))
+    model = AutoModel.from_config(config).eval()
+    reason = re.escape(families.REFUSED[model_type])
+    with unchanged(model), pytest.raises(ValueError, match=f"type '{model_type}' .* not supported .{reason}"):
+        call(model)
+
+
+@pytest.mark.parametrize("model_type", list(families.REFUSED))
+def test_the_reasons_are_true(model_type: str) -> None:
+    """No attention module of these files looks anything up in Transformers' interface."""
+    config = AutoConfig.for_model(model_type, **(SIZES | TINY.get(model_type, {})))
+    source = inspect.getsource(inspect.getmodule(type(AutoModel.from_config(config))))  # type: ignore[arg-type]
+    assert "ALL_ATTENTION_FUNCTIONS" not in source
+    own_classes = "_ATTENTION_CLASSES[" in source
+    assert own_classes == ("attention classes of its own" in families.REFUSED[model_type])
 
 
 def deberta_row() -> families.Family:
     """What someone might add: the projections have other names and the interface is never called."""
-    return dataclasses.replace(
-        families.FAMILIES["bert"],
-        query="attention.self.query_proj",
-        key="attention.self.key_proj",
-        value="attention.self.value_proj",
-    )
+    attention = "attention.self"
+    (bert,) = families.FAMILIES["bert"].stacks
+    return families.Family((dataclasses.replace(
+        bert, query=f"{attention}.query_proj", key=f"{attention}.key_proj", value=f"{attention}.value_proj"
+    ),))  # fmt: skip
 
 
 def bloom_row() -> families.Family:
-    return families.Family(
-        layers="h",
-        attention="self_attention",
-        query="self_attention.query_key_value",
-        key="self_attention.query_key_value",
-        value="self_attention.query_key_value",
-        output="self_attention.dense",
-        head_dim="head_dim",
-        has_key_value_heads=False,
-        rope=False,
-    )
+    fused = "self_attention.query_key_value"
+    return families.Family((families.Stack("h", "self_attention", fused, fused, fused, "self_attention.dense"),))
 
 
 @pytest.mark.parametrize(("make", "row"), [(bloom, bloom_row), (deberta, deberta_row)], ids=["bloom", "deberta"])

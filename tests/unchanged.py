@@ -16,7 +16,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     private = {"_parameters", "_buffers", "_modules"}
     modules = {
         name: {
-            key: copy.copy(value)
+            key: value if callable(value) else copy.copy(value)
             for key, value in module.__dict__.items()
             if key not in private and not isinstance(value, torch.Tensor)
         }
@@ -25,6 +25,11 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "config": model.config.to_json_string(use_diff=False),
         "config state": copy.deepcopy(model.config.__dict__),
+        "states of the parts' configs": {
+            name: copy.deepcopy(part.config.__dict__)
+            for name, part in model.named_modules()
+            if isinstance(part, PreTrainedModel)
+        },
         "config objects": {name: id(m.config) for name, m in model.named_modules() if hasattr(m, "config")},
         "modules": {
             name: {k: v for k, v in attributes.items() if k != "config"} for name, attributes in modules.items()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
 from ..change import evaluation_mode, is_swapped, require_consistent
-from ..families import attention_layers
+from ..families import attention_layers, input_device
 from ..swap import STOCK
 
 
@@ -49,7 +49,7 @@ def observe_attention(
     Raises:
         ValueError: if `batches` is empty, or a batch is no mapping.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     seen = 0
     with torch.no_grad(), evaluation_mode(model), visible_attention(model), observe(observer):
         for batch in tqdm(batches, desc=description, unit="batch"):

@@ -1,85 +1,183 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), cost linear in the sequence length.
 
-The softmax is replaced by a product of positive features, phi(x) = elu(x) + 1, so that sums over
-keys can be taken before the query is known:
+The softmax is replaced by a product of positive features phi, so that sums over keys can be taken
+before the query is known:
 
     out_i = phi(q_i) . S_i / (phi(q_i) . z_i),     S_i = sum_j phi(k_j) v_j^T,     z_i = sum_j phi(k_j)
 
-over all keys (bidirectional) or the keys up to i (causal). The causal form goes chunk by chunk: one
-state for the chunks before, a small masked product within the chunk.
+over all keys (bidirectional) or the keys up to i (causal; chunk by chunk, see `linear_sums`). For
+generation S and z are a state of constant size that takes the place of the cache (`LinearState`).
+
+Options: `feature_map="elu"` (elu(x) + 1) or `"hedgehog"` (learned, see `feature_maps`), and
+`window`, which keeps the nearest keys in exact softmax attention (see `linear_hybrid`).
 
 It is a different function than softmax attention: a pretrained softmax model needs training after
-the swap. As in the paper, queries and keys are not scaled by `head_dim ** -0.5`.
+the swap. As in the papers, queries and keys are not scaled by `head_dim ** -0.5` before phi.
+
+With Hedgehog and a window the two kinds of terms have different scales: each half of phi sums to 1, so
+phi(q) . phi(k) is at most 2 and 2 / head_dim for features that know nothing, while the window's
+e^s is 1 for a score of 0 and has no bound. Before training, keys beyond the window therefore count
+about head_dim / 2 times less than under softmax. No gate is learned to make up for it: the maps
+can sharpen, up to 2 a key, and that is all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import feature_maps, linear_hybrid, linear_sums, tiled
 from .mask import Mask
 
 NEEDS_TRANSFER = True
-CHUNK = 64
+FEATURE_MAPS = ("elu", "hedgehog")
 
 
-def check(num_heads: int, num_key_value_heads: int) -> None:
-    """Any number of heads is fine."""
+@dataclass
+class LinearState:
+    """All that generation needs of the keys that are no longer given. Its size does not grow.
+
+    Attributes:
+        sums: `(batch, num_key_value_heads, features, head_dim + 1)`, float32 or float64: the sum of
+            phi(k) [v, 1]^T over those keys, padding left out; `None` before the first token.
+    """
+
+    sums: Tensor | None = None
 
 
-def feature_map(x: Tensor) -> Tensor:
-    """elu(x) + 1, positive; in float32 or better because sums over the sequence follow."""
-    return F.elu(x if x.dtype == torch.float64 else x.float()) + 1
+def check(num_heads: int, num_key_value_heads: int, *, feature_map: str = "elu", window: int | None = None) -> None:
+    """Raises `ValueError` for an unknown feature map, or a window that is no integer of at least 1."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map={feature_map!r} must be one of {', '.join(map(repr, FEATURE_MAPS))}")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(
+            f"window={window!r} must be an integer of at least 1, the number of keys with softmax terms (the own one "
+            "included), or None for features alone"
+        )
+
+
+def create_parameters(
+    num_heads: int, num_key_value_heads: int, head_dim: int, *, feature_map: str = "elu", window: int | None = None
+) -> nn.Module | None:
+    """What a layer with these options learns, at its start value; `None` if nothing. A window learns nothing."""
+    return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim) if feature_map == "hedgehog" else None
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    feature_map: str = "elu",
+    window: int | None = None,
+    parameters: nn.Module | None = None,
+    state: LinearState | None = None,
 ) -> tuple[Tensor, None]:
     """Attend. Shapes as in `mha.attention`; returns no weights.
 
     There are no attention weights to drop, so `dropout` drops a key's value for all queries alike,
-    as weight dropout would if its mask were shared over queries; the normaliser is kept.
+    as weight dropout would if its mask were shared over queries; the normaliser is kept. Weights
+    within the window are dropped one by one.
+
+    Args:
+        scaling: of the scores in the window; features do not use it.
+        feature_map: "elu" or "hedgehog".
+        window: number of keys with softmax terms on each side of a query, its own included.
+        parameters: what `create_parameters` made, for "hedgehog".
+        state: for causal generation. Then `query` holds the new tokens, and `key` and `value` the new
+            tokens behind those kept from before: none, or with a window at most the last `window - 1`.
+            `state.sums` stands for all keys before these, and is replaced by the sums that the next
+            call needs: over all keys but the last `window - 1`. Any split of a text into calls gives
+            what one pass gives.
 
     Raises:
-        ValueError: for a full attention matrix, which features summed over keys cannot apply.
+        ValueError: for a full attention matrix or a bias, which features summed over keys cannot
+            apply; for missing parameters, or parameters of another number of heads; for keys that do
+            not fit the state.
     """
+    _check_mask(mask)
+    phi_query, phi_key = _maps(feature_map, parameters)
+    q_length, kv_length, near = query.shape[2], key.shape[2], window or 0
+    if state is not None:
+        _check_state(q_length, kv_length, near, mask)
+    is_causal = mask.is_causal or state is not None
+
+    # Mixed precision would run the sums over the sequence in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        # A causal query of a hybrid sums only keys that have left its window (with a state, or the
+        # next query's): the others need no features, so that a step of generation maps one key.
+        last = kv_length
+        if is_causal:
+            offset = mask.offset() if state is None else kv_length - q_length
+            last = min(kv_length, max(0, offset + q_length + 1 - near))
+        queries, keys = phi_query(query), phi_key(key[:, :, :last])
+        values = value[:, :, :last].to(keys.dtype)
+        if mask.key_visible is not None:
+            keys = keys * mask.key_visible[:, None, :last, None]
+        values = values * F.dropout(values.new_ones(*values.shape[:3], 1), dropout)
+        # A last column of ones carries the normaliser through the same sums as the values.
+        values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], dim=-1)
+
+        if is_causal:
+            earlier = None if state is None else state.sums
+            sums = linear_sums.prefix(queries, keys, values, offset + 1 - near, earlier)
+            if state is not None:
+                new = linear_sums.state_of(keys, values)
+                state.sums = new if earlier is None else earlier + new
+        elif window is None:
+            sums = linear_sums.everything(queries, keys, values)
+        else:
+            sums = linear_hybrid.outside(queries, keys, values, mask.offset(), window)
+        output, total = sums[..., :-1], sums[..., -1:]
+        # Features are positive, so a total of zero, or too small to divide by, means no key.
+        seen = total > torch.finfo(total.dtype).tiny * 1e8
+        output = torch.where(seen, output / total.masked_fill(~seen, 1.0), 0.0)
+    if window is not None:
+        near_output, logsumexp = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=window)
+        output = linear_hybrid.join(output, total * seen, near_output, logsumexp)
+    return output.to(query.dtype), None
+
+
+def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Callable, Callable]:
+    """phi for queries and phi for keys."""
+    if feature_map == "elu":
+        return feature_maps.elu, feature_maps.elu
+    if parameters is None:
+        raise ValueError(
+            f"feature_map={feature_map!r} is learned and parameters=None; pass the module of "
+            "linear.create_parameters(num_heads, num_key_value_heads, head_dim, feature_map='hedgehog')"
+        )
+    return parameters.query, parameters.key
+
+
+def _check_mask(mask: Mask) -> None:
+    if mask.bias is not None:
+        raise ValueError(
+            "'linear' cannot add an attention bias (a float mask) to scores that it never forms; pass a 2-D padding "
+            "mask, and use 'mha' or 'gqa' for a model with position biases"
+        )
     if mask.dense is not None:
         raise ValueError(
             "'linear' cannot apply a full (queries x keys) attention mask; pass a 2-D padding mask, do not pack "
             "sequences, and set config.sliding_window to None"
         )
-    batch, num_heads, q_length, _ = query.shape
-    num_groups, kv_length = key.shape[1], key.shape[2]
-    queries, keys = feature_map(query), feature_map(key)
-    if mask.key_visible is not None:
-        keys = keys * mask.key_visible[:, None, :, None]
-    values = F.dropout(value.to(keys.dtype).new_ones(batch, num_groups, kv_length, 1), dropout) * value.to(keys.dtype)
-    # A last column of ones carries the normaliser through the same sums as the values.
-    values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], dim=-1)
-
-    stacked = queries.view(batch, num_groups, -1, q_length, queries.shape[-1])
-    if mask.is_causal:
-        result = _causal(stacked, keys, values, mask.offset())
-    else:
-        state = keys.transpose(-1, -2) @ values
-        result = stacked @ state[:, :, None]
-    output, total = result[..., :-1], result[..., -1:]
-    # Features are positive, so a zero total means that the query sees no key.
-    output = output / total.masked_fill(total == 0, 1.0)
-    return output.reshape(batch, num_heads, q_length, -1).to(query.dtype), None
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, offset: int) -> Tensor:
-    """`(batch, groups, heads, Q, d)`: query i sees the keys 0 .. offset + i."""
-    q_length = queries.shape[-2]
-    state = keys[:, :, :offset].transpose(-1, -2) @ values[:, :, :offset]
-    keys, values = keys[:, :, offset : offset + q_length], values[:, :, offset : offset + q_length]
-
-    pad = -q_length % CHUNK if q_length > CHUNK else 0
-    chunk = min(CHUNK, q_length)
-    queries, keys, values = (F.pad(t, (0, 0, 0, pad)).unflatten(-2, (-1, chunk)) for t in (queries, keys, values))
-    sums = keys.transpose(-1, -2) @ values  # (batch, groups, chunks, d, d_v)
-    before = state[:, :, None] + F.pad(sums.cumsum(2), (0, 0, 0, 0, 1, 0))[:, :, :-1]
-    within = (queries @ keys[:, :, None].transpose(-1, -2)).tril() @ values[:, :, None]
-    return (within + queries @ before[:, :, None]).flatten(-3, -2)[..., :q_length, :]
+def _check_state(q_length: int, kv_length: int, near: int, mask: Mask) -> None:
+    kept, most = kv_length - q_length, max(near - 1, 0)
+    if not 0 <= kept <= most:
+        raise ValueError(
+            f"{kv_length} keys for {q_length} queries: with a state, keys are the new tokens behind at most {most} "
+            "kept ones (window - 1, or none without a window); all earlier ones are in the state"
+        )
+    if not mask.is_causal and q_length > 1:
+        raise ValueError(
+            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; pass state=None"
+        )

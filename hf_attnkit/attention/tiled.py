@@ -1,0 +1,375 @@
+"""The kernel of `flash`, `sliding_window` and `local_global`: tiles of an attention pattern, in plain PyTorch.
+
+Flash attention (Dao et al. 2022, arXiv 2205.14135; Milakov and Gimelshein 2018) over the tiles that
+a pattern has; what lies outside is never computed, forward or backward:
+
+    window, causal          window, both ways        extra keys (global tokens, random blocks)
+    q0 #                    q0 # #                   q0 # g
+    q1 # #                  q1 # # #                 q1 # # g r
+    q2   # #                q2   # # #               q2   # # g r
+    q3     # #              q3     # #               q3     # # g r
+
+Tiles of queries meet tiles of keys. Each row keeps a running maximum m, a running sum l and a
+running output; a new tile of scores s rescales what was there:
+
+    m' = max(m, max s)      l' = l e^(m - m') + sum e^(s - m')      o' = o e^(m - m') + e^(s - m') V
+
+No score matrix is stored: the backward pass computes the tiles again from Q, K and the saved
+log-sum-exp, so memory is linear in the sequence length. Forward and backward are two custom
+operators, which torch.compile takes as they are instead of unrolling their loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mask import Mask
+
+QUERY_TILE = 256
+WINDOW_QUERY_TILE = 128  # a band is window + tile keys wide, so smaller tiles waste less of it
+KEY_TILE = 512
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Keys that queries see beside their window. T is 1 (all queries) or the number of query tiles.
+
+    A key that lies in a query's window as well is counted there, and only there.
+
+    Attributes:
+        key, value: `(B, num_key_value_heads, T, E, head_dim)`.
+        index: `(B, T, E)`, the key's index in the sequence.
+        visible: `(B, T, E)` bool, False for padding.
+        tile: queries per tile; the kernel's own query tiles take this size if T > 1.
+    """
+
+    key: Tensor
+    value: Tensor
+    index: Tensor
+    visible: Tensor
+    tile: int = 0
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    extra: Extra | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend over the tiles of a pattern; differentiable in both results.
+
+    Args:
+        query: `(B, num_heads, Q, head_dim)`.
+        key, value: `(B, num_key_value_heads, K, head_dim)`.
+        mask: what may be seen besides; its keys must stand at consecutive positions. Its `bias` gets a gradient.
+        scaling: factor of the scores.
+        dropout: probability of dropping a weight; the log-sum-exp is that before dropout.
+        window: keys on each side of a query, its own included; all if `None`.
+        extra: keys outside the window; not together with `mask.bias` or `mask.dense`.
+
+    Returns:
+        The output `(B, num_heads, Q, head_dim)`, and the log-sum-exp of the scaled scores
+        `(B, num_heads, Q)` in float32 or better. A query that sees no key has output 0 and -inf.
+    """
+    # One number from the global generator fixes every tile's dropout, so that the backward pass,
+    # and gradient checkpointing's second forward, drop the same weights.
+    seed = torch.randint(2**31, ()) if dropout > 0 else None
+    offset = None if mask.known_offset is not None else mask.query_position[0, 0] - mask.key_position[0, 0]
+    extras = (None, None, None, None, 0)
+    if extra is not None:
+        extras = (extra.key, extra.value, extra.index, extra.visible, extra.tile)  # type: ignore[assignment]
+    return tiled_attention(
+        query, key, value, mask.key_visible, mask.dense, mask.bias, offset, *extras,
+        mask.is_causal, window or 0, scaling, dropout, seed,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The operators' arguments, and what their tiles are."""
+
+    key: Tensor
+    value: Tensor
+    key_visible: Tensor | None
+    dense: Tensor | None
+    bias: Tensor | None
+    offset: int
+    extra: Extra | None
+    is_causal: bool
+    window: int
+    q_length: int
+
+    def query_tiles(self) -> Iterator[slice]:
+        size = WINDOW_QUERY_TILE if self.window else QUERY_TILE
+        if self.extra is not None and self.extra.tile:
+            size = self.extra.tile
+        for start in range(0, self.q_length, size):
+            yield slice(start, min(start + size, self.q_length))
+
+    def key_tiles(self, queries: slice) -> Iterator[slice]:
+        """The tiles of keys of which these queries may see a part."""
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        begin = max(0, first - self.window + 1) if self.window else 0
+        end = last + 1 if self.is_causal else last + self.window if self.window else self.key.shape[2]
+        end = min(end, self.key.shape[2])
+        # A band little longer than a tile is one tile.
+        size = KEY_TILE if end - begin > 2 * KEY_TILE else max(end - begin, 1)
+        for start in range(begin, end, size):
+            yield slice(start, min(start + size, end))
+
+    def scores(self, query: Tensor, queries: slice, keys: slice) -> Tensor:
+        """Masked scores `(B, H, q, k)` of a tile, float32 or better; `query` is scaled."""
+        scores = _product(query, self.key[:, :, keys])
+        if self.bias is not None:
+            scores = scores + self.bias[..., queries if self.bias.shape[-2] > 1 else slice(None), keys]
+        visible = None if self.key_visible is None else self.key_visible[:, None, None, keys]
+        if self.dense is not None:
+            dense = self.dense[..., queries if self.dense.shape[-2] > 1 else slice(None), keys]
+            visible = dense if visible is None else visible & dense
+        elif (near := self._near(queries, keys)) is not None:
+            visible = near if visible is None else visible & near
+        return scores if visible is None else scores.masked_fill_(~visible, -torch.inf)
+
+    def _near(self, queries: slice, keys: slice) -> Tensor | None:
+        """`(q, k)`, True where causality and window allow; `None` where they hide nothing of the tile."""
+        first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        past = not self.is_causal or keys.stop - 1 <= first
+        inside = not self.window or (
+            last - keys.start < self.window and (self.is_causal or keys.stop - 1 - first < self.window)
+        )
+        if past and inside:
+            return None
+        positions = torch.arange(first, last + 1, device=self.key.device)[:, None]
+        distance = positions - torch.arange(keys.start, keys.stop, device=self.key.device)
+        near = distance < self.window if self.window else distance > -self.key.shape[2] - self.q_length
+        if self.is_causal:
+            return near & (distance >= 0)
+        return near & (distance > -self.window) if self.window else near
+
+    def extra_scores(self, query: Tensor, queries: slice, tile: int) -> Tensor:
+        """Masked scores `(B, H, q, E)` of a tile of queries with its extra keys."""
+        extra = self.extra
+        assert extra is not None
+        scores = _product(query, extra.key[:, :, tile])
+        positions = torch.arange(queries.start, queries.stop, device=query.device) + self.offset
+        distance = positions[None, :, None] - extra.index[:, tile, None, :]  # (B, q, E)
+        outside = distance >= self.window if self.is_causal else distance.abs() >= self.window
+        return scores.masked_fill_(~(outside & extra.visible[:, tile, None, :])[:, None], -torch.inf)
+
+    def extra_tile(self, queries: slice) -> int:
+        assert self.extra is not None
+        return queries.start // self.extra.tile if self.extra.key.shape[2] > 1 else 0
+
+
+def _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
+             extra_visible, extra_tile, is_causal, window) -> _Problem:  # type: ignore[no-untyped-def] # fmt: skip
+    extra = None if extra_key is None else Extra(extra_key, extra_value, extra_index, extra_visible, extra_tile)
+    start = key.shape[2] - query.shape[2] if offset is None else int(offset)
+    return _Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
+
+
+def _stack(tensor: Tensor, num_groups: int) -> Tensor:
+    """`"b (n g) q d -> b n (g q) d"`: the heads of a group as one tall matrix."""
+    return tensor.reshape(tensor.shape[0], num_groups, -1, tensor.shape[-1])
+
+
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """`(B, H, q, k)` in float32 or better; the heads of a group read their key once."""
+    scores = _stack(query, key.shape[1]) @ key.transpose(-1, -2)
+    scores = scores.view(*query.shape[:3], key.shape[2])
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _kept(scores: Tensor, dropout: float, seed: int, queries: slice, start: int) -> Tensor:
+    """Dropout factors of a tile: 0, or 1 / (1 - dropout). `start` tells the tiles of a row apart."""
+    generator = torch.Generator(device=scores.device)
+    generator.manual_seed(seed * 2_147_483_647 + queries.start * 1_000_003 + start)
+    kept = torch.empty_like(scores, dtype=torch.float32).bernoulli_(1 - dropout, generator=generator)
+    return kept.div_(1 - dropout)
+
+
+@torch.library.custom_op("hf_attnkit::tiled_attention", mutates_args=())
+def tiled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_visible: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_index: Tensor | None,
+    extra_visible: Tensor | None,
+    extra_tile: int,
+    is_causal: bool,
+    window: int,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, see `attend`. Without `offset` the last query stands at the last key."""
+    problem = _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
+                       extra_visible, extra_tile, is_causal, window)  # fmt: skip
+    number = 0 if seed is None else int(seed)
+    dtype = _sums(query)
+    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
+    for queries in problem.query_tiles():
+        q = query[:, :, queries] * scaling
+        top = total = result = None
+        for scores, values, start in _forward_tiles(problem, q, queries):
+            new_top = scores.amax(-1, keepdim=True)
+            new_top = new_top if top is None else torch.maximum(top, new_top)
+            # A row that has seen no key yet keeps -inf; 0 in its place avoids inf - inf.
+            base = new_top.masked_fill(new_top == -torch.inf, 0.0)
+            weights = scores.sub_(base).exp_()
+            sums = weights.sum(-1, keepdim=True)
+            if dropout > 0:
+                weights = weights.mul_(_kept(weights, dropout, number, queries, start))
+            tile = (_stack(weights.to(value.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
+            if top is None:
+                total, result = sums, tile
+            else:
+                decay = torch.exp(top - base)
+                total, result = total * decay + sums, result * decay + tile
+            top = new_top
+        if top is not None:
+            seen = total > 0
+            output[:, :, queries] = torch.where(seen, result / total, 0.0).to(output.dtype)
+            logsumexp[:, :, queries] = torch.where(seen, top + total.log(), -torch.inf).squeeze(-1)
+    return output, logsumexp
+
+
+def _forward_tiles(problem: _Problem, query: Tensor, queries: slice) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Scores, values and a number for each tile that a tile of queries sees."""
+    for keys in problem.key_tiles(queries):
+        yield problem.scores(query, queries, keys), problem.value[:, :, keys], keys.start
+    if problem.extra is not None:
+        tile = problem.extra_tile(queries)
+        yield problem.extra_scores(query, queries, tile), problem.extra.value[:, :, tile], -1
+
+
+@torch.library.custom_op("hf_attnkit::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_visible: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_index: Tensor | None,
+    extra_visible: Tensor | None,
+    extra_tile: int,
+    is_causal: bool,
+    window: int,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, bias, extra key and extra value; empty where there is none."""
+    problem = _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
+                       extra_visible, extra_tile, is_causal, window)  # fmt: skip
+    number = 0 if seed is None else int(seed)
+    dtype, num_groups = _sums(query), key.shape[1]
+    grad_query = torch.empty_like(query)
+    grad_key, grad_value = (torch.zeros_like(t, dtype=dtype) for t in (key, value))
+    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias_gradient else query.new_empty(0)
+    extras = [query.new_empty(0) if t is None else torch.zeros_like(t, dtype=dtype) for t in (extra_key, extra_value)]
+    # d softmax: ds = p * (dp - delta) with delta = sum_j p_j dp_j = grad_output . output; the
+    # log-sum-exp adds p * grad_logsumexp.
+    delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1, keepdim=True) - grad_logsumexp[..., None]
+    # Rows that see nothing have weights e^(-inf - 0) = 0.
+    base = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)[..., None]
+    for queries in problem.query_tiles():
+        q, gradient = query[:, :, queries] * scaling, _stack(grad_output[:, :, queries], num_groups)
+        tall_query = _stack(q, num_groups)
+        sum_query = torch.zeros_like(q, dtype=dtype)
+        tiles = [(keys, problem.key[:, :, keys], problem.value[:, :, keys]) for keys in problem.key_tiles(queries)]
+        if problem.extra is not None:
+            tile = problem.extra_tile(queries)
+            tiles.append((tile, problem.extra.key[:, :, tile], problem.extra.value[:, :, tile]))  # type: ignore[arg-type]
+        for where, k, v in tiles:
+            local = isinstance(where, slice)
+            scores = problem.scores(q, queries, where) if local else problem.extra_scores(q, queries, where)
+            weights = scores.sub_(base[:, :, queries]).exp_()
+            d_weights = (gradient @ v.transpose(-1, -2)).view(weights.shape).to(dtype)
+            dropped = weights
+            if dropout > 0:
+                kept = _kept(weights, dropout, number, queries, where.start if local else -1)
+                dropped, d_weights = weights * kept, d_weights.mul_(kept)
+            d_scores = d_weights.sub_(delta[:, :, queries]).mul_(weights)
+            tall = _stack(d_scores.to(query.dtype), num_groups)
+            d_value = _stack(dropped.to(value.dtype), num_groups).transpose(-1, -2) @ gradient
+            d_key = tall.transpose(-1, -2) @ tall_query
+            sum_query += (tall @ k).view(q.shape)
+            if not local:
+                extras[0][:, :, where] += d_key
+                extras[1][:, :, where] += d_value
+                continue
+            grad_key[:, :, where] += d_key
+            grad_value[:, :, where] += d_value
+            if bias_gradient:
+                rows = queries if bias.shape[-2] > 1 else slice(None)
+                part = grad_bias[..., rows, where]
+                part += d_scores.sum_to_size(part.shape)
+        grad_query[:, :, queries] = (sum_query * scaling).to(query.dtype)
+    cast = (grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias.to(query.dtype if bias is None else bias.dtype))
+    return grad_query, *cast, extras[0].to(key.dtype), extras[1].to(value.dtype)
+
+
+def _sums(tensor: Tensor) -> torch.dtype:
+    """Sums are taken in float32 or better."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+@tiled_attention.register_fake
+def _(query, key, value, *_):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=_sums(query))
+
+
+@tiled_attention_backward.register_fake
+def _(grad_output, grad_logsumexp, output, logsumexp, query, key, value, key_visible, dense, bias, offset, extra_key,
+      extra_value, *rest):  # type: ignore[no-untyped-def] # fmt: skip
+    nothing = query.new_empty(0)
+    extras = [nothing.clone() if t is None else torch.empty_like(t) for t in (extra_key, extra_value)]
+    grad_bias = torch.empty_like(bias) if rest[-1] else nothing
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias, *extras
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, tile, is_causal, window, scaling, dropout, seed = inputs
+    ctx.save_for_backward(*output, *tensors, seed)
+    ctx.options = (tile, is_causal, window, scaling, dropout)
+    ctx.bias_gradient = ctx.needs_input_grad[5]
+
+
+def _backward(ctx, grad_output, grad_logsumexp):  # type: ignore[no-untyped-def]
+    output, logsumexp, *tensors, seed = ctx.saved_tensors
+    grads = tiled_attention_backward(
+        grad_output, grad_logsumexp, output, logsumexp, *tensors, *ctx.options, seed, ctx.bias_gradient
+    )
+    query, key, value, bias, extra_key, extra_value = grads
+    present = [bias if ctx.bias_gradient else None, None]
+    present += [None, None] if tensors[7] is None else [extra_key, extra_value]
+    return query, key, value, None, None, *present, *[None] * 8
+
+
+tiled_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -23,30 +23,18 @@ can sharpen, up to 2 a key, and that is all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import feature_maps, linear_hybrid, linear_sums, tiled
+from .linear_sums import Keys, LinearState, Map
 from .mask import Mask
 
 NEEDS_TRANSFER = True
 FEATURE_MAPS = ("elu", "hedgehog")
-
-
-@dataclass
-class LinearState:
-    """All that generation needs of the keys that are no longer given. Its size does not grow.
-
-    Attributes:
-        sums: `(batch, num_key_value_heads, features, head_dim + 1)`, float32 or float64: the sum of
-            phi(k) [v, 1]^T over those keys, padding left out; `None` before the first token.
-    """
-
-    sums: Tensor | None = None
 
 
 def check(num_heads: int, num_key_value_heads: int, *, feature_map: str = "elu", window: int | None = None) -> None:
@@ -104,48 +92,52 @@ def attention(
     """
     _check_mask(mask)
     phi_query, phi_key = _maps(feature_map, parameters)
-    q_length, kv_length, near = query.shape[2], key.shape[2], window or 0
+    kv_length, width = key.shape[2], window or 0
     if state is not None:
-        _check_state(q_length, kv_length, near, mask)
-    is_causal = mask.is_causal or state is not None
+        _check_state(query.shape[2], kv_length, width, mask)
 
+    near = None
+    if window is not None:
+        near = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=window)
     # Mixed precision would run the sums over the sequence in 16 bits.
     with torch.autocast(query.device.type, enabled=False):
-        # A causal query of a hybrid sums only keys that have left its window (with a state, or the
-        # next query's): the others need no features, so that a step of generation maps one key.
-        last = kv_length
-        if is_causal:
-            offset = mask.offset() if state is None else kv_length - q_length
-            last = min(kv_length, max(0, offset + q_length + 1 - near))
-        queries, keys = phi_query(query), phi_key(key[:, :, :last])
-        values = value[:, :, :last].to(keys.dtype)
-        if mask.key_visible is not None:
-            keys = keys * mask.key_visible[:, None, :last, None]
-        values = values * F.dropout(values.new_ones(*values.shape[:3], 1), dropout)
-        # A last column of ones carries the normaliser through the same sums as the values.
-        values = torch.cat([values, values.new_ones(*values.shape[:3], 1)], dim=-1)
-
-        if is_causal:
-            earlier = None if state is None else state.sums
-            sums = linear_sums.prefix(queries, keys, values, offset + 1 - near, earlier)
-            if state is not None:
-                new = linear_sums.state_of(keys, values)
-                state.sums = new if earlier is None else earlier + new
+        kept = None
+        if dropout > 0:
+            kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
+        keys = Keys(key, value, phi_key, mask.key_visible, kept)
+        parts: Iterator[Tensor]
+        if state is not None:
+            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, state)
+        elif mask.is_causal:
+            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
         elif window is None:
-            sums = linear_sums.everything(queries, keys, values)
+            parts = linear_sums.everything(query, phi_query, keys)
         else:
-            sums = linear_hybrid.outside(queries, keys, values, mask.offset(), window)
-        output, total = sums[..., :-1], sums[..., -1:]
-        # Features are positive, so a total of zero, or too small to divide by, means no key.
-        seen = total > torch.finfo(total.dtype).tiny * 1e8
-        output = torch.where(seen, output / total.masked_fill(~seen, 1.0), 0.0)
-    if window is not None:
-        near_output, logsumexp = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=window)
-        output = linear_hybrid.join(output, total * seen, near_output, logsumexp)
-    return output.to(query.dtype), None
+            parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), window)
+
+        outputs, start = [], 0
+        for sums in parts:
+            output, total = _normalise(sums)
+            stop = start + output.shape[2]
+            if near is not None:
+                output = linear_hybrid.join(output, total, *(tensor[:, :, start:stop] for tensor in near))
+            outputs.append(output.to(query.dtype))
+            start = stop
+        if state is not None and width:
+            # The key that the last query still had in its window, and the next one has not.
+            state.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), state.sums)
+    return torch.cat(outputs, dim=2), None
 
 
-def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Callable, Callable]:
+def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `(B, H, Q, D)` and normaliser `(B, H, Q, 1)` of sums `(B, H, Q, D + 1)`; both 0 for no key."""
+    output, total = sums[..., :-1], sums[..., -1:]
+    # Features are positive, so a total of zero, or too small to divide by, means no key.
+    seen = total > torch.finfo(total.dtype).tiny * 1e8
+    return torch.where(seen, output / total.masked_fill(~seen, 1.0), 0.0), total.masked_fill(~seen, 0.0)
+
+
+def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
     """phi for queries and phi for keys."""
     if feature_map == "elu":
         return feature_maps.elu, feature_maps.elu
@@ -154,7 +146,7 @@ def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Callable, Cal
             f"feature_map={feature_map!r} is learned and parameters=None; pass the module of "
             "linear.create_parameters(num_heads, num_key_value_heads, head_dim, feature_map='hedgehog')"
         )
-    return parameters.query, parameters.key
+    return parameters.query, parameters.key  # type: ignore[return-value]
 
 
 def _check_mask(mask: Mask) -> None:
@@ -170,8 +162,8 @@ def _check_mask(mask: Mask) -> None:
         )
 
 
-def _check_state(q_length: int, kv_length: int, near: int, mask: Mask) -> None:
-    kept, most = kv_length - q_length, max(near - 1, 0)
+def _check_state(q_length: int, kv_length: int, width: int, mask: Mask) -> None:
+    kept, most = kv_length - q_length, max(width - 1, 0)
     if not 0 <= kept <= most:
         raise ValueError(
             f"{kv_length} keys for {q_length} queries: with a state, keys are the new tokens behind at most {most} "

@@ -17,19 +17,23 @@ normalises both, so every key is counted exactly once:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from . import linear_sums
 
 
-def outside(queries: Tensor, keys: Tensor, values: Tensor, offset: int, window: int) -> Tensor:
-    """Bidirectional: sums over the keys `window` or more before and after each query.
-
-    Shapes as in `linear_sums`. Two sums rather than all keys less the window, which would cancel.
-    """
-    before = linear_sums.prefix(queries, keys, values, offset + 1 - window)
-    return before + linear_sums.suffix(queries, keys, values, offset + window)
+def outside(query: Tensor, phi: linear_sums.Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
+    """Bidirectional: sums over the keys `window` or more before and after each query; query 0 stands
+    at key `offset`. Two sums, since all keys less those of the window would cancel."""
+    after = linear_sums.suffix(query, phi, keys, offset + window)
+    start = 0
+    for before in linear_sums.prefix(query, phi, keys, offset - window, linear_sums.LinearState()):
+        stop = start + before.shape[2]
+        yield before + after[:, :, start:stop]
+        start = stop
 
 
 def join(far: Tensor, total: Tensor, near: Tensor, logsumexp: Tensor) -> Tensor:

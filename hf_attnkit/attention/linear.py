@@ -115,18 +115,25 @@ def attention(
         else:
             parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), window)
 
-        outputs, start = [], 0
-        for sums in parts:
-            output, total = _normalise(sums)
-            stop = start + output.shape[2]
-            if near is not None:
-                output = linear_hybrid.join(output, total, *(tensor[:, :, start:stop] for tensor in near))
-            outputs.append(output.to(query.dtype))
-            start = stop
+        output = linear_sums.collect(
+            _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
+        )
         if state is not None and width:
             # The key that the last query still had in its window, and the next one has not.
             state.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), state.sums)
-    return torch.cat(outputs, dim=2), None
+    return output, None
+
+
+def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """From sums `(B, H, Q, D + 1)` of each segment its output; `near`: of all queries, see `linear_hybrid.join`."""
+    start = 0
+    for sums in parts:
+        output, total = _normalise(sums)
+        stop = start + output.shape[2]
+        if near is not None:
+            output = linear_hybrid.join(output, total, *(tensor[:, :, start:stop] for tensor in near))
+        yield output.to(dtype)
+        start = stop
 
 
 def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:

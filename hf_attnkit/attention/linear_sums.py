@@ -115,6 +115,17 @@ def suffix(query: Tensor, phi: Map, keys: Keys, first: int) -> Tensor:
     return torch.cat(list(prefix(query.flip(2), phi, keys.flip(), last, LinearState())), dim=2).flip(2)
 
 
+def collect(segments: Iterator[Tensor], output: Tensor) -> Tensor:
+    """The segments in a row: one by one into the empty `output`, unless autograd has to follow."""
+    if torch.is_grad_enabled():  # a chain of writes would copy the whole gradient for every segment
+        return torch.cat(list(segments), dim=2)
+    start = 0
+    for segment in segments:
+        output[:, :, start : start + segment.shape[2]] = segment
+        start += segment.shape[2]
+    return output
+
+
 def _segment(queries: Tensor, keys: Tensor, values: Tensor, hidden: int, state: Tensor) -> tuple[Tensor, Tensor]:
     """Query `hidden + i` sees keys 0 to i and `state`; earlier ones only `state`. Also returns the
     state with these keys.

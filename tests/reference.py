@@ -16,8 +16,8 @@ def phi(x: Tensor) -> Tensor:
 def hedgehog(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`(B, H, N, d)` to `(B, H, N, 2 d)`; `weight` `(H, d, d)` (out, in), `bias` `(H, d)`."""
     mapped = torch.einsum("hed,bhnd->bhne", weight, x) + bias[None, :, None]
-    positive, negative = mapped.exp(), (-mapped).exp()
-    return torch.cat([positive / positive.sum(-1, keepdim=True), negative / negative.sum(-1, keepdim=True)], dim=-1)
+    halves = [torch.exp(half - half.detach().amax(-1, keepdim=True)) for half in (mapped, -mapped)]
+    return torch.cat([half / half.sum(-1, keepdim=True) for half in halves], dim=-1)
 
 
 def hybrid(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention.mask import Mask
+from .attention.place import add_hook, remove_hook
 from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, check_kind, observe
 from .change import evaluation_mode, is_swapped, replace_state, require_consistent, require_grouping
 from .families import AttentionLayer, attention_layers, in_range
@@ -106,6 +107,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
+        remove_hook(layer.module)
     del model.config.hf_attnkit
     # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
     model.config.__dict__.pop("attn_implementation", None)
@@ -178,6 +180,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
             setattr(layer.module, ATTRIBUTE, kind)
+            add_hook(layer.module)
             if kind.name in IMPLEMENTATIONS:
                 saved["layers"][str(layer.index)] = [kind.name, kind.options]
         config.hf_attnkit = saved
@@ -190,6 +193,8 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
                 delattr(layer.module, ATTRIBUTE)
+            if old is None:
+                remove_hook(layer.module)
         replace_state(config, old_config)
         raise
 

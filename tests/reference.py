@@ -87,4 +87,4 @@ def window(size: int, i: Tensor, j: Tensor, first: Tensor) -> Tensor:
 
 
 def window_and_global(size: int, number: int, i: Tensor, j: Tensor, first: Tensor) -> Tensor:
-    return window(size, i, j, first) | (j < first + number) | (i < first + number)
+    return window(size, i, j, first) | (j < first + number) | ((i >= first) & (i < first + number))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.utils.import_utils import is_tracing
+
+if TYPE_CHECKING:
+    from .cache import SequenceLayer
 
 ALL = slice(None)
 
@@ -123,13 +126,25 @@ class Mask:
 
     @classmethod
     def receive(
-        cls, attention_mask: Tensor | None, q_length: int, kv_length: int, *, is_causal: bool, device: torch.device
+        cls,
+        attention_mask: Tensor | None,
+        q_length: int,
+        kv_length: int,
+        *,
+        is_causal: bool,
+        device: torch.device,
+        cache: SequenceLayer | None = None,
     ) -> Mask:
         """Read the tensor that came through a model's forward; see the table above.
+
+        Args:
+            cache: the layer that handed out the keys, if it is one of ours; it knows their positions.
 
         Raises:
             ValueError: when its size fits neither the queries nor the keys.
         """
+        if cache is not None and (attention_mask is None or attention_mask.dtype == torch.long):
+            return cls._receive_cached(attention_mask, q_length, kv_length, is_causal, device, cache)
         if attention_mask is None:
             # A single query at the last key has no future to hide.
             return cls.aligned(q_length, kv_length, is_causal=is_causal and q_length > 1, device=device)
@@ -148,6 +163,28 @@ class Mask:
         # As many keys as queries are the same tokens; with a cache only the positions tell.
         offset = 0 if q_length == kv_length else None
         return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden, known_offset=offset)
+
+    @classmethod
+    def _receive_cached(
+        cls,
+        attention_mask: Tensor | None,
+        q_length: int,
+        kv_length: int,
+        is_causal: bool,
+        device: torch.device,
+        cache: SequenceLayer,
+    ) -> Mask:
+        keys = cache.positions(kv_length, device)
+        queries = cache.query_positions(q_length, device)[None]
+        if attention_mask is None:
+            # No padding, and the layer keeps no slot without a token: one query sees all of its keys.
+            visible = None if cache.max_length is None else (keys >= 0)[None]
+        else:
+            described = attention_mask[:, 0, 0, :-q_length]
+            start = described[0, 0] ^ (described[0, 0] >> 63)  # the position, also of a hidden key
+            inside = (keys - start).clamp(0, described.shape[1] - 1)
+            visible = (described[:, inside] >= 0) & (keys >= 0)
+        return cls(queries, keys[None], is_causal and q_length > 1, visible, known_offset=kv_length - q_length)
 
     @classmethod
     def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
@@ -193,6 +230,27 @@ class Mask:
             past = self.distance(queries, keys) >= 0
             visible = past if visible is None else visible & past
         return visible
+
+    def first_token(self) -> Tensor:
+        """Position of the first key that is no padding, `(B or 1, 1)`: with left padding it is not 0.
+
+        The position after the last key where a row has nothing but padding.
+
+        Raises:
+            ValueError: for a full matrix of a step with a cache, which cannot tell.
+        """
+        seen = self.key_visible
+        if self.dense is not None:
+            if self.query_position.shape[1] != self.key_position.shape[1]:
+                raise ValueError(
+                    "the first token cannot be told from padding by a full attention matrix with a cache; it needs the "
+                    "model's own 2-D mask: set config.sliding_window to None, or pass a 2-D attention_mask"
+                )
+            seen = self.dense.any(-2)[:, 0]
+        if seen is None:
+            return self.key_position[:, :1]
+        after = self.key_position.amax(-1, keepdim=True) + 1
+        return torch.where(seen, self.key_position, after).amin(-1, keepdim=True)
 
     def offset(self) -> int:
         """Position of the first query minus that of the first key."""

@@ -7,6 +7,7 @@ different kinds need one name; which kind a layer runs stands on its attention m
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +20,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import flash, gqa, linear, local_global, mha, mqa, sliding_window
+from .cache import CACHE_ARGUMENT, SequenceLayer
 from .mask import Mask, create_mask
 
 NAME = "hf_attnkit"
 ATTRIBUTE = "_hf_attnkit_kind"
+PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so that it is trained and saved with it
 
 # name -> module with `attention(query, key, value, mask, *, scaling, dropout, **options)` and
-# `check(num_heads, num_key_value_heads, **options)`; optionally `NEEDS_TRANSFER` (a pretrained softmax
-# model needs training after the swap) and `CALL_ARGUMENTS` (keywords a user may give to `model(...)`).
+# `check(num_heads, num_key_value_heads, **options)`. Optionally it has
+#   NEEDS_TRANSFER        a pretrained softmax model needs training after the swap
+#   SELF_ATTENTION_ONLY   queries and keys must be of one sequence
+#   NO_SCORES             there is nothing to which a model's position bias could be added
+#   CALL_ARGUMENTS        keywords that a user may give to `model(...)`
+#   create_cache          (max_length, **options) -> its layer of a causal model's cache, or None for the usual
+#                         one; `attention` then gets it as `cache`
+#   create_parameters     (num_heads, num_key_value_heads, head_dim, **options) -> nn.Module or None; `attention`
+#                         then gets it as `parameters`
 IMPLEMENTATIONS: dict[str, ModuleType] = {
     "mha": mha,
     "gqa": gqa,
@@ -38,7 +48,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 
 # Arguments of a model's attention call that change the result and that no implementation here reads.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_UNSUPPORTED = ("softcap", "s_aux")
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,20 @@ def check_options(what: str, check: Callable[..., None], options: Mapping[str, A
     check(*facts, **options)
 
 
+def create_cache(module: nn.Module, max_length: int | None) -> SequenceLayer | None:
+    """The cache layer that the module's kind needs, or `None` if Transformers' own serves it.
+
+    Args:
+        max_length: that of a static cache.
+    """
+    kind: Kind = getattr(module, ATTRIBUTE)
+    create = getattr(IMPLEMENTATIONS.get(kind.name), "create_cache", None)
+    # A shared position bias (T5) is computed for the keys of the first layer, so all must keep all keys.
+    if create is None or hasattr(module, "has_relative_attention_bias"):
+        return None
+    return create(max_length, **kind.options)
+
+
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]
 _observers: list[Observer] = []
 
@@ -131,26 +155,64 @@ def attention_forward(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name!r}, which no attention of {NAME} applies")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    mask = Mask.receive(attention_mask, query.shape[2], key.shape[2], is_causal=is_causal, device=query.device)
-    for observer in _observers:
-        observer(module, query, key, value, mask, scaling)
-
-    if kind.name not in IMPLEMENTATIONS:
-        output, weights = _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
-    else:
-        implementation = IMPLEMENTATIONS[kind.name]
-        per_call = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
-        output, weights = implementation.attention(
-            query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **per_call
-        )
-        output = output.transpose(1, 2).contiguous()
+    if torch.is_autocast_enabled(query.device.type):
+        # As SDPA does: everything in autocast's dtype, sums in float32, nothing cast again inside.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _run(kind, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     if weights is None and wanted:
         # Transformers would leave this layer out of the tuple, and the others would take its place.
         raise ValueError(f"attention {kind.name!r} forms no attention weights; for output_attentions swap to 'mha'")
     return output, weights
+
+
+def _run(
+    kind: Kind,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    cache: SequenceLayer | None = kwargs.pop(CACHE_ARGUMENT, None)
+    mask = Mask.receive(
+        attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
+        is_causal=is_causal, device=query.device, cache=cache,
+    )  # fmt: skip
+    if kind.name not in IMPLEMENTATIONS:
+        _tell_observers(module, query, key, value, mask, scaling)
+        return _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
+    if (position_bias := kwargs.get("position_bias")) is not None:
+        bias = position_bias[..., : mask.key_position.shape[1]]
+        mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
+    _tell_observers(module, query, key, value, mask, scaling)
+    implementation = IMPLEMENTATIONS[kind.name]
+    if cache is not None:
+        cache.prepare(mask)
+    given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+    if cache is not None:
+        given["cache"] = cache
+    if hasattr(module, PARAMETERS):
+        given["parameters"] = getattr(module, PARAMETERS)
+    output, weights = implementation.attention(
+        query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **given
+    )
+    if cache is not None:
+        cache.settle(mask)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _tell_observers(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+    for observer in _observers:
+        observer(module, query, key, value, mask, scaling)
 
 
 def _run_stock(

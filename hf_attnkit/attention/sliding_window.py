@@ -2,41 +2,68 @@
 
 A window of W keeps W keys on each side of a query, the query's own key counted:
 
-    causal, W = 3          bidirectional, W = 3
-    0 x                    0 x x x
-    1 x x                  1 x x x x
-    2 x x x                2 x x x x x
-    3   x x x              3   x x x x
-    4     x x x            4     x x x
+    causal, W = 3          bidirectional, W = 3        causal, W = 2, 1 sink
+    0 x                    0 x x x                     0 x
+    1 x x                  1 x x x x                   1 x x
+    2 x x x                2 x x x x x                 2 s x x
+    3   x x x              3   x x x x                 3 s   x x
+    4     x x x            4     x x x                 4 s     x x
 
-The queries are cut into blocks; the keys that a block can see are one overlapping slice ("band"),
-so what lies outside the window is never computed, forward or backward:
-
-    queries  [ block 0 ][ block 1 ][ block 2 ]
-    keys   (pad)---------]          each band: W - 1 keys before, the block, and if
-                  [---------------] bidirectional W - 1 keys after
+What lies outside the window is never computed, forward or backward. Attention sinks (Xiao et al.
+2023, arXiv 2309.17453) are the first tokens of a sequence, which every later query sees as well;
+they keep their own positions.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import Any
+
 from torch import Tensor
 
-from . import gqa
+from . import backends, tiled
+from .cache import SequenceLayer, window_layer
+from .global_tokens import dense_with_extra, first_keys
 from .mask import Mask
 
+SELF_ATTENTION_ONLY = True
 
-def check(num_heads: int, num_key_value_heads: int, *, window: int) -> None:
-    """Raises `ValueError` unless `window` is an integer of at least 1."""
+
+def check(
+    num_heads: int, num_key_value_heads: int, *, window: int, num_sink_tokens: int = 0, backend: str = "auto"
+) -> None:
+    """Raises `ValueError` for a window below 1, sinks below 0, or a backend that cannot run them."""
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(
             f"window={window!r} must be an integer of at least 1: the number of keys, the own one included"
         )
+    if not isinstance(num_sink_tokens, int) or isinstance(num_sink_tokens, bool) or num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens={num_sink_tokens!r} must be an integer of at least 0")
+    backends.check_backend(backend)
+    if num_sink_tokens and backend not in ("auto", "tiled"):
+        raise ValueError(f"backend={backend!r} has no attention sinks; use backend='tiled' or num_sink_tokens=0")
+    if backend == "sdpa":
+        raise ValueError("backend='sdpa' cannot skip what is outside a window; use 'auto', 'tiled' or 'flex'")
+
+
+def create_cache(
+    max_length: int | None, *, window: int, num_sink_tokens: int = 0, backend: str = "auto"
+) -> SequenceLayer:
+    """The cache layer of a causal model: it keeps `num_sink_tokens + window - 1` tokens."""
+    return window_layer(max_length, window, num_sink_tokens)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, window: int, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    window: int,
+    num_sink_tokens: int = 0,
+    backend: str = "auto",
+    cache: SequenceLayer | None = None,
 ) -> tuple[Tensor, None]:
     """Attend within the window.
 
@@ -45,51 +72,15 @@ def attention(
 
     Args:
         window: number of keys that a query sees on each side, its own included.
+        num_sink_tokens: how many of the first tokens (after left padding) every query sees.
+        backend: see `backends`.
+        cache: the layer that handed out `key` and `value`, if it was made by `create_cache`.
     """
-    if mask.dense is not None or key.shape[2] <= 2 * window or query.shape[2] == 1:
-        return gqa.attention(query, key, value, _dense(mask, window), scaling=scaling, dropout=dropout)
-    return _banded(query, key, value, mask, window, scaling, dropout), None
-
-
-def _dense(mask: Mask, window: int) -> Mask:
-    return mask.also(mask.distance().abs() < window)
-
-
-def _banded(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, window: int, scaling: float, dropout: float
-) -> Tensor:
-    batch, num_heads, q_length, head_dim = query.shape
-    num_groups, kv_length = key.shape[1], key.shape[2]
-    block = min(max(window, 16), q_length)  # tiny windows would make the matrix products tiny too
-    num_blocks = -(-q_length // block)
-    before, after = window - 1, 0 if mask.is_causal else window - 1
-    band = before + block + after
-
-    # Band i begins at key `start + i * block`; keys outside the sequence are padding.
-    start = mask.offset() - before
-    end = start + (num_blocks - 1) * block + band
-
-    def bands(tensor: Tensor) -> Tensor:
-        """`(..., K, d)` -> `(..., num_blocks, band, d)`; negative padding cuts."""
-        padded = F.pad(tensor, (0, 0, -start, end - kv_length))
-        return padded.unfold(-2, band, block).transpose(-1, -2)
-
-    seen = torch.ones(1, kv_length, dtype=torch.bool, device=key.device)
-    seen = seen if mask.key_visible is None else mask.key_visible
-    seen = bands(seen[..., None]).squeeze(-1)  # (B, num_blocks, band)
-    steps = torch.arange(block, device=key.device)[:, None] + before - torch.arange(band, device=key.device)
-    near = (steps < window) & (steps > (-1 if mask.is_causal else -window))  # (block, band)
-    visible = (near & seen[:, :, None, :])[:, None, :, None]  # (B, 1, num_blocks, 1, block, band)
-
-    queries = F.pad(query * scaling, (0, 0, 0, num_blocks * block - q_length))
-    queries = queries.view(batch, num_groups, -1, num_blocks, block, head_dim).transpose(2, 3)
-    stacked = queries.reshape(batch, num_groups, num_blocks, -1, head_dim)  # b n (g) blocks -> (g block)
-    scores = stacked @ bands(key).transpose(-1, -2)
-    scores = scores.view(batch, num_groups, num_blocks, -1, block, band)
-    dtype = scores.dtype
-    scores = scores.float() if dtype in (torch.float16, torch.bfloat16) else scores
-    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1)
-    weights = F.dropout(weights.masked_fill(~visible, 0.0).to(dtype), dropout)
-    output = weights.view(batch, num_groups, num_blocks, -1, band) @ bands(value)
-    output = output.view(batch, num_groups, num_blocks, -1, block, value.shape[-1]).transpose(2, 3)
-    return output.reshape(batch, num_heads, num_blocks * block, -1)[:, :, :q_length]
+    common: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "window": window}
+    if not num_sink_tokens:
+        return backends.attend(query, key, value, mask, backend=backend, **common), None
+    sinks, key, value = first_keys(key, value, mask, num_sink_tokens, cache)
+    matrix = mask.dense is not None or mask.bias is not None
+    if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * window:
+        return dense_with_extra(query, key, value, mask, sinks, **common), None
+    return tiled.attend(query, key, value, mask, extra=sinks, **common)[0], None

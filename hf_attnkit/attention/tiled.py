@@ -30,7 +30,7 @@ from torch import Tensor
 from .mask import Mask
 
 QUERY_TILE = 256
-WINDOW_QUERY_TILE = 128  # a band is window + tile keys wide, so smaller tiles waste less of it
+WINDOW_QUERY_TILE = 64  # a band is window + tile keys wide, so smaller tiles waste less of it
 KEY_TILE = 512
 
 
@@ -85,7 +85,7 @@ def attend(
     seed = torch.randint(2**31, ()) if dropout > 0 else None
     offset = None if mask.known_offset is not None else mask.query_position[0, 0] - mask.key_position[0, 0]
     extras = (None, None, None, None, 0)
-    if extra is not None:
+    if extra is not None and extra.key.shape[3] > 0:
         extras = (extra.key, extra.value, extra.index, extra.visible, extra.tile)  # type: ignore[assignment]
     return tiled_attention(
         query, key, value, mask.key_visible, mask.dense, mask.bias, offset, *extras,
@@ -118,6 +118,8 @@ class _Problem:
     def key_tiles(self, queries: slice) -> Iterator[slice]:
         """The tiles of keys of which these queries may see a part."""
         first, last = queries.start + self.offset, queries.stop - 1 + self.offset
+        if self.dense is not None:  # rows may stand at different positions, so nothing is known to be hidden
+            first, last = 0, self.key.shape[2] - 1
         begin = max(0, first - self.window + 1) if self.window else 0
         end = last + 1 if self.is_causal else last + self.window if self.window else self.key.shape[2]
         end = min(end, self.key.shape[2])
@@ -331,7 +333,11 @@ def tiled_attention_backward(
                 part = grad_bias[..., rows, where]
                 part += d_scores.sum_to_size(part.shape)
         grad_query[:, :, queries] = (sum_query * scaling).to(query.dtype)
-    cast = (grad_key.to(key.dtype), grad_value.to(value.dtype), grad_bias.to(query.dtype if bias is None else bias.dtype))
+    cast = (
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        grad_bias.to(query.dtype if bias is None else bias.dtype),
+    )
     return grad_query, *cast, extras[0].to(key.dtype), extras[1].to(value.dtype)
 
 

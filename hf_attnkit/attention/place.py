@@ -1,0 +1,61 @@
+"""Give a swapped layer the cache that it needs: a forward pre-hook on its attention module."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from .cache import CACHE_ARGUMENT, SequenceLayer
+from .registry import ATTRIBUTE, create_cache
+
+
+def add_hook(module: nn.Module) -> None:
+    """From now on the module's caches fit the kind that it runs."""
+    if place_cache_layer not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(place_cache_layer, with_kwargs=True)
+
+
+def remove_hook(module: nn.Module) -> None:
+    """Undo `add_hook`."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is place_cache_layer:
+            del module._forward_pre_hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put the kind's layer into an empty place of the cache, and hand it on to the attention call.
+
+    Raises:
+        ValueError: if another attention has already filled the cache.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = dict(zip(_arguments(type(module)), args, strict=False)).get("past_key_values")
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, Cache) or not hasattr(module, ATTRIBUTE):
+        return None
+    index: int = module.layer_idx  # type: ignore[assignment]
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, SequenceLayer):
+        needed = create_cache(module, getattr(layer, "max_cache_len", None))
+        if needed is None:
+            return None
+        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+            raise ValueError(
+                f"layer {index} runs {getattr(module, ATTRIBUTE).name!r} attention, but its cache already holds "
+                f"{int(layer.get_seq_length())} tokens of another one; start with a new cache"
+            )
+        layer = cache.layers[index] = needed
+    return args, kwargs | {CACHE_ARGUMENT: layer}
+
+
+@functools.cache
+def _arguments(module_class: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(module_class.forward).parameters)[1:]

@@ -1,7 +1,7 @@
 """Every implementation against its definition in float64: outputs and gradients.
 
 Lengths are chosen around the sizes the implementations work in: flash tiles of 256 queries and 512
-keys, chunks of 64 for linear, blocks of at least 16 for sliding windows.
+keys, chunks of 128 for linear, blocks of at least 16 for sliding windows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matrix import MATRIX, expected, run
 from reference import weights
 from torch import Tensor
 
-from hf_attnkit.attention import flash, linear, mha
+from hf_attnkit.attention import flash, linear_sums, mha
 from hf_attnkit.attention.mask import Mask
 
 NAMES = list(MATRIX)
@@ -165,7 +165,7 @@ def test_gradcheck(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) 
     """Finite differences, with tiles and chunks so small that several are used."""
     monkeypatch.setattr(flash, "QUERY_TILE", 3)
     monkeypatch.setattr(flash, "KEY_TILE", 2)
-    monkeypatch.setattr(linear, "CHUNK", 2)
+    monkeypatch.setattr(linear_sums, "CHUNK", 2)
     tensors = [x.requires_grad_() for x in inputs(*heads_for(name, 4, 2), 5, 11, head_dim=3)]
     mask = Mask.aligned(5, 11, is_causal=is_causal, key_visible=padding("left", 11))
     assert torch.autograd.gradcheck(lambda q, k, v: run(name, q, k, v, mask), tensors)

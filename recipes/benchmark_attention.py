@@ -17,7 +17,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
+import torch._dynamo
+import transformers
 from benchmark_candidates import PARTS, Problem, candidates, make_call
 from benchmark_measure import peak_bytes, quartiles, time_in_turns
 from benchmark_plot import draw_costs
@@ -33,6 +34,8 @@ from report import show, write_json, write_text
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
+
+import hf_attnkit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -119,12 +122,12 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
         raise ValueError(f"--device {name} must be cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise ValueError(f"--device {name} is not there: PyTorch sees {count} CUDA devices; use --device cpu")
-    return torch.device(name)
+    return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
 
 
 def result_name(arguments: BenchmarkArguments) -> str:
@@ -140,7 +143,7 @@ def describe(device: torch.device, arguments: BenchmarkArguments) -> dict[str, A
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers")},
+            **{module.__name__: module.__version__ for module in (torch, transformers, hf_attnkit)},
         },
         "command": shlex.join(["python", *sys.argv]),
         "arguments": asdict(arguments),
@@ -213,10 +216,11 @@ Grid = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
 
 def cost_tables(results: dict[str, Any]) -> list[Grid]:
-    """For each part a table of times and one of peak memory; a dash where a row was not measured."""
+    """For each part a table of times and one of peak memory; a dash where a candidate was not measured."""
     found = {(r["part"], r["candidate"], r["length"]): r for r in results["measurements"]}
     records = results["measurements"] + results["left_out"]
-    labels = [label for label in candidates(1) if any(label == r["candidate"] for r in records)]
+    # What ran nowhere has no row; `notes` says why.
+    labels = [label for label in candidates(1) if any(label == r["candidate"] for r in results["measurements"])]
     lengths = sorted({r["length"] for r in records})
     baseline, tables = results["arguments"]["baseline"], []
     for part, name in PARTS.items():
@@ -225,8 +229,9 @@ def cost_tables(results: dict[str, Any]) -> list[Grid]:
         header = ["", *(f"{length:,}" for length in lengths)]
         times = [[label, *(_time(found.get((part, label, n))) for n in lengths)] for label in labels]
         memory = [[label, *(_memory(found.get((part, label, n))) for n in lengths)] for label in labels]
-        title = f"{name}: median ms (interquartile range) and ratio to {baseline}, over tokens"
-        tables += [(title, header, times), (f"{name}: peak memory in MiB, inputs not counted, over tokens", header, memory)]  # fmt: skip
+        times_title = f"{name}: median ms (interquartile range) and ratio to {baseline}, over tokens"
+        tables.append((times_title, header, times))
+        tables.append((f"{name}: peak memory in MiB, inputs not counted, over tokens", header, memory))
     return tables
 
 
@@ -260,7 +265,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     for record in results.get("left_out", []):
         labels = reasons.setdefault(record["reason"], [])
         labels += [record["candidate"]] if record["candidate"] not in labels else []
-    return [f"- = not measured. {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
+    return [f"not measured: {', '.join(labels)}: {reason}" for reason, labels in reasons.items()]
 
 
 def as_markdown(tables: Sequence[Grid], results: dict[str, Any]) -> str:
@@ -269,7 +274,7 @@ def as_markdown(tables: Sequence[Grid], results: dict[str, Any]) -> str:
     for title, header, rows in tables:
         lines += [f"**{title}**", "", f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
         lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    lines += [f"- {note.removeprefix('- = not measured. ')}" for note in notes(results)]
+    lines += [f"- {note}" for note in notes(results)]
     return "\n".join([*lines, "", f"`{results['command']}`"]) + "\n"
 
 
@@ -282,6 +287,15 @@ def where(results: dict[str, Any]) -> str:
 def main() -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     device = check(arguments)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # By default the ninth size of a compiled function runs uncompiled: FlexAttention with all scores in memory.
+    with torch._dynamo.config.patch(recompile_limit=1000, fail_on_recompile_limit_hit=True):
+        run(arguments, device)
+
+
+def run(arguments: BenchmarkArguments, device: torch.device) -> None:
+    """Measure, write the files, print the tables."""
     output, results = Path(arguments.output_dir), describe(device, arguments)
     if arguments.quantities:
         chosen = bars(device)

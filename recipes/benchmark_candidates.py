@@ -200,9 +200,6 @@ def _flex(problem: Problem, window: int) -> Attend:
         steps = query + offset - key
         return (steps >= 0) & (steps < window)
 
-    # By default the ninth size compiled is run uncompiled instead, with all scores in memory.
-    torch._dynamo.config.recompile_limit = 1000
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     mask = create_block_mask(visible, None, None, problem.queries, problem.length, device=problem.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     return functools.partial(compiled, block_mask=mask, enable_gqa=problem.groups > 1)

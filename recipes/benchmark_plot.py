@@ -12,7 +12,7 @@ from benchmark_candidates import BASELINES, PARTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 QUANTITIES = (("median_seconds", 1e3, "time, ms"), ("peak_bytes", 2**-20, "peak memory, MiB"))
 
@@ -38,6 +38,7 @@ def draw_costs(measurements: Sequence[Mapping[str, Any]], title: str, path: Path
             axis.xaxis.set(major_locator=FixedLocator(lengths), minor_locator=NullLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(color="0.9")
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
@@ -57,13 +58,10 @@ def draw_costs(measurements: Sequence[Mapping[str, Any]], title: str, path: Path
 def _styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, dashes and marker for each label; as many colours as the colour-blind safe list of Wong has."""
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B0A000")
-    greys = ("0.25", "0.6")
-    styles, ours, others = {}, 0, 0
-    for label in labels:
-        if label in BASELINES:
-            styles[label] = {"color": greys[others % 2], "linestyle": "--", "marker": "osD^vP*X"[others % 8]}
-            others += 1
-        else:
-            styles[label] = {"color": colours[ours % 8], "linestyle": "-", "marker": "osD^vP*X"[ours % 8]}
-            ours += 1
+    greys, dashes, markers = ("0.2", "0.6"), ("--", ":", "-."), "osD^vP*X"
+    styles: dict[str, dict[str, Any]] = {}
+    for place, label in enumerate(label for label in labels if label in BASELINES):
+        styles[label] = {"color": greys[place % 2], "linestyle": dashes[place % 3], "marker": markers[place % 8]}
+    for place, label in enumerate(label for label in labels if label not in BASELINES):
+        styles[label] = {"color": colours[place % 8], "linestyle": "-", "marker": markers[place % 8]}
     return styles

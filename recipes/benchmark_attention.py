@@ -158,7 +158,11 @@ def _cpu_name() -> str:
 
 
 def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The measurements, and what was left out with the reason; records as they stand in the JSON file."""
+    """The measurements, and what was left out with the reason; records as they stand in the JSON file.
+
+    Raises:
+        ValueError: if nothing of what was asked for can run here.
+    """
     rows = candidates(arguments.window)
     labels = [label for label in rows if label in {arguments.baseline, *arguments.implementations}]
     plan, left_out = [], []
@@ -179,6 +183,9 @@ def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[d
             left_out += [{"candidate": label, **here, "reason": why} for label, why in obstacles.items() if why]
             plan.append((part, problem, [label for label, why in obstacles.items() if not why]))
 
+    if not any(chosen for *_, chosen in plan):
+        reasons = "; ".join(notes({"left_out": left_out}))
+        raise ValueError(f"nothing can be measured with these arguments ({reasons}); choose other --implementations")
     found = []
     progress = tqdm(total=sum(len(chosen) * (arguments.repeats + 2) for *_, chosen in plan), unit="sample")
     with progress:

@@ -197,6 +197,13 @@ def test_chosen_rows_parts_and_baseline(tmp_path: Path, monkeypatch: pytest.Monk
         run(monkeypatch, tmp_path, *SIZES, *chosen)
 
 
+def test_nothing_left_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only = ("--implementations", "mha", "--baseline", "eager", "--parts", "forward", "--max_quadratic", "0")
+    with pytest.raises(ValueError, match="nothing can be measured.*eager, mha: memory is quadratic"):
+        run(monkeypatch, tmp_path, *SIZES, *only)
+    assert not any(tmp_path.iterdir())
+
+
 def test_quantities_are_measured_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(benchmark_attention, "bars", lambda device: bars(device, unit=32))
     run(monkeypatch, tmp_path, "--quantities", "--repeats", "2", "--markdown")

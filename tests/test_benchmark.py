@@ -199,7 +199,7 @@ def test_chosen_rows_parts_and_baseline(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_nothing_left_to_measure_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only = ("--implementations", "mha", "--baseline", "eager", "--parts", "forward", "--max_quadratic", "0")
-    with pytest.raises(ValueError, match="nothing can be measured.*eager, mha: memory is quadratic"):
+    with pytest.raises(ValueError, match=r"nothing can be measured.*eager, mha: memory is quadratic"):
         run(monkeypatch, tmp_path, *SIZES, *only)
     assert not any(tmp_path.iterdir())
 

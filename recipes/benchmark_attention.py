@@ -66,7 +66,7 @@ class BenchmarkArguments:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; cuda if there is one."})
     repeats: int = field(default=5, metadata={"help": "Counted rounds; each measures every row once."})
     max_quadratic: int = field(
-        default=4096, metadata={"help": "Longest length for rows whose memory is quadratic in it."}
+        default=2048, metadata={"help": "Longest length for rows whose memory is quadratic in it."}
     )
     quantities: bool = field(default=False, metadata={"help": "Measure the fixed ratios and their bars instead."})
     markdown: bool = field(default=False, metadata={"help": "Write the tables as markdown too."})

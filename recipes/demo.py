@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 import torch
-from glue_run import show
 from heat_map import draw_importance
+from report import show
 from rich.table import Table
 
 RECIPES = Path(__file__).parent

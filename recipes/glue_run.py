@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import shlex
 import sys
 import time
@@ -22,7 +20,7 @@ import numpy as np
 from glue_data import load_glue
 from glue_metric import GlueMetric
 from glue_tasks import Task, get_task
-from rich.console import Console
+from report import show, write_json
 from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import (
@@ -237,14 +235,6 @@ class GlueRun:
         trainer.accelerator.end_training()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write in one step: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
-
-
 def print_stages(results: Mapping[str, Any]) -> None:
     """Print the stages of a run as a table."""
     stages = results["stages"]
@@ -262,12 +252,6 @@ def print_stages(results: Mapping[str, Any]) -> None:
             f"{stage['parameters']:,}",
         )
     show(table)
-
-
-def show(table: Table) -> None:
-    """Print a table in full also where the output is no terminal (rich then assumes 80 columns)."""
-    console = Console()
-    Console(width=max(console.width, 120)).print(table)
 
 
 def _heads(per_layer: Sequence[int]) -> str:

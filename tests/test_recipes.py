@@ -15,8 +15,9 @@ import torch
 import uptrain_gqa_glue
 from demo_data import make_demo_data
 from glue_metric import GlueMetric
-from glue_run import GlueArguments, parse_arguments, write_json
+from glue_run import GlueArguments, parse_arguments
 from prune_heads_glue import parse_options
+from report import write_json
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,

@@ -15,9 +15,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from . import families, surgery
-from .attention.registry import NAME
+from .attention.registry import NAME, PARAMETERS
 from .change import require_grouping
-from .swap import install_saved, saved_kind
+from .swap import add_parameters, install_saved, saved_kind, saved_kinds
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -81,7 +81,13 @@ def load_pretrained(
 
 
 def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise `ValueError` if `ignore_mismatched_sizes=True` left attention projections at random."""
+    """Raise `ValueError` if attention projections, or what a swapped attention learned, would be random."""
+    absent = sorted(key for key in info["missing_keys"] if f".{PARAMETERS}." in key)
+    if absent:
+        raise ValueError(
+            f"the checkpoint lacks {len(absent)} tensors that its swapped attention learned, {absent[0]!r} among them; "
+            "it was not saved completely"
+        )
     if model.config.model_type not in families.FAMILIES:
         return
     stacks = families.FAMILIES[model.config.model_type].stacks
@@ -129,6 +135,10 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         model_class.__init__(self, config, *args, **kwargs)
         if config.model_type in families.FAMILIES and not families.FAMILIES[config.model_type].fixed:
             _resize(self)
+        kinds = saved_kinds(config)
+        for layer in families.attention_layers(self) if kinds else ():
+            if layer.index in kinds:
+                add_parameters(layer, kinds[layer.index])
 
     # The same name and module, because Transformers looks up sources and architectures by them.
     names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}

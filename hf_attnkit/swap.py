@@ -126,11 +126,16 @@ def install_saved(model: PreTrainedModel) -> None:
         ValueError: as `swap_attention`.
     """
     model_layers = attention_layers(model)
-    saved = model.config.hf_attnkit
-    kinds = {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
+    kinds = saved_kinds(model.config)
     for index, kind in kinds.items():
         _check(kind, model_layers[in_range(index, len(model_layers), "layer")])
-    _install(model, model_layers, saved["base"], kinds)
+    _install(model, model_layers, model.config.hf_attnkit["base"], kinds)
+
+
+def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
+    """The kinds that a config names, by layer."""
+    saved = getattr(config, "hf_attnkit", None) or {"layers": {}}
+    return {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:

@@ -103,11 +103,11 @@ def implementations(window: int) -> dict[str, Candidate]:
         "mha": _ours("mha", is_quadratic=True),
         "gqa": _ours("gqa", is_quadratic=True),
         "mqa": _ours("mqa", is_quadratic=True, one_key_value_head=True, computes="mqa"),
-        "flash": _ours("flash"),
-        "flash_tiled": _ours("flash"),
+        "flash": _ours("flash", backend="auto"),
+        "flash_tiled": _ours("flash", backend="tiled"),
         "sliding_window": _ours("sliding_window", computes="window", window=window),
         "local_global": _ours(
-            *("local_global", "local_global", True), window=window, num_global_tokens=1, num_random_blocks=0
+            "local_global", computes="local_global", window=window, num_global_tokens=1, num_random_blocks=0
         ),
         "linear": _ours("linear", computes="linear"),
     }

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import feature_maps, linear_hybrid, linear_sums, tiled
+from .cache import StateLayer
 from .linear_sums import Keys, LinearState, Map
 from .mask import Mask
 
@@ -55,6 +56,11 @@ def create_parameters(
     return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim) if feature_map == "hedgehog" else None
 
 
+def create_cache(max_length: int | None, *, feature_map: str = "elu", window: int | None = None) -> StateLayer:
+    """The cache layer of a causal model: sums of constant size, and with a window its last keys and values."""
+    return StateLayer(max_length, window or 1)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -66,7 +72,7 @@ def attention(
     feature_map: str = "elu",
     window: int | None = None,
     parameters: nn.Module | None = None,
-    state: LinearState | None = None,
+    cache: LinearState | StateLayer | None = None,
 ) -> tuple[Tensor, None]:
     """Attend. Shapes as in `mha.attention`; returns no weights.
 
@@ -79,9 +85,9 @@ def attention(
         feature_map: "elu" or "hedgehog".
         window: number of keys with softmax terms on each side of a query, its own included.
         parameters: what `create_parameters` made, for "hedgehog".
-        state: for causal generation. Then `query` holds the new tokens, and `key` and `value` the new
+        cache: a `LinearState` or the cache layer of `create_cache`, for causal generation. Then `query` holds the new tokens, and `key` and `value` the new
             tokens behind those kept from before: none, or with a window at most the last `window - 1`.
-            `state.sums` stands for all keys before these, and is replaced by the sums that the next
+            `cache.sums` stands for all keys before these, and is replaced by the sums that the next
             call needs: over all keys but the last `window - 1`. Any split of a text into calls gives
             what one pass gives.
 
@@ -93,7 +99,7 @@ def attention(
     _check_mask(mask)
     phi_query, phi_key = _maps(feature_map, parameters)
     kv_length, width = key.shape[2], window or 0
-    if state is not None:
+    if cache is not None:
         _check_state(query.shape[2], kv_length, width, mask)
 
     near = None
@@ -106,8 +112,8 @@ def attention(
             kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
         keys = Keys(key, value, phi_key, mask.key_visible, kept)
         parts: Iterator[Tensor]
-        if state is not None:
-            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, state)
+        if cache is not None:
+            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
         elif mask.is_causal:
             parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
         elif window is None:
@@ -118,9 +124,9 @@ def attention(
         output = linear_sums.collect(
             _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
         )
-        if state is not None and width:
+        if cache is not None and width:
             # The key that the last query still had in its window, and the next one has not.
-            state.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), state.sums)
+            cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
     return output, None
 
 
@@ -178,5 +184,5 @@ def _check_state(q_length: int, kv_length: int, width: int, mask: Mask) -> None:
         )
     if not mask.is_causal and q_length > 1:
         raise ValueError(
-            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; pass state=None"
+            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; use_cache=False leaves it out"
         )

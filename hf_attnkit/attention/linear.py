@@ -85,11 +85,11 @@ def attention(
         feature_map: "elu" or "hedgehog".
         window: number of keys with softmax terms on each side of a query, its own included.
         parameters: what `create_parameters` made, for "hedgehog".
-        cache: a `LinearState` or the cache layer of `create_cache`, for causal generation. Then `query` holds the new tokens, and `key` and `value` the new
-            tokens behind those kept from before: none, or with a window at most the last `window - 1`.
-            `cache.sums` stands for all keys before these, and is replaced by the sums that the next
-            call needs: over all keys but the last `window - 1`. Any split of a text into calls gives
-            what one pass gives.
+        cache: a `LinearState`, or the layer that `create_cache` made, for causal generation. Then `query`
+            holds the new tokens, and `key` and `value` the new tokens behind those kept from before:
+            none, or with a window at most the last `window - 1`. `cache.sums` stands for all keys before
+            these, and is replaced by the sums that the next call needs: over all keys but the last
+            `window - 1`. Any split of a text into calls gives what one pass gives.
 
     Raises:
         ValueError: for a full attention matrix or a bias, which features summed over keys cannot
@@ -184,5 +184,6 @@ def _check_state(q_length: int, kv_length: int, width: int, mask: Mask) -> None:
         )
     if not mask.is_causal and q_length > 1:
         raise ValueError(
-            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; use_cache=False leaves it out"
+            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; "
+            "use_cache=False leaves it out"
         )

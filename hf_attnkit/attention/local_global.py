@@ -147,7 +147,7 @@ def _links(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: in
     else:
         lengths = kv_length - visible.flip(-1).int().argmax(-1).expand(batch) - start
     num_blocks = -(-kv_length // block_size)
-    blocks = chosen_blocks(lengths, num_blocks, number, seed, is_causal=mask.is_causal, block_size=block_size)
+    blocks = chosen_blocks(lengths, num_blocks, number, seed, mask.is_causal, block_size)
     return start, blocks
 
 

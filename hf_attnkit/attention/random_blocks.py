@@ -25,10 +25,11 @@ def _draw(num_blocks: int, per_block: int, seed: int, is_causal: bool) -> Tensor
     return chosen
 
 
+@torch.library.custom_op("hf_attnkit::chosen_blocks", mutates_args=())
 def chosen_blocks(
-    lengths: Tensor, num_blocks: int, per_block: int, seed: int, *, is_causal: bool, block_size: int
+    lengths: Tensor, num_blocks: int, per_block: int, seed: int, is_causal: bool, block_size: int
 ) -> Tensor:
-    """Blocks of keys per block of queries.
+    """Blocks of keys per block of queries; an operator, because torch.compile knows no generators.
 
     Args:
         lengths: `(B,)` tokens of each row.
@@ -37,10 +38,13 @@ def chosen_blocks(
     Returns:
         `(B, num_blocks, per_block)` block numbers; -1 where there is none.
     """
-    if is_causal:
-        return _draw(num_blocks, per_block, seed, True).to(lengths.device).expand(len(lengths), -1, -1)
     rows = torch.full((len(lengths), num_blocks, per_block), -1)
     for row, length in enumerate(lengths.tolist()):
-        blocks = -(-length // block_size)
-        rows[row, :blocks] = _draw(blocks, per_block, seed, False)
+        blocks = num_blocks if is_causal else -(-length // block_size)
+        rows[row, :blocks] = _draw(blocks, per_block, seed, is_causal)
     return rows.to(lengths.device)
+
+
+@chosen_blocks.register_fake
+def _(lengths: Tensor, num_blocks: int, per_block: int, *_: int) -> Tensor:
+    return lengths.new_empty(len(lengths), num_blocks, per_block)

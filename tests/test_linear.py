@@ -293,6 +293,15 @@ def test_very_negative_scores_in_a_window() -> None:
     assert (output - means).abs().max() <= 4 * torch.finfo(torch.float32).eps * value.abs().max()
 
 
+def test_a_normaliser_too_small_to_divide_by() -> None:
+    """Features whose products leave float32: no key, rather than infinite gradients."""
+    query, key, value = (x.float() for x in inputs(1, 1, 4, 4))
+    query, key = torch.full_like(query, -50.0), torch.full_like(key, -45.0)
+    mask = Mask.aligned(4, 4, is_causal=True)
+    output, *grads = gradients(partial(run, {"feature_map": "elu"}, mask), query, key, value)
+    assert not output.any() and all(torch.isfinite(grad).all() for grad in grads)
+
+
 def test_elu_keeps_small_features() -> None:
     """e^x of a negative x to all digits, which elu(x) + 1 in float32 has lost at -20."""
     x = torch.linspace(-60, 5, 200)

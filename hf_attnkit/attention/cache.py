@@ -248,10 +248,8 @@ class StaticWindowLayer(SequenceLayer):
             kept[:, :, front] = take(states, index, kept[:, :, front])
         inside = (index >= 0) & (index < count)
         if mask.key_visible is not None:
-            visible = (
-                mask.key_visible[:, -count:] if self._in_order else mask.key_visible[:, (self.seen - 1) % self.window]
-            )
-            visible = visible.view(-1, count).expand(index.shape[0], -1)
+            new = slice(-count, None) if self._in_order else ((self.seen - 1) % self.window)[None]
+            visible = mask.key_visible[:, new].expand(index.shape[0], -1)
             inside = inside & visible.gather(1, index.clamp(0, count - 1))
         self.sink_visible = self.sink_visible | inside  # type: ignore[operator]
 

@@ -77,18 +77,10 @@ def check(name: str, model: PreTrainedModel, inputs: dict[str, Tensor], options:
         assert error <= rounding, f"{key}: off by {error:.3g}, float32 by {rounding:.3g}"
 
 
-def freeze_bias(model: PreTrainedModel) -> None:
-    """The flash kernel gives no gradient for a learned bias."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("relative_attention_bias" not in name)
-
-
 @pytest.mark.parametrize(("name", "family", "head"), HEADS)
 def test_outputs_and_gradients(name: str, family: str, head: str) -> None:
     """With padding on either side; encoder-decoders with padded sources and targets of another length."""
     model = build_for(name, family, head)
-    if (name, family) == ("flash", "t5"):
-        freeze_bias(model)
     check(name, model, batch(model), MATRIX[name].options, "sdpa" if name in EXACT else register(name))
 
 
@@ -96,8 +88,6 @@ def test_outputs_and_gradients(name: str, family: str, head: str) -> None:
 def test_as_many_target_as_source_tokens(name: str, family: str) -> None:
     """The numbers of queries and keys of cross-attention agree by chance; nothing is padded."""
     model = build_for(name, family)
-    if (name, family) == ("flash", "t5"):
-        freeze_bias(model)
     ids = batch(model, (12, 12))["input_ids"]
     inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1), "attention_mask": torch.ones_like(ids)}
     check(name, model, inputs, MATRIX[name].options, "sdpa" if name in EXACT else register(name))
@@ -107,8 +97,6 @@ def test_as_many_target_as_source_tokens(name: str, family: str) -> None:
 def test_in_training(name: str, family: str) -> None:
     """In training mode, without dropout so that results can be compared."""
     model = build_for(name, family, "causal", **{"dropout_rate" if family == "t5" else "dropout": 0.0}).train()
-    if (name, family) == ("flash", "t5"):
-        freeze_bias(model)
     check(name, model, batch(model), MATRIX[name].options, "sdpa")
 
 
@@ -149,14 +137,6 @@ def test_patterns_leave_cross_attention_out(name: str) -> None:
             swap_attention(each, name, layers=[4, 6], **MATRIX[name].options)
         with unchanged(each), pytest.raises(ValueError, match=refused):
             swap_attention(each, {6: (name, MATRIX[name].options)})
-
-
-def test_flash_refuses_to_learn_a_position_bias() -> None:
-    model = swap_attention(build("t5"), "flash")
-    with pytest.raises(ValueError, match="'flash' gives no gradient for a learned attention bias"):
-        model(**batch(model))
-    with torch.no_grad():
-        assert outputs(model, batch(model)).isfinite().all()
 
 
 def test_no_scores_for_a_position_bias() -> None:
@@ -231,8 +211,7 @@ def test_layers_with_windows_of_their_own(name: str, family: str) -> None:
     assert torch.equal(swapped(model, name).generate(**inputs, **SETTINGS), expected)
 
 
-# 'local_global' cannot tell padding from a full matrix while decoding, and the bias makes the mask one.
-@pytest.mark.parametrize(("name", "family"), [pair for pair in CROSSING if pair != ("local_global", "t5")])
+@pytest.mark.parametrize(("name", "family"), CROSSING)
 def test_cache_equals_one_pass(name: str, family: str) -> None:
     """The decoder token by token, with the keys of both of its attentions kept."""
     ours = swapped(build_for(name, family, "causal"), name, **MATRIX[name].options)

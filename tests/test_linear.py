@@ -159,7 +159,7 @@ def generate(options: dict[str, Any], sizes: Sequence[int], seen: Tensor | None,
         # As a model does: one new token has no future to hide.
         mask = Mask.aligned(size, stop - given.start, is_causal=size > 1, key_visible=visible)
         parts = query[:, :, start:stop], key[:, :, given], value[:, :, given]
-        outputs.append(run(options, mask, *parts, *learned, state=state))
+        outputs.append(run(options, mask, *parts, *learned, cache=state))
         start = stop
     assert start == query.shape[2]
     return torch.cat(outputs, dim=2), state
@@ -217,7 +217,7 @@ def test_a_step_maps_one_key(window: int | None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(linear.feature_maps, "elu", lambda x: mapped.append(x.shape[2]) or original(x))
     given = (window or 1) - 1
     query, key, value = inputs(2, 2, 1, given + 1)
-    run(options, Mask.aligned(1, given + 1, is_causal=False), query, key, value, state=state)
+    run(options, Mask.aligned(1, given + 1, is_causal=False), query, key, value, cache=state)
     assert sum(mapped) == 2  # the query, and the key that is new or leaves the window
 
 
@@ -315,9 +315,9 @@ def test_mixed_precision_keeps_the_sums_in_float32(options: dict[str, Any]) -> N
     mask = Mask.aligned(60, 60, is_causal=True)
     query, key, value, *learned = tensors
     state, plain_state = LinearState(), LinearState()
-    run(options, mask, query, key, value, *learned, state=plain_state)
+    run(options, mask, query, key, value, *learned, cache=plain_state)
     with torch.autocast("cpu", torch.bfloat16):
-        run(options, mask, query, key, value, *learned, state=state)
+        run(options, mask, query, key, value, *learned, cache=state)
     assert torch.equal(state.sums, plain_state.sums)
 
 
@@ -488,5 +488,5 @@ def test_state_refused(window: int | None, queries: int, keys: int, is_causal: b
     options = {"feature_map": "elu", "window": window}
     with pytest.raises(ValueError, match=message):
         mask = Mask.aligned(queries, keys, is_causal=is_causal)
-        run(options, mask, *inputs(2, 2, queries, keys), state=state)
+        run(options, mask, *inputs(2, 2, queries, keys), cache=state)
     assert state.sums is None

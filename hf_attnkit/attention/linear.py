@@ -35,6 +35,8 @@ from .linear_sums import Keys, LinearState, Map
 from .mask import Mask
 
 NEEDS_TRANSFER = True
+SELF_ATTENTION_ONLY = True  # the causal sums take queries and keys of one sequence
+NO_SCORES = True
 FEATURE_MAPS = ("elu", "hedgehog")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .cache import CACHE_ARGUMENT, SequenceLayer
-from .registry import ATTRIBUTE, create_cache
+from .registry import ATTRIBUTE, create_cache, has_cache
 
 
 def add_hook(module: nn.Module) -> None:
@@ -33,11 +33,13 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         ValueError: if another attention has already filled the cache.
     """
+    if not has_cache(module):
+        return None
     cache = kwargs.get("past_key_values")
     if cache is None and args:
         cache = dict(zip(_arguments(type(module)), args, strict=False)).get("past_key_values")
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(cache, Cache) or not hasattr(module, ATTRIBUTE):
+    if not isinstance(cache, Cache):
         return None
     index: int = module.layer_idx  # type: ignore[assignment]
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:

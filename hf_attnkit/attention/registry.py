@@ -108,11 +108,15 @@ def create_cache(module: nn.Module, max_length: int | None) -> SequenceLayer | N
         max_length: that of a static cache.
     """
     kind: Kind = getattr(module, ATTRIBUTE)
-    create = getattr(IMPLEMENTATIONS.get(kind.name), "create_cache", None)
+    return IMPLEMENTATIONS[kind.name].create_cache(max_length, **kind.options) if has_cache(module) else None
+
+
+def has_cache(module: nn.Module) -> bool:
+    """Whether the module's kind may need a cache layer of its own."""
+    kind: Kind | None = getattr(module, ATTRIBUTE, None)
     # A shared position bias (T5) is computed for the keys of the first layer, so all must keep all keys.
-    if create is None or hasattr(module, "has_relative_attention_bias"):
-        return None
-    return create(max_length, **kind.options)
+    position_bias = hasattr(module, "has_relative_attention_bias")
+    return kind is not None and not position_bias and hasattr(IMPLEMENTATIONS.get(kind.name), "create_cache")
 
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]

@@ -4,6 +4,7 @@ Importing registers one attention name of our own with Transformers and changes 
 """
 
 from .attention.registry import available_attentions, register
+from .choice import attention_backends
 from .conversion import convert_to_gqa, convert_to_mqa
 from .importance import attention_entropy, head_importance
 from .loading import load_pretrained
@@ -13,6 +14,7 @@ from .swap import restore_attention, swap_attention
 __version__ = "0.1.0"
 
 __all__ = [
+    "attention_backends",
     "attention_entropy",
     "available_attentions",
     "convert_to_gqa",

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from . import families, surgery
-from .attention.registry import ATTRIBUTE, NAME, Kind
+from .attention.registry import ATTRIBUTE, NAME, PARAMETERS, Kind
 from .surgery import Edit
 
 
@@ -24,6 +24,7 @@ def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[
     """
     layers = families.editable_layers(model)
     require_consistent(model, layers)
+    require_nothing_learned(layers)
     running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
     require_grouping(model, heads, running)
     config = families.with_heads(model, heads)
@@ -65,6 +66,16 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[families.Attenti
         raise ValueError(
             "the config says that attention was swapped, but the layers were not told; load the checkpoint with "
             "hf_attnkit.load_pretrained"
+        )
+
+
+def require_nothing_learned(layers: Sequence[families.AttentionLayer]) -> None:
+    """Raise `ValueError` if a layer's swapped attention has parameters, which belong to its heads as they are."""
+    learned = [layer.index for layer in layers if hasattr(layer.module, PARAMETERS)]
+    if learned:
+        raise ValueError(
+            f"layers {learned} run attention with learned parameters (feature_map='hedgehog'), one set per head; "
+            "change the heads first and swap then, or call hf_attnkit.restore_attention(model), which discards them"
         )
 
 

@@ -247,6 +247,11 @@ def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
         return  # a checkpoint that is being loaded
     if new is not None:
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
+        if like.is_meta and hasattr(layer.module, "_hf_hook"):
+            raise ValueError(
+                f"layer {layer.index} is offloaded, so nothing can be added to it that {kind.name!r} learns; load the "
+                "model without offloading, swap, save, and load that with hf_attnkit.load_pretrained"
+            )
         new = new.to(device=like.device, dtype=like.dtype)
     _set_parameters(layer.module, new)
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,20 @@ from .mask import Mask
 
 BACKENDS = ("tiled", "packed", "sdpa", "flex", "flash_attn")
 FLEX_BLOCK = 128
+
+
+Listener = Callable[[str, str], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listen(listener: Listener) -> Iterator[None]:
+    """Call `listener(backend, reason)` whenever `attend` has chosen."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def check_backend(backend: str) -> None:
@@ -123,7 +138,9 @@ def attend(
 
     Shapes as in `mha.attention`; returns the output alone.
     """
-    name, _ = choose(query, key, mask, dropout=dropout, window=window, backend=backend)
+    name, reason = choose(query, key, mask, dropout=dropout, window=window, backend=backend)
+    for listener in _listeners:
+        listener(name, reason)
     if mask.dense is not None and window is not None:
         mask, window = mask.also(mask.distance().abs() < window), None
     return _RUN[name](query, key, value, mask, scaling, dropout, window)

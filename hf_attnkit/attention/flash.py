@@ -18,6 +18,8 @@ def check(num_heads: int, num_key_value_heads: int, *, window: int | None = None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window={window!r} must be None (all keys) or an integer of at least 1")
     backends.check_backend(backend)
+    if backend == "sdpa" and window is not None:
+        raise ValueError("backend='sdpa' cannot skip what is outside a window; use 'auto', 'tiled' or 'flex'")
 
 
 def attention(

@@ -1,0 +1,168 @@
+"""What works with what: fills the table in docs/attention.md, and fails where the docs say otherwise.
+
+Each cell is tried on a tiny Llama and a tiny BERT: the result must equal that of the same model
+without the feature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import batch, build, outputs
+from torch import Tensor
+
+from hf_attnkit import load_pretrained, swap_attention
+
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mha": ("mha", {}),
+    "gqa": ("gqa", {}),
+    "mqa": ("mqa", {}),
+    "sliding_window": ("sliding_window", {"window": 5}),
+    "sliding_window, sinks": ("sliding_window", {"window": 5, "num_sink_tokens": 2}),
+    "local_global": ("local_global", {"window": 4, "num_global_tokens": 2}),
+    "local_global, random blocks": ("local_global", {"window": 4, "num_random_blocks": 1, "block_size": 4}),
+    "flash": ("flash", {}),
+    "flash, tiled": ("flash", {"backend": "tiled"}),
+    "linear": ("linear", {}),
+    "linear, window": ("linear", {"window": 4}),
+    "linear, hedgehog": ("linear", {"feature_map": "hedgehog"}),
+}
+DOCS = Path(__file__).parents[1] / "docs" / "attention.md"
+
+
+def model_for(row: str, family: str) -> Any:
+    name, options = ROWS[row]
+    heads = {"kv_heads": 1 if name == "mqa" else 4} if family == "llama" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # linear needs transfer training
+        return swap_attention(build(family, "causal" if family == "llama" else "masked", **heads), name, **options)
+
+
+def families(row: str) -> tuple[str, ...]:
+    return ("llama",) if ROWS[row][0] == "mqa" else ("llama", "bert")
+
+
+def results(model: Any, forward: Callable[..., Tensor]) -> list[Tensor]:
+    """Outputs and all gradients."""
+    model.zero_grad()
+    output = forward(model, batch(model))
+    output.square().mean().backward()
+    return [output.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def close(ours: list[Tensor], plain: list[Tensor], bound: float) -> None:
+    """Relative to the largest entry of each tensor."""
+    assert len(ours) == len(plain)
+    for a, b in zip(ours, plain, strict=True):
+        assert (a - b).abs().max() <= bound * b.abs().max() + 1e-12
+
+
+def compiled(model: Any, tmp_path: Path) -> None:
+    """One graph, forward and backward. The operations are the same, so the results differ by rounding."""
+    torch._dynamo.reset()
+    uncached = {"use_cache": False} if model.config.model_type == "llama" else {}
+    graph = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(
+        results(model, lambda m, b: graph(**b, **uncached).logits),
+        results(model, lambda m, b: m(**b, **uncached).logits),
+        1e-4,
+    )
+
+
+def checkpointed(model: Any, tmp_path: Path) -> None:
+    """In training mode with dropout, which the second forward pass must repeat."""
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    model.train()
+    torch.manual_seed(3)
+    plain = results(model, lambda m, b: m(**b).logits)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(3)
+    close(results(model, lambda m, b: m(**b).logits), plain, 1e-4)
+
+
+def autocast(model: Any, tmp_path: Path) -> None:
+    """bfloat16 has 8 bits: within a few of them of the float32 result, and the gradients exist."""
+    model.eval()
+    plain = results(model, lambda m, b: m(**b).logits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = results(model, lambda m, b: m(**b).logits)
+    assert len(mixed) == len(plain) and all(t.isfinite().all() for t in mixed)
+    assert (mixed[0].float() - plain[0]).abs().mean() <= 2.0**-4 * plain[0].abs().mean()
+
+
+def placed(model: Any, tmp_path: Path) -> None:
+    """`load_pretrained(device_map=...)` with the last layer offloaded to disk."""
+    expected = outputs(model.eval(), batch(model))
+    model.save_pretrained(tmp_path)
+    stem = "model.layers" if hasattr(model, "model") else "bert.encoder.layer"
+    places = {name: "cpu" for name, _ in model.named_children()}
+    root, rest = stem.split(".", 1)
+    places.pop(root)
+    for name, _ in getattr(model, root).named_children():
+        if not rest.startswith(name):
+            places[f"{root}.{name}"] = "cpu"
+    places |= {f"{stem}.0": "cpu", f"{stem}.1": "disk"}
+    loaded = load_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    assert loaded.hf_device_map[f"{stem}.1"] == "disk"
+    with torch.no_grad():
+        close([outputs(loaded.eval(), batch(loaded))], [expected.detach()], 1e-5)
+
+
+COLUMNS = {
+    "`torch.compile(fullgraph=True)`": compiled,
+    "gradient checkpointing": checkpointed,
+    "bfloat16 autocast": autocast,
+    "`device_map` with offloading": placed,
+}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("row", ROWS)
+def test_cell(row: str, column: str, tmp_path: Path) -> None:
+    for family in families(row):
+        COLUMNS[column](model_for(row, family), tmp_path / family)
+    cells = [cell.strip() for cell in table_line(row).split("|")[2:-1]]
+    assert cells[list(COLUMNS).index(column)] == "yes", "docs/attention.md has to say yes here"
+
+
+def table_line(row: str) -> str:
+    table = DOCS.read_text().split("| " + " | ".join(["kind", *COLUMNS]) + " |\n")[1].split("\n\n")[0]
+    return next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+
+
+def test_every_implementation_has_a_row() -> None:
+    from hf_attnkit import available_attentions
+
+    assert {name for name, _ in ROWS.values()} == set(available_attentions())
+
+
+def test_user_marked_global_tokens_do_not_compile_whole() -> None:
+    """How many tokens are marked decides shapes, so the graph breaks: refused by fullgraph, right without it."""
+    model = model_for("local_global", "bert")
+    inputs = batch(model)
+    marked = torch.zeros_like(inputs["input_ids"])
+    marked[:, 3] = 1
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.UserError):
+        torch.compile(model, fullgraph=True, backend="eager")(**inputs, global_attention_mask=marked)
+    torch._dynamo.reset()
+    graph = torch.compile(model, backend="eager")(**inputs, global_attention_mask=marked).logits
+    close([graph.detach()], [model(**inputs, global_attention_mask=marked).logits.detach()], 1e-5)
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    """The default compiler on the tiled kernel and on a chunked sum, whose loops it must not get wrong."""
+    model = model_for("sliding_window", "llama")
+    swap_attention(model, {1: "linear"})
+    torch._dynamo.reset()
+    graph = torch.compile(model, fullgraph=True)
+    close(results(model, lambda m, b: graph(**b, use_cache=False).logits),
+          results(model, lambda m, b: m(**b, use_cache=False).logits), 1e-3)  # fmt: skip

@@ -29,6 +29,9 @@ from .mask import Mask
 
 BACKENDS = ("tiled", "packed", "sdpa", "flex", "flash_attn")
 FLEX_BLOCK = 128
+# On a CPU; measured, see docs/benchmarks.md.
+SHORT_WINDOW = 256
+SHORT_MATRIX = 1024
 
 
 Listener = Callable[[str, str], None]
@@ -76,15 +79,18 @@ def choose(
 
 
 def _choose_cpu(mask: Mask, dropout: float, window: int | None, kv_length: int) -> tuple[str, str]:
-    if window is not None and kv_length > 2 * window:
+    if window is not None and window < kv_length:
+        if kv_length <= SHORT_WINDOW:
+            return "packed", f"with up to {SHORT_WINDOW} keys there is little to skip"
         return "tiled", "skips what is outside the window"
-    if window is not None:
-        return "packed", "a window of half the keys or more leaves nothing to skip"
-    if dropout > 0:
-        return "tiled", "SDPA with dropout forms the matrix"
-    if mask.bias is None and mask.dense is None and (mask.is_trivial or not mask.is_causal):
+    if mask.bias is not None:
+        return "tiled", "adds a bias without a matrix of weights"
+    needs_matrix = mask.dense is not None or not (mask.is_trivial or not mask.is_causal)
+    if not needs_matrix and dropout == 0:
         return "sdpa", "fastest without a mask matrix"
-    return "tiled", "SDPA would read a matrix of queries x keys"
+    if kv_length <= SHORT_MATRIX:
+        return "sdpa", f"with up to {SHORT_MATRIX} keys its matrix costs little"
+    return "tiled", "SDPA would form a matrix of queries x keys"
 
 
 def _choose_gpu(query: Tensor, key: Tensor, mask: Mask, dropout: float, window: int | None) -> tuple[str, str]:
@@ -138,6 +144,8 @@ def attend(
 
     Shapes as in `mha.attention`; returns the output alone.
     """
+    if window is not None and window >= key.shape[2] and mask.known_offset is not None:
+        window = None  # nothing is outside
     name, reason = choose(query, key, mask, dropout=dropout, window=window, backend=backend)
     for listener in _listeners:
         listener(name, reason)

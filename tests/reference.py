@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,17 +75,53 @@ def attend(
     return torch.einsum("bhqk,bhkd->bhqd", p * kept, value[:, heads])
 
 
-# Patterns: which keys j a query i may see, by position, besides padding and causality. Shapes
-# `(B, Q, 1)` and `(B, 1, K)`; `first` `(B, 1, 1)` is the position of the first real token.
+@dataclass(frozen=True)
+class Text:
+    """Where queries and keys stand.
+
+    Attributes:
+        i, j: positions of queries `(B, Q, 1)` and keys `(B, 1, K)`.
+        first, last: `(B, 1, 1)`, of the first and the last real token.
+    """
+
+    i: Tensor
+    j: Tensor
+    first: Tensor
+    last: Tensor
+    is_causal: bool
 
 
-def everything(i: Tensor, j: Tensor, first: Tensor) -> Tensor:
-    return (i == i) & (j == j)
+# Patterns: which keys j a query i may see, besides padding and causality.
 
 
-def window(size: int, i: Tensor, j: Tensor, first: Tensor) -> Tensor:
-    return (i - j < size) & (j - i < size)
+def everything(text: Text) -> Tensor:
+    return (text.i == text.i) & (text.j == text.j)
 
 
-def window_and_global(size: int, number: int, i: Tensor, j: Tensor, first: Tensor) -> Tensor:
-    return window(size, i, j, first) | (j < first + number) | ((i >= first) & (i < first + number))
+def window(size: int, text: Text) -> Tensor:
+    return (text.i - text.j < size) & (text.j - text.i < size)
+
+
+def window_and_sinks(size: int, number: int, text: Text) -> Tensor:
+    return window(size, text) | (text.j < text.first + number)
+
+
+def window_and_global(size: int, number: int, text: Text) -> Tensor:
+    return window_and_sinks(size, number, text) | ((text.i >= text.first) & (text.i < text.first + number))
+
+
+def window_and_random(size: int, number: int, per_block: int, block: int, seed: int, text: Text) -> Tensor:
+    """A block of queries sees `per_block` of the other blocks of its row, of those before it if causal."""
+    seen = window_and_global(size, number, text)
+    batch = max(seen.shape[0], text.first.shape[0])
+    i, j, first, last = (x.expand(batch, -1, -1) for x in (text.i, text.j, text.first, text.last))
+    linked = torch.zeros(batch, i.shape[1], j.shape[2], dtype=torch.bool)
+    for row in range(batch):
+        blocks = (int(last[row]) - int(first[row])) // block + 1
+        of_query, of_key = ((x[row] - first[row]).div(block, rounding_mode="floor") for x in (i, j))
+        for own in range(blocks):
+            others = list(range(own)) if text.is_causal else [other for other in range(blocks) if other != own]
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + own)
+            for drawn in torch.randperm(len(others), generator=generator)[:per_block].tolist():
+                linked[row] |= (of_query == own) & (of_key == others[drawn])
+    return seen | linked

@@ -1,7 +1,7 @@
 """Every implementation against its definition in float64: outputs and gradients.
 
-Lengths are chosen around the sizes the implementations work in: flash tiles of 256 queries and 512
-keys, chunks of 128 for linear, blocks of at least 16 for sliding windows.
+Lengths are chosen around the sizes the implementations work in: tiles of 256 queries and 512 keys,
+of 64 queries with a window, chunks of 64 for linear. `test_tiled.py` tests the kernel alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from matrix import MATRIX, expected, run
 from reference import weights
 from torch import Tensor
 
-from hf_attnkit.attention import flash, linear_sums, mha
+from hf_attnkit.attention import linear_sums, mha, tiled
 from hf_attnkit.attention.mask import Mask
 
 NAMES = list(MATRIX)
@@ -86,7 +86,7 @@ def test_slots_after_the_queries(name: str, placing: tuple[int, int, int]) -> No
     compare(name, inputs(*heads_for(name), queries, keys), mask)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and name != "local_global"])
+@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and not MATRIX[name].first])
 def test_rows_of_a_batch_at_different_positions(name: str) -> None:
     """With a full matrix the queries of each row of a batch may stand elsewhere in its cache."""
     queries, keys = 9, 60
@@ -97,7 +97,7 @@ def test_rows_of_a_batch_at_different_positions(name: str) -> None:
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["one matrix", "matrix per head"])
-@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and name != "local_global"])
+@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and not MATRIX[name].first])
 def test_full_bool_matrix(name: str, per_head: bool) -> None:
     """Any pattern, empty rows among them, comes through."""
     heads, kv_heads = heads_for(name)
@@ -107,7 +107,7 @@ def test_full_bool_matrix(name: str, per_head: bool) -> None:
     compare(name, inputs(heads, kv_heads, 70, 70), mask)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and name != "local_global"])
+@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].matrix and not MATRIX[name].first])
 def test_full_float_matrix(name: str) -> None:
     """A float mask is added to the scores; the dtype's minimum hides."""
     generator = torch.Generator().manual_seed(3)
@@ -127,19 +127,13 @@ def test_full_matrix_refused(name: str) -> None:
         run(name, *inputs(4, 2, 8, 8), mask)
 
 
-def test_local_global_refuses_a_full_matrix_with_a_cache() -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if MATRIX[name].first])
+def test_a_full_matrix_with_a_cache_is_refused_where_the_first_token_counts(name: str) -> None:
     """The matrix does not tell where the padding ends, and with it the global tokens begin."""
     dense = torch.ones(2, 1, 3, 8, dtype=torch.bool)
     mask = Mask.receive(dense, 3, 8, is_causal=True, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"set config\.sliding_window to None, or pass a 2-D attention_mask"):
-        run("local_global", *inputs(4, 2, 3, 8), mask)
-
-
-def test_flash_refuses_a_learned_bias() -> None:
-    bias = torch.zeros(1, 1, 4, 4, dtype=torch.float64, requires_grad=True)
-    mask = Mask.receive(bias, 4, 4, is_causal=False, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="no gradient for a learned attention bias; use 'mha' or 'gqa'"):
-        run("flash", *inputs(2, 2, 4, 4), mask)
+        run(name, *inputs(4, 2, 3, 8), mask)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -163,8 +157,9 @@ def test_queries_that_see_nothing(name: str, length: int, is_causal: bool) -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite differences, with tiles and chunks so small that several are used."""
-    monkeypatch.setattr(flash, "QUERY_TILE", 3)
-    monkeypatch.setattr(flash, "KEY_TILE", 2)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 3)
+    monkeypatch.setattr(tiled, "WINDOW_QUERY_TILE", 3)
+    monkeypatch.setattr(tiled, "KEY_TILE", 2)
     monkeypatch.setattr(linear_sums, "CHUNK", 2)
     tensors = [x.requires_grad_() for x in inputs(*heads_for(name, 4, 2), 5, 11, head_dim=3)]
     mask = Mask.aligned(5, 11, is_causal=is_causal, key_visible=padding("left", 11))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accuracy import assert_exact64, gradients
 from matrix import MATRIX, expected, run
 from models import batch, build, outputs
 from test_swap import build_for, results, swapped
 from torch import Tensor
 
-from hf_attnkit.attention import flash
 from hf_attnkit.attention.mask import Mask
 
 every_name = pytest.mark.parametrize("name", list(MATRIX))
@@ -83,48 +81,6 @@ def test_backward_uses_the_weights_of_the_forward(name: str) -> None:
         return run(name, *inputs, mask, dropout=P)
 
     assert torch.autograd.gradcheck(fixed, [tensor.requires_grad_() for tensor in tensors])
-
-
-def test_flash_against_autograd_with_the_same_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, padding and groups; the factors are read off the forward pass's own calls."""
-    monkeypatch.setattr(flash, "QUERY_TILE", 16)
-    monkeypatch.setattr(flash, "KEY_TILE", 24)
-    tensors, mask = problem("flash", 70)
-    kept = torch.ones(1, 4, 70, 70, dtype=torch.float64)
-    original = flash._kept
-    tiles = set()
-
-    def note(shape: torch.Size, dropout: float, seed: int, queries: slice, keys: slice, device: torch.device) -> Tensor:
-        factors = original(shape, dropout, seed, queries, keys, device)
-        kept[:, :, queries, keys] = factors.double()
-        tiles.add((queries.start, keys.start))
-        return factors
-
-    monkeypatch.setattr(flash, "_kept", note)
-    got = gradients(lambda q, k, v: run("flash", q, k, v, mask, dropout=P), *tensors)
-    want = gradients(lambda q, k, v: expected("flash", q, k, v, mask, kept=kept), *tensors)
-    assert len(tiles) > 5
-    for actual, reference in zip(got, want, strict=True):
-        # The factor 1 / (1 - p) is made in float32: 6e-8 relative, far above float64 rounding.
-        assert (actual - reference).abs().max() <= 4 * 6e-8 * max(1.0, reference.abs().max())
-    assert_exact64(run("flash", *tensors, mask), expected("flash", *tensors, mask), terms=70)
-
-
-def test_flash_tiles_draw_independently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbouring tiles, and neighbouring seeds, must not repeat each other's factors."""
-    shape = torch.Size((1, 4, 256, 512))
-    cpu = torch.device("cpu")
-    tiles = [
-        flash._kept(shape, 0.5, seed, slice(q, q + 256), slice(k, k + 512), cpu).flatten()
-        for seed in (0, 1, 2**31 - 2)
-        for q in (0, 256)
-        for k in (0, 512)
-    ]
-    for index, one in enumerate(tiles):
-        for other in tiles[:index]:
-            # Independent fair bits agree on half, give or take 5 standard errors.
-            agreement = (one == other).double().mean().item()
-            assert abs(agreement - 0.5) <= 5 * 0.5 / one.numel() ** 0.5
 
 
 @every_name

@@ -9,20 +9,15 @@ import pytest
 import torch
 from accuracy import assert_as_accurate
 from matrix import EXACT, MATRIX, WITH_FAMILY
-from models import DECODERS, batch, build
+from models import batch, build
 from test_swap import TERMS, build_for, swapped
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 NEW = 8
-# Block size and window far below the prompt, so that the pattern matters while decoding.
-RANDOM_BLOCKS = {"window": 2, "num_global_tokens": 1, "num_random_blocks": 1, "block_size": 2}
-KINDS = [
-    *((name, family, MATRIX[name].options) for name, family in WITH_FAMILY),
-    *(("local_global", family, RANDOM_BLOCKS) for family in ("bert", *DECODERS)),
-]
+KINDS = [(name, family, MATRIX[name].options) for name, family in WITH_FAMILY]
 every_kind = pytest.mark.parametrize(
-    ("name", "family", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else "random" if len(x) > 2 else ""
+    ("name", "family", "options"), KINDS, ids=lambda x: x if isinstance(x, str) else ""
 )
 
 

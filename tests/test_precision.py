@@ -2,6 +2,7 @@
 
 Plain attention is Transformers' eager function in the same precision with the same dense mask; for
 linear attention, which Transformers does not have, its quadratic form in the same precision.
+`flash` by default is PyTorch's SDPA on a CPU, whose rounding is not ours to bound.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def plain(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> T
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", list(MATRIX))
+@pytest.mark.parametrize("name", [name for name, case in MATRIX.items() if case.kernel])
 def test_error_against_float64(name: str, dtype: torch.dtype, is_causal: bool, scale: float) -> None:
     heads, kv_heads = (6, 3 if MATRIX[name].grouped else 1)
     shapes = [(2, heads, LENGTH, 24), (2, kv_heads, LENGTH, 24), (2, kv_heads, LENGTH, 24)]

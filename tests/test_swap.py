@@ -16,7 +16,7 @@ import plain_attention
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from matrix import EXACT, LONG, MATRIX, WITH_FAMILY
+from matrix import EXACT, LONG, MATRIX, WITH_FAMILY, kind
 from models import DECODERS, EVERY_HEAD, SAMPLES, batch, build, outputs
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,9 +28,11 @@ TERMS = 96
 
 
 def swapped(model: PreTrainedModel, name: Any, **options: Any) -> PreTrainedModel:
+    """A swapped copy; `name` may be a case of the matrix."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="linear attention is another function")
-        return swap_attention(copy.deepcopy(model), name, **options)
+        options = (MATRIX[name].options if isinstance(name, str) and name in EXACT else {}) | options
+        return swap_attention(copy.deepcopy(model), kind(name) if isinstance(name, str) else name, **options)
 
 
 def build_for(name: str, family: str, head: str = "base", **options: Any) -> PreTrainedModel:
@@ -324,7 +326,9 @@ def test_attention_weights(family: str) -> None:
 @pytest.mark.parametrize("family", DECODERS)
 def test_attention_weights_refused(name: str, family: str) -> None:
     model = swapped(build_for(name, family), name, **MATRIX[name].options)
-    with pytest.raises(ValueError, match=f"'{name}' forms no attention weights; for output_attentions swap to 'mha'"):
+    with pytest.raises(
+        ValueError, match=f"'{kind(name)}' forms no attention weights; for output_attentions swap to 'mha'"
+    ):
         model(**batch(model), output_attentions=True)
 
 

@@ -124,7 +124,7 @@ def refusal(
             return f"needs a GPU and float16 or bfloat16, not {query.device.type} and {query.dtype}"
         if mask.key_visible is not None:
             return "takes no padding"
-        if mask.is_causal and mask.known_offset is None:
+        if (mask.is_causal or window is not None) and mask.known_offset is None:
             return "wants the last query at the last key"
     return None
 
@@ -178,7 +178,8 @@ def _sdpa(
     matrix = mask.visible()
     if mask.bias is not None:
         bias = mask.bias.to(query.dtype)
-        matrix = bias if matrix is None else bias.masked_fill(~matrix, torch.finfo(bias.dtype).min)
+        # Minus infinity, not the least number: only then gives a query that sees no key zeros.
+        matrix = bias if matrix is None else bias.masked_fill(~matrix, -torch.inf)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, **options)
 
 
@@ -243,7 +244,15 @@ def _flex_blocks(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> 
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        # Every length is compiled once. Past PyTorch's limit of 8 kernels the function would run
+        # uncompiled, which forms the whole matrix.
+        with torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

@@ -41,12 +41,18 @@ class SequenceLayer(CacheLayerMixin):
     that it is done, and the layer drops what no later token needs.
 
     Attributes:
-        keys, values: `(B, num_key_value_heads, kept, head_dim)`.
-        seen: tokens so far.
+        keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
+        seen: tokens so far; a tensor in a static cache.
         max_length: that of a static cache, else `None`.
         sink_position: `(B, S)` positions of the first S entries of `keys`, `None` as long as there are none.
         sink_visible: `(B, S)` bool.
     """
+
+    keys: Tensor
+    values: Tensor
+    seen: int | Tensor
+    sink_position: Tensor | None
+    sink_visible: Tensor | None
 
     is_sliding = False
     is_compileable = False
@@ -55,9 +61,8 @@ class SequenceLayer(CacheLayerMixin):
     def __init__(self, max_length: int | None) -> None:
         super().__init__()
         self.max_length = max_length
-        self.seen: int | Tensor = 0
-        self.sink_position: Tensor | None = None
-        self.sink_visible: Tensor | None = None
+        self.seen = 0
+        self.sink_position = self.sink_visible = None
 
     @property
     def num_sinks(self) -> int:
@@ -83,8 +88,9 @@ class SequenceLayer(CacheLayerMixin):
     def _find_sinks(self, mask: Mask) -> None:
         """Rows that had nothing but padding so far may have got their first token."""
         found = mask.first_token() + torch.arange(self.num_sinks, device=mask.key_position.device)
-        nothing = ~self.sink_visible.any(-1, keepdim=True)  # type: ignore[union-attr]
-        self.sink_position = torch.where(nothing, found, self.sink_position)  # type: ignore[arg-type]
+        assert self.sink_position is not None and self.sink_visible is not None
+        nothing = ~self.sink_visible.any(-1, keepdim=True)
+        self.sink_position = torch.where(nothing, found, self.sink_position)
 
     def get_seq_length(self) -> Any:
         return self.seen
@@ -96,7 +102,8 @@ class SequenceLayer(CacheLayerMixin):
         return self.max_length or -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.sink_position = self.sink_visible = None
+        self.keys = self.values = None  # type: ignore[assignment] # as Transformers' own layers
+        self.sink_position = self.sink_visible = None
         self.seen, self.is_initialized = 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -113,7 +120,7 @@ class SequenceLayer(CacheLayerMixin):
     def _select(self, rows: Tensor) -> None:
         for name in self._per_row():
             tensor = getattr(self, name)
-            if tensor is not None and tensor.shape[0] > 1:
+            if tensor is not None:
                 setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -175,6 +182,7 @@ class WindowLayer(SequenceLayer):
         inside = (index >= 0) & (index < tail)  # a row with a short prompt gets its sinks later
         if mask.key_visible is not None:
             inside = inside & mask.key_visible.expand(len(index), -1).gather(1, index.clamp(0, tail - 1))
+        assert self.sink_visible is not None
         self.sink_visible = self.sink_visible | inside
         copies = []
         for states in (self.keys, self.values):
@@ -190,6 +198,7 @@ class StaticWindowLayer(SequenceLayer):
     compiled graph. Several new tokens at once are handed out in order behind the kept ones.
     """
 
+    seen: Tensor
     is_sliding = True
     is_compileable = True
 
@@ -206,7 +215,7 @@ class StaticWindowLayer(SequenceLayer):
         self.keys, self.values = (
             states.new_zeros(*states.shape[:2], slots, states.shape[3]) for states in (key_states, value_states)
         )
-        self.seen = self.seen.to(self.device)  # type: ignore[union-attr]
+        self.seen = self.seen.to(self.device)
         for tensor in (self.keys, self.values, self.seen):
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(tensor)
@@ -219,7 +228,7 @@ class StaticWindowLayer(SequenceLayer):
         # The first tokens come in order too: which of them are sinks is known when they have attended.
         self._in_order = new > 1 or (sinks > 0 and self.sink_position is None)
         self._new = (key_states, value_states)
-        handed = (self.keys, self.values)
+        handed = self.keys, self.values
         if self._in_order:
             past = min(int(self.seen), self.window - 1)
             slots = (torch.arange(past, device=self.device) + (self.seen - past)) % self.window + sinks
@@ -228,7 +237,7 @@ class StaticWindowLayer(SequenceLayer):
                 torch.cat([self.keys[:, :, slots], key_states], dim=2),
                 torch.cat([self.values[:, :, slots], value_states], dim=2),
             )
-        self.seen.add_(new)  # type: ignore[union-attr]
+        self.seen.add_(new)
         count = min(new, self.window)
         slots = (torch.arange(count, device=self.device) + (self.seen - count)) % self.window + sinks
         self.keys.index_copy_(2, slots, key_states[:, :, new - count :])
@@ -242,8 +251,9 @@ class StaticWindowLayer(SequenceLayer):
 
     def _store_sinks(self, mask: Mask) -> None:
         """Copy those of the new tokens that are sinks of their row."""
+        assert self.sink_position is not None and self.sink_visible is not None
         count, front = self._new[0].shape[2], slice(0, self.num_sink_tokens)
-        index = self.sink_position - (self.seen - count)  # type: ignore[operator]
+        index = self.sink_position - (self.seen - count)
         for kept, states in zip((self.keys, self.values), self._new, strict=True):
             kept[:, :, front] = take(states, index, kept[:, :, front])
         inside = (index >= 0) & (index < count)
@@ -251,7 +261,7 @@ class StaticWindowLayer(SequenceLayer):
             new = slice(-count, None) if self._in_order else ((self.seen - 1) % self.window)[None]
             visible = mask.key_visible[:, new].expand(index.shape[0], -1)
             inside = inside & visible.gather(1, index.clamp(0, count - 1))
-        self.sink_visible = self.sink_visible | inside  # type: ignore[operator]
+        self.sink_visible = self.sink_visible | inside
 
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
         if self._in_order:
@@ -273,7 +283,7 @@ class StaticWindowLayer(SequenceLayer):
         if self.is_initialized:
             self.keys.zero_()
             self.values.zero_()
-            self.seen.zero_()  # type: ignore[union-attr]
+            self.seen.zero_()
         self.sink_position = self.sink_visible = None
 
 

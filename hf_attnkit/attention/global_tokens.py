@@ -21,19 +21,19 @@ def first_keys(
     They are taken from `key` and `value`, or from the copies in front of them that a cache handed out.
     """
     batch, start = key.shape[0], mask.key_position[:, :1]
-    if cache is None or not cache.num_sinks:
+    if cache is None or cache.sink_position is None or cache.sink_visible is None:
         index = (mask.first_token() + torch.arange(number, device=key.device) - start).expand(batch, -1)
         extra_key, extra_value = take(key, index), take(value, index)
         visible = _visible_at(index, key.shape[2], mask)
     else:
         copies = cache.num_sinks
-        index, visible = cache.sink_position - start, cache.sink_visible  # type: ignore[operator,assignment]
+        index, visible = cache.sink_position - start, cache.sink_visible
         (extra_key, key), (extra_value, value) = (t.split([copies, t.shape[2] - copies], dim=2) for t in (key, value))
         # A single new token lies in its own window; of several, later ones may need it as a sink.
         if mask.query_position.shape[1] > 1:
             visible = visible | _visible_at(index, key.shape[2], mask)
             extra_key, extra_value = take(key, index, extra_key), take(value, index, extra_value)
-    return Extra(*(t.unsqueeze(2) for t in (extra_key, extra_value)), index[:, None], visible[:, None]), key, value
+    return Extra(extra_key.unsqueeze(2), extra_value.unsqueeze(2), index[:, None], visible[:, None]), key, value
 
 
 def _visible_at(index: Tensor, kv_length: int, mask: Mask) -> Tensor:

@@ -204,7 +204,7 @@ def _sparse(
         seen = past if mask.key_visible is None else past & mask.key_visible[:, None, None, :]
         full = Mask(positions, mask.key_position, True, dense=seen)
     else:
-        full = Mask(positions, mask.key_position, False, mask.key_visible, known_offset=0)
+        full = Mask(positions, mask.key_position, False, mask.key_visible)
     seen_all = tiled.attend(rows, key, value, full, **common)[0]
     index = positions[:, None, :, None].expand_as(seen_all)
     return output.scatter(2, index, torch.where(valid[:, None, :, None], seen_all, take(output, positions)))

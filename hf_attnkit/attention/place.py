@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -37,9 +38,9 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         return None
     cache = kwargs.get("past_key_values")
     if cache is None and args:
-        cache = dict(zip(_arguments(type(module)), args, strict=False)).get("past_key_values")
+        cache = dict(zip(_arguments(type(module).forward), args, strict=False)).get("past_key_values")
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, Cache) or not _is_causal(module, kwargs):
         return None
     index: int = module.layer_idx  # type: ignore[assignment]
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
@@ -47,7 +48,8 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     layer = cache.layers[index]
     if not isinstance(layer, SequenceLayer):
         needed = create_cache(module, getattr(layer, "max_cache_len", None))
-        if needed is None:
+        # A model's own window comes as a matrix that fits the keys that its own layer keeps.
+        if needed is None or getattr(layer, "is_sliding", False):
             return None
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
@@ -58,6 +60,12 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs | {CACHE_ARGUMENT: layer}
 
 
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether later tokens leave earlier ones as they are: what a cache that forgets keys relies on."""
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
+
+
 @functools.cache
-def _arguments(module_class: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(module_class.forward).parameters)[1:]
+def _arguments(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,13 +74,20 @@ def attend(
         mask: what may be seen besides; its keys must stand at consecutive positions. Its `bias` gets a gradient.
         scaling: factor of the scores.
         dropout: probability of dropping a weight; the log-sum-exp is that before dropout.
-        window: keys on each side of a query, its own included; all if `None`.
+        window: keys on each side of a query, its own included; all if `None`. Not together with `mask.dense`.
         extra: keys outside the window; not together with `mask.bias` or `mask.dense`.
 
     Returns:
         The output `(B, num_heads, Q, head_dim)`, and the log-sum-exp of the scaled scores
         `(B, num_heads, Q)` in float32 or better. A query that sees no key has output 0 and -inf.
+
+    Raises:
+        ValueError: for combinations that the arguments above exclude.
     """
+    if window is not None and mask.dense is not None:
+        raise ValueError("the tiled kernel takes a window or a full matrix; join them with mask.also(...)")
+    if extra is not None and (window is None or mask.dense is not None or mask.bias is not None):
+        raise ValueError("extra keys need a window, and neither a full matrix nor a bias")
     # One number from the global generator fixes every tile's dropout, so that the backward pass,
     # and gradient checkpointing's second forward, drop the same weights.
     seed = torch.randint(2**31, ()) if dropout > 0 else None
@@ -172,9 +180,26 @@ class _Problem:
         return queries.start // self.extra.tile if self.extra.key.shape[2] > 1 else 0
 
 
-def _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
-             extra_visible, extra_tile, is_causal, window) -> _Problem:  # type: ignore[no-untyped-def] # fmt: skip
-    extra = None if extra_key is None else Extra(extra_key, extra_value, extra_index, extra_visible, extra_tile)
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_visible: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    offset: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    extra_index: Tensor | None,
+    extra_visible: Tensor | None,
+    extra_tile: int,
+    is_causal: bool,
+    window: int,
+) -> _Problem:
+    extra = None
+    if extra_key is not None:
+        assert extra_value is not None and extra_index is not None and extra_visible is not None
+        extra = Extra(extra_key, extra_value, extra_index, extra_visible, extra_tile)
     start = key.shape[2] - query.shape[2] if offset is None else int(offset)
     return _Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
 
@@ -228,10 +253,10 @@ def tiled_attention(
     logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
     for queries in problem.query_tiles():
         q = query[:, :, queries] * scaling
-        top = total = result = None
+        state: tuple[Tensor, Tensor, Tensor] | None = None  # running maximum, sum and output
         for scores, values, start in _forward_tiles(problem, q, queries):
             new_top = scores.amax(-1, keepdim=True)
-            new_top = new_top if top is None else torch.maximum(top, new_top)
+            new_top = new_top if state is None else torch.maximum(state[0], new_top)
             # A row that has seen no key yet keeps -inf; 0 in its place avoids inf - inf.
             base = new_top.masked_fill(new_top == -torch.inf, 0.0)
             weights = scores.sub_(base).exp_()
@@ -239,13 +264,12 @@ def tiled_attention(
             if dropout > 0:
                 weights = weights.mul_(_kept(weights, dropout, number, queries, start))
             tile = (_stack(weights.to(value.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
-            if top is None:
-                total, result = sums, tile
-            else:
-                decay = torch.exp(top - base)
-                total, result = total * decay + sums, result * decay + tile
-            top = new_top
-        if top is not None:
+            if state is not None:
+                decay = torch.exp(state[0] - base)
+                sums, tile = state[1] * decay + sums, state[2] * decay + tile
+            state = new_top, sums, tile
+        if state is not None:
+            top, total, result = state
             seen = total > 0
             output[:, :, queries] = torch.where(seen, result / total, 0.0).to(output.dtype)
             logsumexp[:, :, queries] = torch.where(seen, top + total.log(), -torch.inf).squeeze(-1)
@@ -259,6 +283,17 @@ def _forward_tiles(problem: _Problem, query: Tensor, queries: slice) -> Iterator
     if problem.extra is not None:
         tile = problem.extra_tile(queries)
         yield problem.extra_scores(query, queries, tile), problem.extra.value[:, :, tile], -1
+
+
+def _backward_tiles(
+    problem: _Problem, query: Tensor, queries: slice
+) -> Iterator[tuple[Tensor, slice | int, Tensor, Tensor]]:
+    """Scores, place (keys, or the number of a tile of extra keys), keys and values of the same tiles."""
+    for keys in problem.key_tiles(queries):
+        yield problem.scores(query, queries, keys), keys, problem.key[:, :, keys], problem.value[:, :, keys]
+    if (extra := problem.extra) is not None:
+        tile = problem.extra_tile(queries)
+        yield problem.extra_scores(query, queries, tile), tile, extra.key[:, :, tile], extra.value[:, :, tile]
 
 
 @torch.library.custom_op("hf_attnkit::tiled_attention_backward", mutates_args=())
@@ -293,7 +328,7 @@ def tiled_attention_backward(
     dtype, num_groups = _sums(query), key.shape[1]
     grad_query = torch.empty_like(query)
     grad_key, grad_value = (torch.zeros_like(t, dtype=dtype) for t in (key, value))
-    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias_gradient else query.new_empty(0)
+    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and bias_gradient else query.new_empty(0)
     extras = [query.new_empty(0) if t is None else torch.zeros_like(t, dtype=dtype) for t in (extra_key, extra_value)]
     # d softmax: ds = p * (dp - delta) with delta = sum_j p_j dp_j = grad_output . output; the
     # log-sum-exp adds p * grad_logsumexp.
@@ -304,31 +339,25 @@ def tiled_attention_backward(
         q, gradient = query[:, :, queries] * scaling, _stack(grad_output[:, :, queries], num_groups)
         tall_query = _stack(q, num_groups)
         sum_query = torch.zeros_like(q, dtype=dtype)
-        tiles = [(keys, problem.key[:, :, keys], problem.value[:, :, keys]) for keys in problem.key_tiles(queries)]
-        if problem.extra is not None:
-            tile = problem.extra_tile(queries)
-            tiles.append((tile, problem.extra.key[:, :, tile], problem.extra.value[:, :, tile]))  # type: ignore[arg-type]
-        for where, k, v in tiles:
-            local = isinstance(where, slice)
-            scores = problem.scores(q, queries, where) if local else problem.extra_scores(q, queries, where)
+        for scores, where, k, v in _backward_tiles(problem, q, queries):
             weights = scores.sub_(base[:, :, queries]).exp_()
             d_weights = (gradient @ v.transpose(-1, -2)).view(weights.shape).to(dtype)
             dropped = weights
             if dropout > 0:
-                kept = _kept(weights, dropout, number, queries, where.start if local else -1)
+                kept = _kept(weights, dropout, number, queries, where.start if isinstance(where, slice) else -1)
                 dropped, d_weights = weights * kept, d_weights.mul_(kept)
             d_scores = d_weights.sub_(delta[:, :, queries]).mul_(weights)
             tall = _stack(d_scores.to(query.dtype), num_groups)
             d_value = _stack(dropped.to(value.dtype), num_groups).transpose(-1, -2) @ gradient
             d_key = tall.transpose(-1, -2) @ tall_query
             sum_query += (tall @ k).view(q.shape)
-            if not local:
+            if isinstance(where, int):
                 extras[0][:, :, where] += d_key
                 extras[1][:, :, where] += d_value
                 continue
             grad_key[:, :, where] += d_key
             grad_value[:, :, where] += d_value
-            if bias_gradient:
+            if bias is not None and bias_gradient:
                 rows = queries if bias.shape[-2] > 1 else slice(None)
                 part = grad_bias[..., rows, where]
                 part += d_scores.sum_to_size(part.shape)
@@ -347,27 +376,28 @@ def _sums(tensor: Tensor) -> torch.dtype:
 
 
 @tiled_attention.register_fake
-def _(query, key, value, *_):  # type: ignore[no-untyped-def]
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=_sums(query))
 
 
 @tiled_attention_backward.register_fake
-def _(grad_output, grad_logsumexp, output, logsumexp, query, key, value, key_visible, dense, bias, offset, extra_key,
-      extra_value, *rest):  # type: ignore[no-untyped-def] # fmt: skip
-    nothing = query.new_empty(0)
-    extras = [nothing.clone() if t is None else torch.empty_like(t) for t in (extra_key, extra_value)]
-    grad_bias = torch.empty_like(bias) if rest[-1] else nothing
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_bias, *extras
+def _(
+    grad_output: Tensor, grad_logsumexp: Tensor, output: Tensor, logsumexp: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    query, key, value, _, _, bias, _, extra_key, extra_value, *_, bias_gradient = arguments
+    optional = (bias if bias_gradient else None, extra_key, extra_value)
+    rest = [query.new_empty(0) if t is None else torch.empty_like(t) for t in optional]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *rest
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, tile, is_causal, window, scaling, dropout, seed = inputs
     ctx.save_for_backward(*output, *tensors, seed)
     ctx.options = (tile, is_causal, window, scaling, dropout)
     ctx.bias_gradient = ctx.needs_input_grad[5]
 
 
-def _backward(ctx, grad_output, grad_logsumexp):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     output, logsumexp, *tensors, seed = ctx.saved_tensors
     grads = tiled_attention_backward(
         grad_output, grad_logsumexp, output, logsumexp, *tensors, *ctx.options, seed, ctx.bias_gradient

@@ -184,7 +184,9 @@ def _plan(
 
 
 def _self_attention_only(kind: Kind) -> bool:
-    return hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
+    # A window is a distance within one sequence, whichever implementation has it.
+    windowed = kind.options.get("window") is not None
+    return windowed or hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
 
 
 def _check(kind: Kind, layer: AttentionLayer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from benchmark_attention import BenchmarkArguments, check
 from benchmark_candidates import PARTS, Problem, candidates, make_call, make_inputs
 from benchmark_measure import peak_bytes, quartiles, time_in_turns
 from benchmark_quantities import Bar, Side, bars, measure_bars, samples
-from reference import attend, everything, window, window_and_global
+from reference import Text, attend, everything, window, window_and_global
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -29,8 +30,8 @@ WINDOW = 5
 WITHOUT_FLEX = [label for label in candidates(WINDOW) if not label.startswith("flex")]
 SMALL = Problem(23, batch_size=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, window=WINDOW)
 PATTERNS = {
-    "local_global": lambda *positions: window_and_global(WINDOW, 1, *positions),
-    "window": lambda *positions: window(WINDOW, *positions),
+    "local_global": partial(window_and_global, WINDOW, 1),
+    "window": partial(window, WINDOW),
 }
 
 
@@ -40,7 +41,8 @@ def expected(label: str, problem: Problem) -> tuple[Tensor, Tensor]:
     inputs = make_inputs(problem, 1 if row.one_key_value_head else problem.num_key_value_heads)
     i = torch.arange(problem.length - problem.queries, problem.length)[None, :, None]
     j, first = torch.arange(problem.length)[None, None], torch.zeros(1, 1, 1)
-    seen = (PATTERNS.get(row.computes, everything)(i, j, first) & (j <= i))[:, None]
+    text = Text(i, j, first, first + problem.length - 1, True)
+    seen = (PATTERNS.get(row.computes, everything)(text) & (j <= i))[:, None]
     options = {"scaling": problem.head_dim**-0.5, "softmax": row.computes != "linear"}
     return attend(*(x.double() for x in inputs), seen, **options), attend(*inputs, seen, **options)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_as_accurate
-from matrix import EXACT, MATRIX
+from matrix import EXACT, MATRIX, kind
 from models import CLASSES, DECODERS, SAMPLES, aligned, batch, build, outputs
 from plain_attention import register
 from test_conversion import pooled
@@ -131,12 +131,12 @@ def test_patterns_leave_cross_attention_out(name: str) -> None:
     model = build("bart")
     ours = swapped(model, name, **MATRIX[name].options)
     assert list(ours.config.hf_attnkit["layers"]) == ["0", "1", "2", "3", "4"]
-    refused = rf"layer 6 \(decoder cross-attention 1\): '{name}' needs queries and keys of one sequence"
+    refused = rf"layer 6 \(decoder cross-attention 1\): '{kind(name)}' needs queries and keys of one sequence"
     for each in (model, ours):
         with unchanged(each), pytest.raises(ValueError, match=refused):
-            swap_attention(each, name, layers=[4, 6], **MATRIX[name].options)
+            swap_attention(each, kind(name), layers=[4, 6], **MATRIX[name].options)
         with unchanged(each), pytest.raises(ValueError, match=refused):
-            swap_attention(each, {6: (name, MATRIX[name].options)})
+            swap_attention(each, {6: (kind(name), MATRIX[name].options)})
 
 
 def test_no_scores_for_a_position_bias() -> None:

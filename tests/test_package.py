@@ -12,6 +12,7 @@ import hf_attnkit
 
 ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
+    "attention_backends",
     "attention_entropy",
     "available_attentions",
     "convert_to_gqa",

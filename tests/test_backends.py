@@ -167,10 +167,13 @@ CHOICES = [
     ((1, 70), True, True, {"window": 4}, "packed"),
     ((70, 70), True, False, {}, "sdpa"),
     ((70, 70), False, True, {}, "sdpa"),  # padding alone is a row, not a matrix
-    ((70, 70), True, True, {}, "tiled"),
-    ((9, 70), True, False, {}, "tiled"),  # SDPA's causal mask stands at the first key
-    ((70, 70), True, False, {"dropout": 0.1}, "tiled"),
-    ((70, 70), True, False, {"window": 34}, "tiled"),
+    ((1025, 1025), True, True, {}, "tiled"),
+    ((1024, 1024), True, True, {}, "sdpa"),
+    ((9, 1070), True, False, {}, "tiled"),  # SDPA's causal mask stands at the first key
+    ((1025, 1025), True, False, {"dropout": 0.1}, "tiled"),
+    ((70, 70), True, False, {"dropout": 0.1}, "sdpa"),
+    ((257, 257), True, False, {"window": 34}, "tiled"),
+    ((257, 257), True, False, {"window": 300}, "sdpa"),
     ((70, 70), True, False, {"window": 35}, "packed"),
     ((70, 70), True, False, {"backend": "packed"}, "packed"),
 ]

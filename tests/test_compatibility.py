@@ -157,6 +157,23 @@ def test_user_marked_global_tokens_do_not_compile_whole() -> None:
     close([graph.detach()], [model(**inputs, global_attention_mask=marked).logits.detach()], 1e-5)
 
 
+@pytest.mark.parametrize("name", ["flash", "sliding_window"])
+def test_static_decoding_in_one_graph_beside_a_window_of_the_model(name: str) -> None:
+    """The mask is made inside the graph while training, and outside of it in `generate`."""
+    options = {"window": 3} if name == "sliding_window" else {}
+    model = swap_attention(build("mistral", "causal", heads=4, kv_heads=2, sliding_window=5), name, **options)
+    inputs = batch(model, (12, 7))
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**inputs, use_cache=False, **settings)
+    training = model(**inputs, use_cache=False).logits
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    real = inputs["attention_mask"].bool()
+    close([model(**inputs, use_cache=False).logits[real]], [training[real]], 1e-4)
+    generated = model.generate(**inputs, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(generated, expected)
+
+
 @pytest.mark.slow
 def test_inductor() -> None:
     """The default compiler on the tiled kernel and on a chunked sum, whose loops it must not get wrong."""

@@ -14,6 +14,7 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
+    sliding_window_bidirectional_mask_function,
     sliding_window_causal_mask_function,
 )
 
@@ -67,14 +68,39 @@ def test_causal_and_bidirectional(
     assert mask.dense is None and mask.bias is None
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        sliding_window_causal_mask_function(3),
-        and_masks(causal_mask_function, lambda b, h, q, k: q // 4 == k // 4),
-    ],
-    ids=["window", "packed"],
-)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("q_length", "offset"), [(9, 0), (3, 6), (1, 8), (3, 2)])
+def test_window_of_the_model_stays_positions(q_length: int, offset: int, padded: bool) -> None:
+    attention_mask = torch.ones(2, 9, dtype=torch.bool)
+    if padded:
+        attention_mask[1, :4] = False
+    arguments = {
+        "batch_size": 2,
+        "q_length": q_length,
+        "kv_length": 9,
+        "q_offset": offset,
+        "mask_function": sliding_window_causal_mask_function(3),
+        "attention_mask": attention_mask,
+    }
+    expected = sdpa_mask(**arguments, allow_is_causal_skip=False)
+    made = create_mask(**arguments)
+    mask = Mask.receive(made, q_length, 9, is_causal=True, device=CPU, window=3)
+    assert torch.equal(mask.visible(), expected)
+    assert mask.dense is None and mask.window == 3 and not mask.is_trivial
+    assert torch.equal(mask.as_matrix().dense, expected) and mask.as_matrix().window is None
+    with pytest.raises(ValueError, match="the layer passes no sliding_window"):
+        Mask.receive(made, q_length, 9, is_causal=True, device=CPU)
+
+
+OTHERS = {
+    "packed": and_masks(causal_mask_function, lambda b, h, q, k: q // 4 == k // 4),
+    "packed window": and_masks(sliding_window_causal_mask_function(3), lambda b, h, q, k: q // 4 == k // 4),
+    "two-sided window": sliding_window_bidirectional_mask_function(3),
+    "other order": and_masks(causal_mask_function, sliding_window_causal_mask_function(3)),
+}
+
+
+@pytest.mark.parametrize("function", OTHERS.values(), ids=OTHERS)
 def test_other_functions_become_a_matrix(function: Any) -> None:
     attention_mask = torch.ones(2, 9, dtype=torch.bool)
     attention_mask[1, :4] = False

@@ -10,7 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import backends
+from .cache import SequenceLayer, window_layer
 from .mask import Mask
+
+OWN_WINDOW = True
 
 
 def check(num_heads: int, num_key_value_heads: int, *, window: int | None = None, backend: str = "auto") -> None:
@@ -20,6 +23,11 @@ def check(num_heads: int, num_key_value_heads: int, *, window: int | None = None
     backends.check_backend(backend)
     if backend == "sdpa" and window is not None:
         raise ValueError("backend='sdpa' cannot skip what is outside a window; use 'auto', 'tiled' or 'flex'")
+
+
+def create_cache(max_length: int | None, *, window: int | None = None, backend: str = "auto") -> SequenceLayer | None:
+    """The cache layer of a causal model: `window - 1` tokens, or Transformers' own for all of them."""
+    return None if window is None else window_layer(max_length, window)
 
 
 def attention(
@@ -32,13 +40,16 @@ def attention(
     dropout: float = 0.0,
     window: int | None = None,
     backend: str = "auto",
+    cache: SequenceLayer | None = None,
 ) -> tuple[Tensor, None]:
     """Attend. Shapes as in `mha.attention`; returns no weights; sums in float32 or better.
 
     Args:
         window: keys on each side of a query, its own included; all by default.
         backend: see `backends`.
+        cache: the layer that handed out `key` and `value`, if it was made by `create_cache`.
     """
+    mask, window = mask.narrow(window)
     return backends.attend(
         query, key, value, mask, scaling=scaling, dropout=dropout, window=window, backend=backend
     ), None

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .mask import Mask
 
+OWN_WINDOW = True
+
 
 def check(num_heads: int, num_key_value_heads: int) -> None:
     """Any number of groups is fine, one head per group (multi-head) included."""

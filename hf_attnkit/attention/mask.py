@@ -1,15 +1,17 @@
 """Which keys each query may see, kept as positions instead of a matrix.
 
 Transformers builds one mask per forward pass and hands the same tensor to every layer. Ours travels
-in that slot in one of three forms, and `Mask.receive` turns each into a `Mask`:
+in that slot in one of four forms, and `Mask.receive` turns each into a `Mask`:
 
 | tensor                                | meaning                                                    |
 | ------------------------------------- | ---------------------------------------------------------- |
 | `None`                                | nothing is hidden but the future (if causal)               |
 | integer `(batch, 1, 1, keys+queries)` | positions of the keys, then of the queries; a hidden key   |
 |                                       | carries the bitwise complement of its position             |
-| bool or float `(batch, 1, q, k)`      | a full matrix: packed sequences, a model's own window, or  |
-|                                       | a mask that the user made; it already holds causality      |
+| integer `(batch, 2, 1, keys+queries)` | the same twice: a model's own window (Mistral) applies     |
+|                                       | too; its size comes as `sliding_window`                    |
+| bool or float `(batch, 1, q, k)`      | a full matrix: packed sequences or a mask that the user    |
+|                                       | made; it already holds causality                           |
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers.masking_utils import (
     causal_mask_function,
     prepare_padding_mask,
     sdpa_mask,
+    sliding_window_causal_mask_function,
 )
 from transformers.utils.import_utils import is_tracing
 
@@ -50,10 +53,11 @@ def create_mask(
 ) -> Tensor | None:
     """The function for `AttentionMaskInterface`: arguments as `transformers.masking_utils.sdpa_mask`.
 
-    Plain causal and bidirectional masks, with or without padding, cost memory linear in the
-    length; any other `mask_function` is evaluated into a bool matrix.
+    Plain causal, causal window and bidirectional masks, with or without padding, cost memory linear
+    in the length; any other `mask_function` is evaluated into a bool matrix.
     """
-    causal = mask_function is causal_mask_function
+    window = is_causal_window(mask_function)
+    causal = window or mask_function is causal_mask_function
     if not causal and mask_function is not bidirectional_mask_function:
         return sdpa_mask(
             batch_size=batch_size,
@@ -77,14 +81,35 @@ def create_mask(
     # `None` promises that the last query stands at the last key. A StaticCache's offset is a
     # tensor and its keys reach beyond the queries, so there the positions are always given.
     static = isinstance(q_offset, Tensor) or (causal and not allow_is_causal_skip)
-    if visible is None and not static and q_offset + q_length == kv_offset + kv_length:
+    if visible is None and not static and not window and q_offset + q_length == kv_offset + kv_length:
         return None
 
     keys = torch.arange(kv_length, device=device).expand(batch_size, -1) + kv_offset
     if visible is not None:
         keys = torch.where(visible, keys, ~keys)
     queries = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
-    return torch.cat([keys, queries], dim=1)[:, None, None, :]
+    return torch.cat([keys, queries], dim=1)[:, None, None, :].expand(-1, 2 if window else 1, -1, -1)
+
+
+_CAUSAL_WINDOW = sliding_window_causal_mask_function(1)
+
+
+def is_causal_window(mask_function: Callable) -> bool:
+    """Whether this is Transformers' causal window of some size, with nothing added (packed sequences).
+
+    Never in a compiled graph, where a function's parts cannot be looked at.
+    """
+    if is_tracing():
+        return False
+    if getattr(mask_function, "__code__", None) is not _CAUSAL_WINDOW.__code__:
+        return False
+    parts, known = _parts(mask_function), _parts(_CAUSAL_WINDOW)
+    return len(parts) == 2 and parts[1] is known[1] and parts[0].__code__ is known[0].__code__
+
+
+def _parts(conjunction: Callable) -> tuple[Callable, ...]:
+    (cell,) = conjunction.__closure__  # type: ignore[misc]
+    return cell.cell_contents
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,7 @@ class Mask:
         key_visible: `(B, K)` bool, False for padding; `None` when every key is real.
         dense: `(B, 1 or H, Q, K)` bool, True = may attend; complete, so causality is not added.
         bias: `(B, 1 or H, Q, K)` float, added to the scaled scores.
+        window: hide keys `window` or more positions away: the model's own window.
         known_offset: `offset()` where it follows from the shapes, so that nothing waits for the device.
     """
 
@@ -107,6 +133,7 @@ class Mask:
     key_visible: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+    window: int | None = None
     known_offset: int | None = None
 
     @classmethod
@@ -134,17 +161,23 @@ class Mask:
         is_causal: bool,
         device: torch.device,
         cache: SequenceLayer | None = None,
+        window: int | None = None,
     ) -> Mask:
         """Read the tensor that came through a model's forward; see the table above.
 
         Args:
             cache: the layer that handed out the keys, if it is one of ours; it knows their positions.
+            window: the `sliding_window` of the attention call; counts if the tensor says so.
 
         Raises:
-            ValueError: when its size fits neither the queries nor the keys.
+            ValueError: when its size fits neither the queries nor the keys, or the window is missing.
         """
+        if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.shape[1] == 1:
+            window = None
+        elif window is None:
+            raise ValueError("the attention mask was made for a sliding window, but the layer passes no sliding_window")
         if cache is not None and (attention_mask is None or attention_mask.dtype == torch.long):
-            return cls._receive_cached(attention_mask, q_length, kv_length, is_causal, device, cache)
+            return cls._receive_cached(attention_mask, q_length, kv_length, is_causal, device, cache, window)
         if attention_mask is None:
             # A single query at the last key has no future to hide.
             return cls.aligned(q_length, kv_length, is_causal=is_causal and q_length > 1, device=device)
@@ -162,7 +195,7 @@ class Mask:
         hidden = keys < 0
         # As many keys as queries are the same tokens; with a cache only the positions tell.
         offset = 0 if q_length == kv_length else None
-        return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden, known_offset=offset)
+        return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden, window=window, known_offset=offset)
 
     @classmethod
     def _receive_cached(
@@ -173,6 +206,7 @@ class Mask:
         is_causal: bool,
         device: torch.device,
         cache: SequenceLayer,
+        window: int | None,
     ) -> Mask:
         keys = cache.positions(kv_length, device)
         queries = cache.query_positions(q_length, device)[None]
@@ -184,7 +218,7 @@ class Mask:
             start = described[0, 0] ^ (described[0, 0] >> 63)  # the position, also of a hidden key
             inside = (keys - start).clamp(0, described.shape[1] - 1)
             visible = (described[:, inside] >= 0) & (keys >= 0)
-        return cls(queries, keys[None], is_causal, visible, known_offset=kv_length - q_length)
+        return cls(queries, keys[None], is_causal, visible, window=window, known_offset=kv_length - q_length)
 
     @classmethod
     def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
@@ -215,7 +249,7 @@ class Mask:
     def is_trivial(self) -> bool:
         """Nothing is hidden but the future, and queries and keys are the same tokens (if causal)."""
         whole = not self.is_causal or self.query_position.shape[1] == self.key_position.shape[1]
-        return whole and self.key_visible is None and self.dense is None and self.bias is None
+        return whole and self.key_visible is self.dense is self.bias is self.window is None
 
     def distance(self, queries: slice = ALL, keys: slice = ALL) -> Tensor:
         """Query position minus key position, `(B, 1, q, k)`; positive for keys of the past."""
@@ -230,6 +264,9 @@ class Mask:
         if self.is_causal and not (self.known_offset is not None and self.query_position.shape[1] == 1):
             past = self.distance(queries, keys) >= 0
             visible = past if visible is None else visible & past
+        if self.window is not None:
+            near = self.distance(queries, keys).abs() < self.window
+            visible = near if visible is None else visible & near
         return visible
 
     def first_token(self) -> Tensor:
@@ -266,6 +303,18 @@ class Mask:
         visible = self.visible()
         dense = allowed if visible is None else allowed & visible
         return dataclasses.replace(self, dense=dense)
+
+    def as_matrix(self) -> Mask:
+        """The same with the model's own window inside `dense`."""
+        if self.window is None:
+            return self
+        return dataclasses.replace(self, dense=self.visible(), key_visible=None, window=None, known_offset=None)
+
+    def narrow(self, window: int | None) -> tuple[Mask, int | None]:
+        """The mask without the model's own window, and the smaller of both windows."""
+        if self.window is None:
+            return self, window
+        return dataclasses.replace(self, window=None), min(window or self.window, self.window)
 
     def softmax(self, scores: Tensor) -> Tensor:
         """Softmax over the last axis of scaled scores `(B, H, Q, K)`, in float32 or better.

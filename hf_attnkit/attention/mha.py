@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .mask import Mask
 
+OWN_WINDOW = True
+
 
 def check(num_heads: int, num_key_value_heads: int) -> None:
     """Any number of heads is fine."""

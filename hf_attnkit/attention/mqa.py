@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .mask import Mask
 
+OWN_WINDOW = True
+
 
 def check(num_heads: int, num_key_value_heads: int) -> None:
     """Raises `ValueError` unless the layer has exactly one key/value head."""

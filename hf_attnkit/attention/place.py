@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from .cache import CACHE_ARGUMENT, SequenceLayer
+from .cache import CACHE_ARGUMENT, SequenceLayer, WindowLayer
 from .registry import ATTRIBUTE, create_cache, has_cache
 
 
@@ -48,8 +48,7 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     layer = cache.layers[index]
     if not isinstance(layer, SequenceLayer):
         needed = create_cache(module, getattr(layer, "max_cache_len", None))
-        # A model's own window comes as a matrix that fits the keys that its own layer keeps.
-        if needed is None or getattr(layer, "is_sliding", False):
+        if needed is None or not _keeps_less(needed, layer):
             return None
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
@@ -58,6 +57,16 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
             )
         layer = cache.layers[index] = needed
     return args, kwargs | {CACHE_ARGUMENT: layer}
+
+
+def _keeps_less(needed: SequenceLayer, layer: CacheLayerMixin) -> bool:
+    """Whether the kind's layer should replace the cache's: not one that keeps a model's own, shorter window."""
+    if not layer.is_sliding:
+        return True
+    dynamic = isinstance(layer, DynamicSlidingWindowLayer)  # a static one does not know the cache's length
+    return (
+        dynamic and type(needed) is WindowLayer and not needed.num_sink_tokens and needed.window < layer.sliding_window
+    )
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

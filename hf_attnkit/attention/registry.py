@@ -32,6 +32,7 @@ PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so 
 #   NEEDS_TRANSFER        a pretrained softmax model needs training after the swap
 #   SELF_ATTENTION_ONLY   queries and keys must be of one sequence
 #   NO_SCORES             there is nothing to which a model's position bias could be added
+#   OWN_WINDOW            applies `Mask.window`, a model's own; otherwise it comes inside a full matrix
 #   CALL_ARGUMENTS        keywords that a user may give to `model(...)`
 #   create_cache          (max_length, **options) -> its layer of a causal model's cache, or None for the usual
 #                         one; `attention` then gets it as `cache`
@@ -189,7 +190,7 @@ def _run(
     cache: SequenceLayer | None = kwargs.pop(CACHE_ARGUMENT, None)
     mask = Mask.receive(
         attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
-        is_causal=is_causal, device=query.device, cache=cache,
+        is_causal=is_causal, device=query.device, cache=cache, window=kwargs.get("sliding_window"),
     )  # fmt: skip
     if kind.name not in IMPLEMENTATIONS:
         _tell_observers(module, query, key, value, mask, scaling)
@@ -199,6 +200,8 @@ def _run(
         mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
     _tell_observers(module, query, key, value, mask, scaling)
     implementation = IMPLEMENTATIONS[kind.name]
+    if not hasattr(implementation, "OWN_WINDOW"):
+        mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)
     given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}

@@ -25,7 +25,7 @@ from .cache import SequenceLayer, window_layer
 from .global_tokens import dense_with_extra, first_keys
 from .mask import Mask
 
-SELF_ATTENTION_ONLY = True
+OWN_WINDOW = SELF_ATTENTION_ONLY = True
 
 
 def check(
@@ -78,7 +78,9 @@ def attention(
     """
     common: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "window": window}
     if not num_sink_tokens:
+        mask, common["window"] = mask.narrow(window)
         return backends.attend(query, key, value, mask, backend=backend, **common), None
+    mask = mask.as_matrix()
     sinks, key, value = first_keys(key, value, mask, num_sink_tokens, cache)
     matrix = mask.dense is not None or mask.bias is not None
     if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * window:

@@ -11,7 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from reference import Text, attend, everything, window, window_and_global, window_and_random, window_and_sinks
+from reference import (
+    Text,
+    attend,
+    everything,
+    phi,
+    plain_hedgehog,
+    window,
+    window_and_global,
+    window_and_random,
+    window_and_sinks,
+)
 from torch import Tensor
 
 from hf_attnkit.attention.mask import Mask
@@ -26,7 +36,8 @@ class Case:
         options: its options.
         pattern: which keys a query may see, see `reference`.
         exact: computes the model's own attention, whatever the sequence.
-        softmax: otherwise the features of linear attention.
+        softmax: which of these count by e^score: all, none or a pattern; the others by their features.
+        features: of queries and keys, for linear attention.
         grouped: takes more than one key/value head.
         matrix: takes a full (queries x keys) mask, and a bias of the scores.
         crosses: runs in cross-attention too.
@@ -38,7 +49,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     pattern: Callable[..., Tensor] = everything
     exact: bool = True
-    softmax: bool = True
+    softmax: bool | Callable[..., Tensor] = True
+    features: Callable[[Tensor], Tensor] = phi
     grouped: bool = True
     matrix: bool = True
     crosses: bool = True
@@ -75,6 +87,15 @@ MATRIX: dict[str, Case] = {
     "flash tiled": Case({"backend": "tiled"}),
     "flash window": Case({"window": 7}, partial(window, 7), exact=False, crosses=False),
     "linear": Case(exact=False, softmax=False, matrix=False, crosses=False),
+    "linear hedgehog": Case(
+        {"feature_map": "hedgehog"},
+        exact=False,
+        softmax=False,
+        features=plain_hedgehog,
+        matrix=False,
+        crosses=False,
+    ),
+    "linear hybrid": Case({"window": 4}, exact=False, softmax=partial(window, 4), matrix=False, crosses=False),
 }
 COVERED = list(dict.fromkeys(name.split()[0] for name in MATRIX))  # must be all registered implementations
 EXACT = [name for name, case in MATRIX.items() if case.exact]
@@ -94,7 +115,11 @@ def kind(name: str) -> str:
 def run(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Tensor:
     """The implementation's output with its options of the matrix."""
     options = {"scaling": query.shape[-1] ** -0.5} | MATRIX[name].options | options
-    output = IMPLEMENTATIONS[kind(name)].attention(query, key, value, mask, **options)[0]
+    implementation = IMPLEMENTATIONS[kind(name)]
+    if hasattr(implementation, "create_parameters"):
+        sizes = query.shape[1], key.shape[1], query.shape[3]
+        options["parameters"] = implementation.create_parameters(*sizes, **MATRIX[name].options)
+    output = implementation.attention(query, key, value, mask, **options)[0]
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)
 
@@ -109,23 +134,36 @@ def open_rows(name: str, mask: Mask) -> Tensor | None:
 
 def visible(name: str, mask: Mask) -> Tensor:
     """`(B, 1 or H, Q, K)`: what the definition lets each query see, from the mask's fields alone."""
+    where = text(mask)
+    seen = MATRIX[name].pattern(where)[:, None]
+    if mask.dense is not None:
+        return seen & mask.dense
+    if mask.is_causal:
+        seen = seen & (where.j <= where.i)[:, None]
+    return seen if mask.key_visible is None else seen & mask.key_visible[:, None, None, :]
+
+
+def text(mask: Mask) -> Text:
+    """Where the queries and keys of a mask stand."""
     i, j = mask.query_position[:, :, None], mask.key_position[:, None, :]
     first, last = j[..., :1], j[..., -1:]
     if mask.key_visible is not None:
         far = torch.iinfo(torch.long).max // 2
         first = torch.where(mask.key_visible, mask.key_position, far).amin(-1)[:, None, None]
         last = torch.where(mask.key_visible, mask.key_position, -1).amax(-1)[:, None, None]
-    seen = MATRIX[name].pattern(Text(i, j, first, last, mask.is_causal))[:, None]
-    if mask.dense is not None:
-        return seen & mask.dense
-    if mask.is_causal:
-        seen = seen & (j <= i)[:, None]
-    return seen if mask.key_visible is None else seen & mask.key_visible[:, None, None, :]
+    return Text(i, j, first, last, mask.is_causal)
+
+
+def by_score(name: str, where: Text) -> bool | Tensor:
+    """What `reference.attend` takes as `softmax`."""
+    softmax = MATRIX[name].softmax
+    return softmax if isinstance(softmax, bool) else softmax(where)[:, None]
 
 
 def expected(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Tensor:
     """The same by definition."""
     options = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | options
-    output = attend(query, key, value, visible(name, mask), softmax=MATRIX[name].softmax, **options)
+    options |= {"softmax": by_score(name, text(mask)), "features": MATRIX[name].features}
+    output = attend(query, key, value, visible(name, mask), **options)
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from matrix import MATRIX
+from matrix import MATRIX, by_score
 from reference import Text, attend
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -41,8 +41,9 @@ def plain(name: str, pattern: Any) -> Any:
         first = real.argmax(-1)[:, None, None]
         last = real.shape[1] - 1 - real.flip(-1).argmax(-1)[:, None, None]
         is_causal = not mask.triu(1).any()
-        seen = mask & pattern(Text(i, j, first, last, is_causal))[:, None]
-        output = attend(query, key, value, seen, scaling=scaling, softmax=MATRIX[name].softmax, bias=position_bias)
+        where = Text(i, j, first, last, is_causal)
+        output = attend(query, key, value, mask & pattern(where)[:, None], scaling=scaling, bias=position_bias,
+                        softmax=by_score(name, where), features=MATRIX[name].features)  # fmt: skip
         return output.transpose(1, 2).contiguous(), None
 
     return forward

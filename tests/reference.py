@@ -44,17 +44,43 @@ def hybrid(
     return torch.einsum("bhqk,bhkd->bhqd", p, value[:, heads])
 
 
-def weights(query: Tensor, key: Tensor, visible: Tensor, scaling: float, softmax: bool, bias: Tensor | None) -> Tensor:
-    """`(B, H, Q, K)`; rows that see nothing are zero. `key` already has one head per query head."""
-    if softmax:
+def plain_hedgehog(x: Tensor) -> Tensor:
+    """`hedgehog` at its start: weight 1, bias 0."""
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    scaling: float,
+    softmax: bool | Tensor,
+    bias: Tensor | None,
+    features: Callable[[Tensor], Tensor] = phi,
+) -> Tensor:
+    """`(B, H, Q, K)`; rows that see nothing are zero. `key` already has one head per query head.
+
+    `softmax` says, by a bool matrix or for all, which keys count by e^score; the others by their features.
+    """
+    if softmax is True:
         scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
         scores = scores if bias is None else scores + bias
         largest = torch.where(visible, scores.detach(), -torch.inf).amax(-1, keepdim=True)
         raw = torch.where(visible, torch.exp(torch.where(visible, scores - largest, 0.0)), 0.0)
     else:
-        raw = torch.einsum("bhqd,bhkd->bhqk", phi(query), phi(key)) * visible
+        raw = torch.einsum("bhqd,bhkd->bhqk", features(query), features(key))
+        if isinstance(softmax, Tensor):
+            scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+            near = softmax & visible
+            # Exponentials in float32, as Transformers' eager softmax: e^-45 has no float16.
+            exact = torch.promote_types(query.dtype, torch.float32)
+            scores, raw = scores.to(exact), raw.to(exact)
+            largest = torch.where(near, scores.detach(), 0.0).amax(-1, keepdim=True)
+            near_raw = torch.exp(torch.where(near, scores - largest, 0.0))
+            raw = torch.where(softmax, near_raw, raw * torch.exp(-largest))
+        raw = raw * visible
     total = raw.sum(-1, keepdim=True)
-    return raw / torch.where(total > 0, total, 1.0)
+    return (raw / torch.where(total > 0, total, 1.0)).to(query.dtype)
 
 
 def attend(
@@ -64,14 +90,15 @@ def attend(
     visible: Tensor,
     *,
     scaling: float,
-    softmax: bool = True,
+    softmax: bool | Tensor = True,
     bias: Tensor | None = None,
     kept: Tensor | float = 1.0,
+    features: Callable[[Tensor], Tensor] = phi,
 ) -> Tensor:
     """Query head h uses key/value head `h // group`; `kept` are dropout factors of the weights."""
     group = query.shape[1] // key.shape[1]
     heads = [head // group for head in range(query.shape[1])]
-    p = weights(query, key[:, heads], visible, scaling, softmax, bias)
+    p = weights(query, key[:, heads], visible, scaling, softmax, bias, features)
     return torch.einsum("bhqk,bhkd->bhqd", p * kept, value[:, heads])
 
 

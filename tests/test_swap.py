@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit import convert_to_gqa, restore_attention, swap_attention
+from hf_attnkit.attention.registry import PARAMETERS
 
 # The longest sum that rounds: over the intermediate layer.
 TERMS = 96
@@ -44,12 +45,12 @@ def build_for(name: str, family: str, head: str = "base", **options: Any) -> Pre
 
 
 def results(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """The head's output and the gradients of all parameters of a loss."""
+    """The head's output and the gradients of all parameters of a loss, those that only a swapped model has left out."""
     model.zero_grad()
     output = outputs(model, inputs, **options)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (output.double() * weight).sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and PARAMETERS not in n}
     return {"output": output.detach()} | grads
 
 

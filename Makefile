@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
 
 test: lint docs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: .venv/installed
 	$(BIN)/ruff check .

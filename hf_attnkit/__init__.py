@@ -4,8 +4,9 @@ Importing registers one attention name of our own with Transformers and changes 
 """
 
 from .attention.registry import available_attentions, register
+from .cache_size import cache_bytes_per_token
 from .choice import attention_backends
-from .conversion import convert_to_gqa, convert_to_mqa
+from .conversion import convert_to_gqa, convert_to_mqa, plan_gqa
 from .importance import attention_entropy, head_importance
 from .loading import load_pretrained
 from .pruning import prune_heads, select_heads
@@ -17,10 +18,12 @@ __all__ = [
     "attention_backends",
     "attention_entropy",
     "available_attentions",
+    "cache_bytes_per_token",
     "convert_to_gqa",
     "convert_to_mqa",
     "head_importance",
     "load_pretrained",
+    "plan_gqa",
     "prune_heads",
     "restore_attention",
     "select_heads",

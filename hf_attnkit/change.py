@@ -13,39 +13,81 @@ from .attention.registry import ATTRIBUTE, NAME, PARAMETERS, Kind
 from .surgery import Edit
 
 
-def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
-    """Apply `edits` and make everything say `(num_attention_heads, num_key_value_heads)` per layer.
+class Change:
+    """New parameters and numbers of heads for all layers of a model; can be undone and done again.
 
     Everything that can fail is computed by the caller before. If the result still disagrees
     anywhere, or the process is interrupted, the model is put back as it was.
-
-    Raises:
-        ValueError: if config, weights and attributes do not agree afterwards.
     """
-    layers = families.editable_layers(model)
-    require_consistent(model, layers)
-    require_nothing_learned(layers)
-    running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
-    require_grouping(model, heads, running)
-    config = families.with_heads(model, heads)
-    old_states = [(owner, dict(owner.__dict__)) for owner in (model.config, *(layer.module for layer in layers))]
-    undo: list[Edit] = []
-    try:
-        for edit in edits:
-            undo.append(surgery.present(edit.linear))  # before, so that nothing is lost if `apply` stops halfway
-            surgery.apply(edit)
-        for layer, (num_heads, num_key_value_heads) in zip(layers, heads, strict=True):
-            families.set_attributes(layer.module, num_heads, num_key_value_heads, layer.head_dim)
-        replace_state(model.config, config.__dict__)
-        after = families.editable_layers(model)
-        if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != list(heads):
-            raise ValueError("the config did not take the new numbers of heads; the model is unchanged")
-    except BaseException:
-        for owner, state in old_states:
+
+    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
+        """
+        Args:
+            heads: `(num_attention_heads, num_key_value_heads)` per layer.
+
+        Raises:
+            ValueError: for a model whose heads cannot change as it is.
+        """
+        self.model, self.heads = model, list(heads)
+        layers = families.editable_layers(model)
+        require_consistent(model, layers)
+        require_nothing_learned(layers)
+        require_unshared(model, layers)
+        running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
+        require_grouping(model, heads, running)
+        self._modules = [(layer.module, layer.head_dim) for layer in layers]
+        self._config = families.with_heads(model, heads)
+        self._edits = surgery.whole(edits)
+        owners = (model.config, *(layer.module for layer in layers))
+        self._old_states = [(owner, dict(owner.__dict__)) for owner in owners]
+        self._undo = [surgery.present(edit.linear) for edit in self._edits]
+
+    def apply(self) -> None:
+        """Change the model.
+
+        Raises:
+            ValueError: if config, weights and attributes do not agree afterwards.
+        """
+        try:
+            for edit in self._edits:
+                surgery.apply(edit)
+            for (module, head_dim), numbers in zip(self._modules, self.heads, strict=True):
+                families.set_attributes(module, *numbers, head_dim)
+            replace_state(self.model.config, self._config.__dict__)
+            after = families.editable_layers(self.model)
+            if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != self.heads:
+                raise ValueError("the config did not take the new numbers of heads; the model is unchanged")
+        except BaseException:
+            self.undo()
+            raise
+        # The parameters now in the modules, so that doing it again brings back these and no copies.
+        self._edits = [surgery.present(edit.linear) for edit in self._edits]
+
+    def is_current(self) -> bool:
+        """Whether the model's projections are still those that the change was computed for."""
+        return all(old.linear.weight is old.weight and old.linear.bias is old.bias for old in self._undo)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as it was, for a while; then with the change again, as it is now."""
+        self._edits = [surgery.present(edit.linear) for edit in self._edits]
+        self.undo()
+        try:
+            yield
+        finally:
+            self.apply()
+
+    def undo(self) -> None:
+        """Put the model back as it was."""
+        for owner, state in self._old_states:
             replace_state(owner, state)
-        for edit in undo:
+        for edit in self._undo:
             surgery.apply(edit)
-        raise
+
+
+def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
+    """Apply `edits` and make everything say `(num_attention_heads, num_key_value_heads)` per layer; see `Change`."""
+    Change(model, edits, heads).apply()
 
 
 def require_consistent(model: PreTrainedModel, layers: Sequence[families.AttentionLayer]) -> None:
@@ -77,6 +119,27 @@ def require_nothing_learned(layers: Sequence[families.AttentionLayer]) -> None:
             f"layers {learned} run attention with learned parameters (feature_map='hedgehog'), one set per head; "
             "change the heads first and swap then, or call hf_attnkit.restore_attention(model), which discards them"
         )
+
+
+def require_unshared(model: PreTrainedModel, layers: Sequence[families.AttentionLayer]) -> None:
+    """Raise `ValueError` if a projection's weight is used by another module too, which would change with it."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    names = {id(module): name for name, module in model.named_modules()}
+    used = [
+        id(linear) for layer in layers for linear in dict.fromkeys((layer.query, layer.key, layer.value, layer.output))
+    ]
+    for layer in layers:
+        for linear in (layer.query, layer.key, layer.value, layer.output):
+            sharing = owners[id(linear.weight)] - {names[id(linear)]}
+            if sharing or used.count(id(linear)) > 1:
+                others = ", ".join(sorted(sharing)) or "another layer"
+                raise ValueError(
+                    f"layer {layer.index}: the weight of {names[id(linear)]} is shared with {others}, which would be "
+                    "changed too; give each its own copy first"
+                )
 
 
 def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], implementations: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ class Stack:
         head_dim: name of the attention module's attribute with the size of a head.
         name: what messages call the stack, in families that have several.
         num_heads: the config's field, where it is not the same for all layers of the model.
+        fused: `query`, `key` and `value` are one `nn.Linear`, whose rows stand in this order.
         is_cross: whether queries and keys come from two sequences.
     """
 
@@ -43,6 +44,7 @@ class Stack:
     name: str = ""
     num_heads: str = "num_attention_heads"
     is_cross: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,21 @@ class Family:
             does not, Transformers cannot rebuild grouped heads and `load_pretrained` does.
         has_head_dim: whether the family's classes read `head_dim` from the config. Where they do not,
             Transformers cannot rebuild fewer heads and `load_pretrained` does.
-        rope: whether keys are rotated between projection and product.
+        rope: how the rotary embedding pairs the components of a head: "half" (component f with f + half
+            of them, as Llama) or "interleaved" (2f with 2f + 1, as GPT-J); empty without one. The share
+            that is rotated is the config's `partial_rotary_factor`.
         position_bias: whether the model passes a bias of the scores, the keyword `position_bias`.
+        reads_config: whether the attention's forward takes numbers of heads from the model's config, so that
+            all layers must have the same.
         fixed: why the heads cannot be edited; empty where they can.
     """
 
     stacks: tuple[Stack, ...]
     has_key_value_heads: bool = False
     has_head_dim: bool = False
-    rope: bool = False
+    rope: str = ""
     position_bias: bool = False
+    reads_config: bool = False
     fixed: str = ""
 
 
@@ -87,7 +94,15 @@ _BERT = Family((Stack(
 _DISTILBERT = Family((_stack("transformer.layer", "attention", "q_lin k_lin v_lin out_lin",
                              head_dim="attention_head_size"),))  # fmt: skip
 _LLAMA = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj o_proj"),),
-                has_key_value_heads=True, has_head_dim=True, rope=True)  # fmt: skip
+                has_key_value_heads=True, has_head_dim=True, rope="half")  # fmt: skip
+_PHI = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj dense"),),
+              has_key_value_heads=True, has_head_dim=True, rope="half")  # fmt: skip
+_PHI3 = Family((_stack("layers", "self_attn", "qkv_proj qkv_proj qkv_proj o_proj", fused=True),),
+               has_key_value_heads=True, has_head_dim=True, rope="half", reads_config=True)  # fmt: skip
+_STABLELM = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj o_proj"),),
+                   has_key_value_heads=True, rope="half")  # fmt: skip
+_COHERE = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj o_proj"),),
+                 has_key_value_heads=True, has_head_dim=True, rope="interleaved")  # fmt: skip
 _VIT = Family((_stack("layers", "attention", "q_proj k_proj v_proj o_proj"),), has_head_dim=True)
 _GPT2 = Family((_stack("h", "attn", "c_attn c_attn c_attn c_proj"),),
                fixed="query, key and value are one fused projection (c_attn)")  # fmt: skip
@@ -128,6 +143,11 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
+    "stablelm": _STABLELM,
+    "phi": _PHI,
+    "phi3": _PHI3,
+    "cohere": _COHERE,
+    "glm": _COHERE,
     "gpt2": _GPT2,
     "t5": _T5,
     "bart": _BART,
@@ -147,6 +167,25 @@ REFUSED: dict[str, str] = {
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a layer's keys are rotated between projection and product.
+
+    Attributes:
+        pairing: "half" or "interleaved", see `Family`.
+        size: the first so many components of a head are rotated, the others are not.
+    """
+
+    pairing: str
+    size: int
+
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """Indices of the first and of the second component of each rotated pair."""
+        if self.pairing == "half":
+            return list(range(self.size // 2)), list(range(self.size // 2, self.size))
+        return list(range(0, self.size, 2)), list(range(1, self.size, 2))
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One attention layer of a model.
 
@@ -158,6 +197,9 @@ class AttentionLayer:
         num_heads, num_key_value_heads, head_dim: as the config says.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
+        fused: whether query, key and value are one module; `rows` tells them apart.
+        rope: how keys are rotated, or `None`.
+        norm: name of the module that normalises keys between projection and product, or empty.
     """
 
     index: int
@@ -172,6 +214,17 @@ class AttentionLayer:
     name: str = ""
     is_cross: bool = False
     position_bias: bool = False
+    fused: bool = False
+    rope: Rope | None = None
+    norm: str = ""
+
+    def rows(self, name: str) -> slice:
+        """The rows of "query", "key", "value" or "output" in its module."""
+        if not self.fused or name == "output":
+            return slice(0, getattr(self, name).weight.shape[0])
+        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        start = {"query": 0, "key": width, "value": width + kv_width}[name]
+        return slice(start, start + (width if name == "query" else kv_width))
 
     @property
     def group_size(self) -> int:
@@ -249,9 +302,22 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
                 index, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
                 head_dim=getattr(module, stack.head_dim),
                 name=f"layer {index}" + (f" ({stack.name} {position})" if stack.name else ""),
-                is_cross=stack.is_cross, position_bias=family.position_bias,
+                is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,
+                rope=_rope(family, model.config, getattr(module, stack.head_dim)),
+                norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
             ))  # fmt: skip
     return layers
+
+
+# What attention modules call a norm of the keys.
+_KEY_NORMS = ("k_norm", "k_layernorm")
+
+
+def _rope(family: Family, config: PreTrainedConfig, head_dim: int) -> Rope | None:
+    if not family.rope:
+        return None
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return Rope(family.rope, int(head_dim * factor))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -316,15 +382,16 @@ def check_heads(layers: Sequence[AttentionLayer]) -> None:
     """
     for layer in layers:
         width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
-        found = (layer.query.out_features, layer.key.out_features, layer.value.out_features, layer.output.in_features)
-        shapes = tuple(layer.query.weight.shape[:1] + layer.key.weight.shape[:1] + layer.value.weight.shape[:1]
-                       + layer.output.weight.shape[1:])  # fmt: skip
-        expected = (width, kv_width, kv_width, width)
+        inputs = [layer.query] if layer.fused else [layer.query, layer.key, layer.value]
+        found = [*(linear.out_features for linear in inputs), layer.output.in_features]
+        shapes = [*(linear.weight.shape[0] for linear in inputs), layer.output.weight.shape[1]]
+        expected = [width + 2 * kv_width, width] if layer.fused else [width, kv_width, kv_width, width]
+        parts = "query with key and value, output" if layer.fused else "query, key, value, output"
         if found != expected or shapes != expected:
             raise ValueError(
                 f"layer {layer.index}: the config says {layer.num_heads} query and {layer.num_key_value_heads} "
-                f"key/value heads of size {layer.head_dim}, which needs projections of {expected} features (query, "
-                f"key, value, output), but the weights have {shapes}; correct the config or load with "
+                f"key/value heads of size {layer.head_dim}, which needs projections of {tuple(expected)} features "
+                f"({parts}), but the weights have {tuple(shapes)}; correct the config or load with "
                 "hf_attnkit.load_pretrained"
             )
         if layer.num_heads % layer.num_key_value_heads:
@@ -391,6 +458,9 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
 
     One number for all layers goes into the plain fields wherever Transformers can build the model
     from them; all else goes into `per_layer_config`.
+
+    Raises:
+        ValueError: for different numbers, in a family that `reads_config`.
     """
     family, config = family_of(model), copy.deepcopy(model.config)
     others = _other_overrides(config)
@@ -404,6 +474,11 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
 
     num_heads, num_key_value_heads = heads[0]
     uniform = all(pair == heads[0] for pair in heads)
+    if family.reads_config and not uniform:
+        raise ValueError(
+            f"{config.model_type!r} takes the numbers of heads of every layer from one config while it runs, so all "
+            f"layers must have the same, not {heads}; change every layer alike"
+        )
     rebuilt = family.has_head_dim and (family.has_key_value_heads or num_heads == num_key_value_heads)
     if uniform and num_heads == base_heads:
         config.num_key_value_heads = num_key_value_heads

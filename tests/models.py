@@ -26,6 +26,9 @@ from transformers import (
     BertForTokenClassification,
     BertLMHeadModel,
     BertModel,
+    CohereConfig,
+    CohereForCausalLM,
+    CohereModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
@@ -36,6 +39,9 @@ from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
     GemmaModel,
+    GlmConfig,
+    GlmForCausalLM,
+    GlmModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
@@ -51,6 +57,12 @@ from transformers import (
     MistralForSequenceClassification,
     MistralForTokenClassification,
     MistralModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
+    PhiConfig,
+    PhiForCausalLM,
+    PhiModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -63,6 +75,9 @@ from transformers import (
     RobertaForCausalLM,
     RobertaForMaskedLM,
     RobertaModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+    StableLmModel,
     T5Config,
     T5ForConditionalGeneration,
     T5ForTokenClassification,
@@ -94,6 +109,7 @@ class Sample:
     editable: bool = True
 
 
+_PARTIAL = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 _CAUSAL = {"grouped": True, "options": {"bos_token_id": 1, "eos_token_id": None}}
 _ENCODER_DECODER = {"reads_both_ways": True, "editable": False}
 SAMPLES: dict[str, Sample] = {
@@ -163,6 +179,37 @@ SAMPLES: dict[str, Sample] = {
         GemmaConfig,
         {"base": GemmaModel, "causal": GemmaForCausalLM},
         {"bos_token_id": 1, "eos_token_id": None, "head_dim": 16},
+        grouped=True,
+    ),
+    "stablelm": Sample(
+        StableLmConfig,
+        {"base": StableLmModel, "causal": StableLmForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "use_qkv_bias": True, "rope_parameters": _PARTIAL},
+        grouped=True,
+    ),
+    "phi": Sample(
+        PhiConfig,
+        {"base": PhiModel, "causal": PhiForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "rope_parameters": _PARTIAL},
+        grouped=True,
+    ),
+    "phi3": Sample(
+        Phi3Config,
+        {"base": Phi3Model, "causal": Phi3ForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0},
+        grouped=True,
+    ),
+    "cohere": Sample(
+        CohereConfig,
+        {"base": CohereModel, "causal": CohereForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None},
+        grouped=True,
+    ),
+    "glm": Sample(
+        GlmConfig,
+        {"base": GlmModel, "causal": GlmForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "head_dim": 16, "attention_bias": True,
+         "rope_parameters": _PARTIAL},
         grouped=True,
     ),
     "gpt2": Sample(

@@ -30,6 +30,7 @@ from hf_attnkit import (
     restore_attention,
     swap_attention,
 )
+from hf_attnkit.families import FAMILIES as FAMILY_TABLE
 from hf_attnkit.families import attention_layers
 
 FAMILIES = list(SAMPLES)
@@ -289,15 +290,17 @@ def test_conversion_equals_repeated_means(family: str, number: int) -> None:
     repeated = copy.deepcopy(model)
     with torch.no_grad():
         for layer in attention_layers(repeated):
-            for p in (*layer.key.parameters(), *layer.value.parameters()):
-                means = pooled(p, number, layer.head_dim).unflatten(0, (number, layer.head_dim))
-                p.copy_(means.repeat_interleave(8 // number, dim=0).flatten(0, 1))
+            for name in ("key", "value"):
+                for p in getattr(layer, name).parameters():
+                    rows = p[layer.rows(name)]
+                    means = pooled(rows, number, layer.head_dim).unflatten(0, (number, layer.head_dim))
+                    rows.copy_(means.repeat_interleave(8 // number, dim=0).flatten(0, 1))
     convert_to_gqa(model, number)
     assert numbers(model) == [(8, number)] * 2
     assert_same(model, repeated, batch(model))
 
 
-@every_editable
+@pytest.mark.parametrize("family", [family for family in EDITABLE if not FAMILY_TABLE[family].reads_config])
 @pytest.mark.parametrize("grouped", [False, True], ids=["multi-head", "grouped"])
 def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path: Path) -> None:
     """Another number of heads in each layer; then swapped, saved and loaded."""
@@ -318,6 +321,14 @@ def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
 
 
+def test_different_layers_are_refused_where_the_forward_reads_the_config() -> None:
+    model = build("phi3")
+    with unchanged(model), pytest.raises(ValueError, match="'phi3' takes the numbers of heads of every layer"):
+        prune_heads(model, {0: [0], 1: [1, 2]})
+    with unchanged(model), pytest.raises(ValueError, match="change every layer alike"):
+        convert_to_gqa(model, [2, 4])
+
+
 @every_editable
 @pytest.mark.parametrize("change", ["converted", "pruned"])
 def test_uniform_changes_load_plainly_where_transformers_can(change: str, family: str, tmp_path: Path) -> None:
@@ -329,7 +340,8 @@ def test_uniform_changes_load_plainly_where_transformers_can(change: str, family
     model.save_pretrained(tmp_path)
     inputs = batch(model)
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), inputs), outputs(model, inputs))
-    if SAMPLES[family].grouped or (family, change) == ("vit", "pruned"):
+    table = FAMILY_TABLE[family]
+    if table.has_key_value_heads if change == "converted" else table.has_head_dim:
         plain = aligned(type(model).from_pretrained(tmp_path))
         assert torch.equal(outputs(plain, inputs), outputs(model, inputs))
     else:
@@ -353,8 +365,8 @@ def test_importance(family: str) -> None:
     assert entropy.max() - entropy.min() > 0.05
     assert random.shape == magnitude.shape == (2, 8) and random.isfinite().all()
     for layer, scores in zip(attention_layers(model), magnitude.double(), strict=True):
-        only = [projection.weight.double().unflatten(0, (8, -1)).square().sum((1, 2))
-                for projection in (layer.query, layer.key, layer.value)]  # fmt: skip
+        only = [getattr(layer, name).weight[layer.rows(name)].double().unflatten(0, (8, -1)).square().sum((1, 2))
+                for name in ("query", "key", "value")]  # fmt: skip
         only.append(layer.output.weight.double().unflatten(1, (8, -1)).square().sum((0, 2)))
         torch.testing.assert_close(scores, sum(only).sqrt(), rtol=1e-6, atol=0)  # float32 sums of 1024 squares
 

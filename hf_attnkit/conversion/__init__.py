@@ -1,5 +1,8 @@
 """Convert checkpoints to grouped-query and multi-query attention."""
 
-from .convert import METHODS, convert_to_gqa, convert_to_mqa, target_heads
+from .convert import convert_to_gqa, convert_to_mqa
+from .methods import METHODS
+from .plan import GQAPlan, plan_gqa
+from .statistics import Statistics
 
-__all__ = ["METHODS", "convert_to_gqa", "convert_to_mqa", "target_heads"]
+__all__ = ["METHODS", "GQAPlan", "Statistics", "convert_to_gqa", "convert_to_mqa", "plan_gqa"]

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .heads import Heads
 
-def pool(heads: Tensor) -> Tensor:
-    """`(groups, heads per group, head_dim, ...)` to `(groups, head_dim, ...)`: the mean of each group."""
-    return heads.mean(1)
+
+def key(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The unchanged queries, and the mean of the keys."""
+    return heads.query, heads.key.mean(0)
+
+
+def value(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the values, and the unchanged output projections."""
+    return heads.value.mean(0), heads.output

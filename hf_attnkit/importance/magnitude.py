@@ -28,8 +28,13 @@ def score(
     scores = []
     for layer in layers:
         query, key, value = (
-            p.weight.detach().float().unflatten(0, (-1, layer.head_dim)).square().sum((1, 2))
-            for p in (layer.query, layer.key, layer.value)
+            getattr(layer, name)
+            .weight.detach()[layer.rows(name)]
+            .float()
+            .unflatten(0, (-1, layer.head_dim))
+            .square()
+            .sum((1, 2))
+            for name in ("query", "key", "value")
         )
         output = layer.output.weight.detach().float().unflatten(1, (-1, layer.head_dim)).square().sum((0, 2))
         shared = (key + value).repeat_interleave(layer.group_size)

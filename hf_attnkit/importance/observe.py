@@ -6,14 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
-from ..change import evaluation_mode, is_swapped, require_consistent
-from ..families import attention_layers, input_device
+from ..change import is_swapped, require_consistent
+from ..families import attention_layers
+from ..forward import run_batches
 from ..swap import STOCK
 
 
@@ -49,27 +47,6 @@ def observe_attention(
     Raises:
         ValueError: if `batches` is empty, or a batch is no mapping.
     """
-    device = input_device(model)
-    seen = 0
-    with torch.no_grad(), evaluation_mode(model), visible_attention(model), observe(observer):
-        for batch in tqdm(batches, desc=description, unit="batch"):
-            model(**to_device(batch, device))
-            seen += 1
-    if not seen:
-        raise ValueError(
-            "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"
-        )
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch's tensors on `device`, labels left out: scores that observe need no loss."""
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
-            f"{type(batch).__name__}"
-        )
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name not in ("labels", "label")
-    }
+    with visible_attention(model), observe(observer):
+        for _, run in run_batches(model, batches, description=description):
+            run()

@@ -1,0 +1,112 @@
+"""Second moments of each layer's attention input: all that calibration needs to know.
+
+One matrix per layer, E[x x^T] with a 1 appended to x, summed in one streaming pass. Padding is left
+out; products in float32 or better, sums in float64. No activations are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..families import AttentionLayer
+from ..forward import real_tokens, run_batches
+
+_KEY = "layers.{}.second_moment"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    Attributes:
+        second_moments: per layer `(m + 1, m + 1)`, float64; the last entry is 1.
+        num_tokens: how many tokens they are the mean of; `None` for the identity.
+    """
+
+    second_moments: list[Tensor]
+    num_tokens: int | None
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file that `recipes/convert_checkpoint.py --statistics` reads."""
+        tensors = {_KEY.format(i): moment.float().contiguous().cpu() for i, moment in enumerate(self.second_moments)}
+        save_file(tensors, path, metadata={"num_tokens": str(self.num_tokens)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file holds something else, or numbers that are not finite.
+        """
+        with safetensors.safe_open(path, "pt") as file:
+            number = (file.metadata() or {}).get("num_tokens", "")
+            names = [_KEY.format(i) for i in range(len(file.keys()))]
+            if set(names) != set(file.keys()) or not number.isdigit():
+                raise ValueError(f"{path} holds no calibration statistics; write them with Statistics.save")
+            moments = [file.get_tensor(name).double() for name in names]
+        for index, moment in enumerate(moments):
+            require_finite(moment, index)
+        return cls(moments, int(number))
+
+
+def identity(layers: Sequence[AttentionLayer]) -> Statistics:
+    """What stands in without data: uncorrelated inputs of mean 0 and variance 1."""
+    sizes = [layer.key.in_features + 1 for layer in layers]
+    return Statistics([torch.eye(size, dtype=torch.float64) for size in sizes], None)
+
+
+def collect(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Iterable[Mapping[str, Any]]
+) -> Statistics:
+    """Run `batches` through the model, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: for an empty iterable, a batch that is no mapping, or inputs that are not finite.
+    """
+    sums = [
+        torch.zeros(2 * (layer.key.in_features + 1,), dtype=torch.float64, device=layer.key.weight.device)
+        for layer in layers
+    ]
+    current: dict[str, Any] = {}
+
+    def add(index: int, x: Tensor) -> None:
+        chosen = real_tokens(x, current)
+        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+        chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
+        sums[index] += chosen.T @ chosen
+
+    def hook(index: int) -> Any:
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            add(index, args[0])
+
+        return before
+
+    handles = [layer.key.register_forward_pre_hook(hook(layer.index)) for layer in layers]
+    try:
+        for batch, run in run_batches(model, batches, description="calibration"):
+            current = batch
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    count = int(sums[0][-1, -1])
+    for index, total in enumerate(sums):
+        require_finite(total, index)
+    return Statistics([(total / count).cpu() for total in sums], count)
+
+
+def require_finite(moment: Tensor, index: int) -> None:
+    """Raise `ValueError` naming the layer if a matrix has NaN or infinity."""
+    if not moment.isfinite().all():
+        raise ValueError(
+            f"layer {index}: the calibration statistics contain NaN or infinity; run the model in bfloat16 or float32 "
+            "and look for a batch that breaks it"
+        )

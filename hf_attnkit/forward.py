@@ -1,0 +1,74 @@
+"""Run batches through a model to look at what happens inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .change import evaluation_mode
+from .families import input_device
+
+
+def run_batches(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str
+) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Each batch on the model's device, and a function that runs the model on it: in evaluation mode, no gradients.
+
+    Logits over a vocabulary are computed for the last token only: nobody looks at them, and they would cost most.
+
+    Raises:
+        ValueError: if `batches` is empty, or a batch is no mapping.
+    """
+    device, seen = input_device(model), 0
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    for batch in tqdm(batches, desc=description, unit="batch"):
+        inputs = to_device(batch, device)
+        seen += 1
+
+        def run(inputs: dict[str, Any] = inputs) -> Any:
+            with torch.no_grad(), evaluation_mode(model):
+                return model(**(inputs | options))
+
+        yield inputs, run
+    if not seen:
+        raise ValueError(
+            "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"
+        )
+
+
+def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Activations `(batch, tokens, features)` without padding's, `(real tokens, features)`.
+
+    Raises:
+        ValueError: if the batch has an `attention_mask` that does not say which tokens are padding.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return x.flatten(0, -2)
+    # A choice among several texts has them along an axis of its own, which the model folds into the batch.
+    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.flatten(0, -2).shape != x.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be a tensor (batch, tokens), here {tuple(x.shape[:2])}, to tell which tokens are "
+            f"padding; got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    return x[mask.flatten(0, -2).to(x.device).bool()]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch's tensors on `device`, labels left out: nobody asks for a loss."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
+            f"{type(batch).__name__}"
+        )
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if name not in ("labels", "label")
+    }

@@ -1,0 +1,125 @@
+"""Fit output projections in closed form, so that changed attention gives what the untouched model gave.
+
+With a_t the heads' outputs of the changed layer for token t (the layers below changed too) and y_t the
+untouched model's attention output for the same token:
+
+    W = argmin  sum_t |W a_t - y_t|^2  +  lambda |W - W_o|^2,     lambda = ridge * mean diagonal of sum_t a_t a_t^T
+
+A bias, where there is one, is free: the sums are then of a_t and y_t less their means. It generalises
+the rescaling of heads by Kwon et al. 2022 (arXiv 2204.09656) and takes no labels and no gradients.
+
+Layer by layer from the bottom, each on what the refitted layers below give it: all layers in one
+pass measured more than twice the perplexity (see docs/conversion.md). Kept in memory for one layer at a
+time: sum a a^T and sum a y^T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from . import surgery
+from .change import Change, evaluation_mode
+from .families import attention_layers, input_device
+from .forward import real_tokens, to_device
+
+RIDGE = 0.1
+
+
+class _Reached(Exception):
+    """The layer that is looked at has run; the rest of the forward pass is not needed."""
+
+
+class _Sums:
+    """Running sums over tokens, with a 1 appended to `a`."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.aa = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
+        self.ya = torch.zeros(outputs, inputs + 1, dtype=torch.float64, device=device)
+
+    def add(self, a: Tensor, y: Tensor) -> None:
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        a, y = a.to(dtype), y.to(dtype)
+        a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+        self.aa += a.T @ a
+        self.ya += y.T @ a
+
+
+def refit_outputs(change: Change, batches: Iterable[Mapping[str, Any]], *, ridge: float = RIDGE) -> None:
+    """Refit the output projections of all layers after `change`, which was applied.
+
+    Args:
+        batches: model inputs; padding is left out. Kept, since every layer runs them once.
+        ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
+
+    Raises:
+        ValueError: for no batches or activations that are not finite; the model is then as before the change.
+    """
+    model = change.model
+    try:
+        device = input_device(model)
+        inputs = [to_device(batch, device) for batch in batches]
+        if not inputs:
+            raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
+        for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
+            sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
+            for batch in inputs:
+                with change.undone():
+                    target = _seen(model, batch, layer.output, of_input=False)
+                sums.add(_seen(model, batch, layer.output, of_input=True), target)
+            if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
+                raise ValueError(
+                    f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
+                    "float32 and look for a batch that breaks it"
+                )
+            weight, bias = solve(sums.aa, sums.ya, layer.output, ridge)
+            surgery.apply(surgery.Edit(layer.output, weight, bias))
+    except BaseException:
+        change.undo()
+        raise
+
+
+def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """The ridge solution from the sums, in the projection's dtype.
+
+    Args:
+        aa: `(m + 1, m + 1)`, sum of [a; 1] [a; 1]^T, float64.
+        ya: `(M, m + 1)`, sum of y [a; 1]^T.
+    """
+    count, old = aa[-1, -1], linear.weight.detach().double()
+    gram, cross = aa[:-1, :-1], ya[:, :-1]
+    mean, target_mean = aa[:-1, -1] / count, ya[:, -1] / count
+    if linear.bias is not None:
+        gram = gram - count * torch.outer(mean, mean)
+        cross = cross - count * torch.outer(target_mean, mean)
+    strength = ridge * gram.diagonal().mean()
+    # Heads that put out nothing leave their columns undetermined, where they stay.
+    strength = strength.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    weight = torch.linalg.solve(gram + strength * identity, (cross + strength * old).T).T
+    bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)
+    return weight.to(linear.weight.dtype), bias
+
+
+def _seen(model: PreTrainedModel, inputs: dict[str, Any], linear: nn.Linear, *, of_input: bool) -> Tensor:
+    """`(tokens, features)` of a projection's input or output, padding left out. The layers above do not run."""
+    found: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
+        found.append(args[0] if of_input else output)
+        raise _Reached
+
+    handle = linear.register_forward_hook(hook)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            model(**inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return real_tokens(found[0], inputs)

@@ -9,7 +9,8 @@ stage, "baseline": what the other recipes start from) into --output_dir.
 
 from __future__ import annotations
 
-from glue_run import GlueArguments, GlueRun, parse_arguments
+from base_run import parse_arguments
+from glue_run import GlueArguments, GlueRun
 
 
 def main() -> None:

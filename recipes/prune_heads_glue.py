@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from glue_run import GlueArguments, GlueRun, describe, parse_arguments, write_json
+from base_run import parse_arguments
+from glue_run import GlueArguments, GlueRun
 from heat_map import draw_importance
+from report import write_json
 
 import hf_attnkit
 from hf_attnkit.families import attention_layers
@@ -71,7 +73,7 @@ def main() -> None:
     run.evaluate("baseline")
 
     scores = hf_attnkit.head_importance(
-        run.model, run.training_batches(pruning.score_samples), method=pruning.importance, **options
+        run.model, run.calibration_batches(pruning.score_samples), method=pruning.importance, **options
     )
     removed = hf_attnkit.select_heads(scores, fraction=pruning.prune_fraction, num_key_value_heads=groups)
     hf_attnkit.prune_heads(run.model, removed)
@@ -81,7 +83,7 @@ def main() -> None:
         trained = run.train()
         run.evaluate("recovered", **trained)
     if training.should_save:
-        title = f"{pruning.importance}, {run.task.name} ({describe(run.task)})"
+        title = f"{pruning.importance}, {run.task_name} ({run.data})"
         # JSON has no NaN, which marks the places of heads that a layer does not have.
         rows = [[None if math.isnan(score) else score for score in row] for row in scores.tolist()]
         write_json(run.output / "head_importance.json", {"scores": rows, "removed": removed})

@@ -13,9 +13,10 @@ import prune_heads_glue
 import pytest
 import torch
 import uptrain_gqa_glue
+from base_run import parse_arguments
 from demo_data import make_demo_data
 from glue_metric import GlueMetric
-from glue_run import GlueArguments, parse_arguments
+from glue_run import GlueArguments
 from prune_heads_glue import parse_options
 from report import write_json
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors

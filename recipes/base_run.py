@@ -1,0 +1,191 @@
+"""What every recipe shares: arguments, measured stages, training with `Trainer`, the report.
+
+A recipe is a `Run` and what it does to the model between two evaluations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from report import show, write_json
+from rich.table import Table
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.hf_argparser import string_to_bool
+
+from hf_attnkit.families import attention_layers
+
+
+def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
+
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+    """
+    parser = HfArgumentParser((*kinds, TrainingArguments))
+    *own, training = parser.parse_args_into_dataclasses(args=argv)
+    # TrainingArguments sets do_eval by itself for --eval_strategy, so what the user asked for is read
+    # from the flags alone.
+    flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("--do_train", "--do_eval"):
+        flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
+    asked, _ = flags.parse_known_args(argv)
+    training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
+    training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
+    if not (training.do_train or training.do_eval):
+        parser.error("--do_train False --do_eval False leaves nothing to do")
+    if training.do_predict:
+        parser.error("--do_predict is not supported: recipes measure with --do_eval")
+    given = sys.argv if argv is None else argv
+    if not any(argument.split("=")[0] == "--output_dir" for argument in given):
+        parser.error("--output_dir is needed: the folder for results.json and the model")
+    return *own, training
+
+
+class Run(ABC):
+    """One task, one model, a list of measured stages.
+
+    A kind of task sets `model`, `tokenizer`, `train_data` and `eval_data` in its `__init__`, after this one.
+
+    Attributes:
+        task_name, data: what results.json calls the task and the data that were measured.
+
+    Raises:
+        ValueError: an output folder that holds a finished run, a number below 1, or a checkpoint to resume from that
+            is none; before anything is loaded.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    train_data: Any
+    eval_data: Any
+    task_name: str
+    data: str
+
+    def __init__(self, arguments: Any, training: TrainingArguments, *, at_least_one: Sequence[str] = ()) -> None:
+        """
+        Args:
+            at_least_one: the names of arguments that must be `None` or at least 1.
+        """
+        self.arguments, self.training = arguments, training
+        self.output = Path(str(training.output_dir))
+        if (self.output / "results.json").exists():
+            raise ValueError(f"--output_dir {self.output} holds a finished run (results.json); name another folder")
+        for name in at_least_one:
+            value = getattr(arguments, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1")
+        checkpoint = training.resume_from_checkpoint
+        if checkpoint is not None and not Path(checkpoint).is_dir():
+            raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder; name one such as .../checkpoint-500")
+        set_seed(training.seed)
+        self.stages: list[dict[str, Any]] = []
+
+    @abstractmethod
+    def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
+        """Batches from the start of the training data, for scoring or calibration: so many sentences or tokens."""
+
+    @abstractmethod
+    def trainer_options(self) -> dict[str, Any]:
+        """What `Trainer` needs beside model, arguments, data and tokenizer."""
+
+    @abstractmethod
+    def measure(self, trainer: Trainer) -> dict[str, Any]:
+        """Evaluate: `{"metrics": {name: value}}` and how much data that was."""
+
+    def trainer(self, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
+        """A new one each time: an optimizer made before a change of heads holds the old parameters."""
+        return kind(
+            model=self.model,
+            args=self.training,
+            train_dataset=self.train_data,
+            eval_dataset=self.eval_data,
+            processing_class=self.tokenizer,
+            **self.trainer_options(),
+            **options,
+        )
+
+    def evaluate(self, stage: str, **facts: Any) -> None:
+        """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
+        if not self.training.do_eval:
+            return
+        start = time.perf_counter()
+        measured = self.measure(self.trainer())
+        layers = attention_layers(self.model)
+        self.stages.append(
+            {
+                "stage": stage,
+                "metrics": measured.pop("metrics"),
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "num_heads": [layer.num_heads for layer in layers],
+                "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
+                **measured,
+                "evaluation_seconds": round(time.perf_counter() - start, 2),
+                **facts,
+            }
+        )
+
+    def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
+        """Train on the training data; returns what `Trainer` measured, or nothing where it was left out.
+
+        Args:
+            kind, options: another trainer, and what it needs beside.
+        """
+        if not self.training.do_train:
+            return {}
+        checkpoint = self.training.resume_from_checkpoint
+        result = self.trainer(kind, **options).train(resume_from_checkpoint=checkpoint)
+        facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
+        return facts | ({"resumed_from": checkpoint} if checkpoint else {})
+
+    def finish(self, **facts: Any) -> None:
+        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
+        trainer = self.trainer()
+        trainer.save_model(str(self.output))
+        results = {
+            "task": self.task_name,
+            "data": self.data,
+            "model": self.arguments.model_name_or_path,
+            "stages": self.stages,
+            **facts,
+            "train_samples": len(self.train_data),
+            "seed": self.training.seed,
+            "command": shlex.join(["python", *sys.argv]),
+            "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
+        }
+        if trainer.is_world_process_zero():
+            write_json(self.output / "results.json", results)
+            print_stages(results)
+        trainer.accelerator.end_training()
+
+
+def print_stages(results: Mapping[str, Any]) -> None:
+    """Print the stages of a run as a table."""
+    stages = results["stages"]
+    table = Table(title=f"{results['task']} ({results['data']}), {Path(results['model']).name}")
+    table.add_column("stage")
+    metrics = list(stages[0]["metrics"]) if stages else []
+    for name in [*metrics, "heads", "key/value heads", "parameters"]:
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_row(
+            stage["stage"],
+            *(f"{stage['metrics'][name]:.4f}" for name in metrics),
+            _heads(stage["num_heads"]),
+            _heads(stage["num_key_value_heads"]),
+            f"{stage['parameters']:,}",
+        )
+    show(table)
+
+
+def _heads(per_layer: Sequence[int]) -> str:
+    """`6 x 12` for equal layers, otherwise each layer's number."""
+    runs = [(number, len(list(run))) for number, run in itertools.groupby(per_layer)]
+    return f"{runs[0][1]} x {runs[0][0]}" if len(runs) == 1 else " ".join(str(number) for number in per_layer)

@@ -40,7 +40,8 @@ def main() -> None:
     distillation.check(training)
     lora.check(training)
     run = GlueRun(arguments, training)
-    uptrain(run, conversion, distillation, lora, calibration=("calibration_samples", conversion.calibration_samples))
+    used = min(conversion.calibration_samples, len(run.train_data))
+    uptrain(run, conversion, distillation, lora, calibration=("calibration_samples", used))
 
 
 if __name__ == "__main__":

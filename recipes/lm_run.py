@@ -1,0 +1,121 @@
+"""What a recipe for causal language models needs: arguments, blocks of text, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from base_run import Run
+from lm_data import Blocks, TextArguments, load_text
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+import hf_attnkit
+from hf_attnkit.families import attention_layers
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
+    gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file in it, which is dequantized."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+
+
+class LanguageModelRun(Run):
+    """A causal language model; measured by its perplexity on held-out blocks.
+
+    Raises:
+        ValueError, FileNotFoundError: text that is missing or too short, a model that sees the future, blocks longer
+            than its positions, and as `Run`.
+    """
+
+    def __init__(self, arguments: ModelArguments, text: TextArguments, training: TrainingArguments) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(text, name) is not None and getattr(text, name) < 1:
+                raise ValueError(f"--{name} {getattr(text, name)} must be at least 1")
+        super().__init__(arguments, training)
+        documents = load_text(text)
+        self.task_name, self.data = "language modelling", documents.data
+        self.block_size = text.block_size
+        located = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
+        self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **located)
+        self.model = self._load_model(located)
+        options = (self.tokenizer, text.block_size)
+        self.train_data = Blocks(documents.train, *options, text.max_train_samples, "training")
+        self.eval_data = Blocks(documents.validation, *options, text.max_eval_samples, "held-out")
+
+    def _load_model(self, located: dict[str, str]) -> PreTrainedModel:
+        path = self.arguments.model_name_or_path
+        options: dict[str, Any] = {"dtype": self.arguments.dtype, **located}
+        if located and hasattr(transformers, "GgufConfig"):
+            # Newer versions may keep the weights quantized, and call them so even where they do not.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = hf_attnkit.load_pretrained(path, AutoModelForCausalLM, **options)
+        if not all(getattr(layer.module, "is_causal", True) for layer in attention_layers(model)):
+            raise ValueError(
+                f"{path} ({model.config.model_type}) is an encoder: its tokens see those that they should predict; "
+                "this recipe takes decoders, and recipes/uptrain_gqa_glue.py encoders"
+            )
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.block_size > positions:
+            raise ValueError(f"--block_size {self.block_size} is longer than the model's {positions} positions")
+        return model
+
+    def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
+        """Batches of the first training blocks, `size` tokens or up to a block more."""
+        blocks = Subset(self.train_data, range(min(math.ceil(size / self.block_size), len(self.train_data))))
+        return DataLoader(blocks, self.training.per_device_eval_batch_size)
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Blocks need no padding, and only a number for each leaves the evaluation loop."""
+        return {
+            "data_collator": default_data_collator,
+            "preprocess_logits_for_metrics": negative_log_likelihood,
+            "compute_metrics": self._metrics,
+        }
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return {"perplexity": math.exp(prediction.predictions.mean() / (self.block_size - 1))}
+
+    def measure(self, trainer: Trainer) -> dict[str, Any]:
+        """exp of the mean negative log-likelihood in nats of every token of the held-out blocks but their first."""
+        perplexity = trainer.evaluate()["eval_perplexity"]
+        blocks = len(self.eval_data)
+        predicted = blocks * (self.block_size - 1)
+        return {"metrics": {"perplexity": perplexity}, "dev_samples": blocks, "predicted_tokens": predicted}
+
+
+def negative_log_likelihood(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The sum over each block's predicted tokens, in nats, `(batch,)`, float64.
+
+    Args:
+        logits: `(batch, block_size, vocabulary)`.
+        labels: `(batch, block_size)`.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    # Block by block: log-probabilities of a batch would take as much memory as its logits once more.
+    sums = [
+        F.cross_entropy(block[:-1].float(), ids[1:], reduction="none").double().sum()
+        for block, ids in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(sums)

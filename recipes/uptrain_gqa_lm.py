@@ -1,0 +1,50 @@
+"""Convert a causal language model to grouped-query attention and recover it on text: perplexity before and after.
+
+    accelerate launch recipes/uptrain_gqa_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \\
+        --num_key_value_heads 1 --distill --learning_rate 1e-4 --num_train_epochs 1 \\
+        --per_device_train_batch_size 8 --output_dir outputs/smollm2-mqa
+
+The text is wikitext-2 unless --dataset_name or --train_file says otherwise. `pca` and the refit of the output
+projections look at training text first (`--calibration_tokens`). `--distill` trains towards the model as it
+was, `--lora` trains adapters and merges them. A GGUF checkpoint is a folder and --gguf_file.
+
+Writes the recovered model, a plain GQA checkpoint, and results.json (stages "baseline", "changed",
+"recovered") into --output_dir.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from base_run import parse_arguments
+from distill import DistillationArguments
+from lm_data import TextArguments
+from lm_run import LanguageModelRun, ModelArguments
+from lora import LoraArguments
+from uptrain import ConversionArguments, uptrain
+
+
+@dataclass
+class TextConversionArguments(ConversionArguments):
+    calibration_tokens: int = field(
+        default=8192, metadata={"help": "Training tokens for pca and the refit, in whole blocks; 0 for none."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.calibration_tokens < 0:
+            raise ValueError(f"--calibration_tokens {self.calibration_tokens} must be at least 0")
+
+
+def main() -> None:
+    arguments, text, conversion, distillation, lora, training = parse_arguments(
+        ModelArguments, TextArguments, TextConversionArguments, DistillationArguments, LoraArguments
+    )
+    distillation.check(training)
+    lora.check(training)
+    run = LanguageModelRun(arguments, text, training)
+    used = min(conversion.calibration_tokens, run.train_data.tokens.numel())
+    uptrain(run, conversion, distillation, lora, calibration=("calibration_tokens", used))
+
+
+if __name__ == "__main__":
+    main()

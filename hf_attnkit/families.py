@@ -192,6 +192,7 @@ class AttentionLayer:
     Attributes:
         index: number of the layer, counted through all stacks of the family.
         name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
+        block: the model's layer that it is part of, whose output the next block takes first.
         module: the module whose forward calls the attention interface.
         query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
         num_heads, num_key_value_heads, head_dim: as the config says.
@@ -203,6 +204,7 @@ class AttentionLayer:
     """
 
     index: int
+    block: nn.Module
     module: nn.Module
     query: nn.Linear
     key: nn.Linear
@@ -299,7 +301,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
             module, index = layer.get_submodule(stack.attention), len(layers)
             parts = {name: layer.get_submodule(getattr(stack, name)) for name in ("query", "key", "value", "output")}
             layers.append(AttentionLayer(
-                index, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
+                index, layer, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
                 head_dim=getattr(module, stack.head_dim),
                 name=f"layer {index}" + (f" ({stack.name} {position})" if stack.name else ""),
                 is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,

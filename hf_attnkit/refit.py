@@ -9,13 +9,14 @@ A bias, where there is one, is free: the sums are then of a_t and y_t less their
 the rescaling of heads by Kwon et al. 2022 (arXiv 2204.09656) and takes no labels and no gradients.
 
 Layer by layer from the bottom, each on what the refitted layers below give it: all layers in one
-pass measured more than twice the perplexity (see docs/conversion.md). Kept in memory for one layer at a
-time: sum a a^T and sum a y^T.
+pass measured more than twice the perplexity (see docs/conversion.md). The models do not start anew for each layer
+(see `walk`), so the whole refit takes about three forward passes of each. Kept for one layer at a time: sum a a^T and
+sum y^T a.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,15 +25,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from . import surgery
-from .change import Change, evaluation_mode
+from .change import Change
 from .families import attention_layers, input_device
 from .forward import real_tokens, to_device
+from .walk import Walk
 
 RIDGE = 0.1
-
-
-class _Reached(Exception):
-    """The layer that is looked at has run; the rest of the forward pass is not needed."""
 
 
 class _Sums:
@@ -66,12 +64,13 @@ def refit_outputs(change: Change, batches: Iterable[Mapping[str, Any]], *, ridge
         inputs = [to_device(batch, device) for batch in batches]
         if not inputs:
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
+        untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
         for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
             sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
-            for batch in inputs:
+            for batch, before, after in zip(inputs, untouched, changed, strict=True):
                 with change.undone():
-                    target = _seen(model, batch, layer.output, of_input=False)
-                sums.add(_seen(model, batch, layer.output, of_input=True), target)
+                    _, target = before.seen(layer.index, layer.output)
+                sums.add(*(real_tokens(x, batch) for x in (after.seen(layer.index, layer.output)[0], target)))
             if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
                 raise ValueError(
                     f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
@@ -104,22 +103,3 @@ def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tens
     weight = torch.linalg.solve(gram + strength * identity, (cross + strength * old).T).T
     bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)
     return weight.to(linear.weight.dtype), bias
-
-
-def _seen(model: PreTrainedModel, inputs: dict[str, Any], linear: nn.Linear, *, of_input: bool) -> Tensor:
-    """`(tokens, features)` of a projection's input or output, padding left out. The layers above do not run."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-        found.append(args[0] if of_input else output)
-        raise _Reached
-
-    handle = linear.register_forward_hook(hook)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(**inputs)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return real_tokens(found[0], inputs)

@@ -1,0 +1,84 @@
+"""Run a model layer by layer on a batch: look at one layer, change it, go on to the next without starting anew.
+
+Looking at layer l of a model that changes from the bottom up would take a forward pass for each layer, though the
+layers below l - 1 have not changed since. So the output of layer l - 2 is kept, and the model's own forward runs
+with the layers up to that one put out of action:
+
+    embeddings, masks   0 .. l - 2   l - 1            l
+    run                 skipped      run, and kept    run up to the module that is looked at
+
+Kept is one hidden state per token of the batch, and nothing of the layers passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .change import evaluation_mode
+from .families import attention_layers
+
+
+class _Reached(Exception):
+    """The module that is looked at has run; the rest of the forward pass is not needed."""
+
+
+class Walk:
+    """One batch on its way through a model's layers."""
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+        """
+        Args:
+            inputs: of the model, on its device.
+        """
+        self._model, self._inputs = model, inputs
+        self._blocks = [layer.block for layer in attention_layers(model)]
+        self._next = 0
+        self._kept: Any = None
+
+    def seen(self, index: int, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """First input and output of `module`, a part of layer `index`. Layers are asked for from 0 up, each once."""
+        if index != self._next:
+            raise ValueError(f"layer {index} was asked for, and the next one is {self._next}")
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def look(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
+            found.append((args[0], output))
+            raise _Reached
+
+        def keep(block: nn.Module, args: Sequence[Any], output: Any) -> None:
+            self._kept = output
+
+        with ExitStack() as stack:
+            for block in self._blocks[: max(index - 1, 0)]:
+                stack.enter_context(_returning(block, self._kept))
+            if index:
+                stack.callback(self._blocks[index - 1].register_forward_hook(keep).remove)
+            stack.callback(module.register_forward_hook(look).remove)
+            stack.enter_context(evaluation_mode(self._model))
+            try:
+                with torch.no_grad():
+                    self._model(**self._inputs)
+            except _Reached:
+                pass
+        self._next += 1
+        return found[0]
+
+
+@contextmanager
+def _returning(block: nn.Module, output: Any) -> Iterator[None]:
+    """The block gives this output and does nothing, for a while."""
+    before = block.__dict__.get("forward")
+    block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before

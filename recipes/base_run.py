@@ -24,10 +24,13 @@ from transformers.hf_argparser import string_to_bool
 from hf_attnkit.families import attention_layers
 
 
-def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
     """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
 
     Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+
+    Args:
+        trains: whether the recipe can train; one that cannot evaluates.
     """
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
@@ -37,6 +40,10 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None) -> tuple[Any
     for name in ("--do_train", "--do_eval"):
         flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
     asked, _ = flags.parse_known_args(argv)
+    if not trains:
+        if asked.do_train or asked.do_eval is False:
+            parser.error("this recipe evaluates and does not train: leave --do_train and --do_eval out")
+        asked.do_train, asked.do_eval = False, True
     training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
     training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
     if not (training.do_train or training.do_eval):
@@ -145,11 +152,9 @@ class Run(ABC):
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
         return facts | ({"resumed_from": checkpoint} if checkpoint else {})
 
-    def finish(self, **facts: Any) -> None:
-        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
-        trainer = self.trainer()
-        trainer.save_model(str(self.output))
-        results = {
+    def results(self, **facts: Any) -> dict[str, Any]:
+        """What results.json holds: the stages, these facts, and what it takes to repeat them."""
+        return {
             "task": self.task_name,
             "data": self.data,
             "model": self.arguments.model_name_or_path,
@@ -160,6 +165,12 @@ class Run(ABC):
             "command": shlex.join(["python", *sys.argv]),
             "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
         }
+
+    def finish(self, **facts: Any) -> None:
+        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
+        trainer = self.trainer()
+        trainer.save_model(str(self.output))
+        results = self.results(**facts)
         if trainer.is_world_process_zero():
             write_json(self.output / "results.json", results)
             print_stages(results)

@@ -41,6 +41,27 @@ class ModelArguments:
     )
 
 
+def load_causal_model(path: str, gguf_file: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """A decoder of any checkpoint, with weights that can be changed and saved.
+
+    Raises:
+        ValueError: for an encoder.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+        if hasattr(transformers, "GgufConfig"):
+            # Newer versions may keep the weights quantized, and call them so even where they do not.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = hf_attnkit.load_pretrained(path, AutoModelForCausalLM, **options)
+    if not all(getattr(layer.module, "is_causal", True) for layer in attention_layers(model)):
+        raise ValueError(
+            f"{path} ({model.config.model_type}) is an encoder: its tokens see those that they should predict; "
+            "this recipe takes decoders, and the recipes for GLUE encoders"
+        )
+    return model
+
+
 class LanguageModelRun(Run):
     """A causal language model; measured by its perplexity on held-out blocks.
 
@@ -59,27 +80,13 @@ class LanguageModelRun(Run):
         self.block_size = text.block_size
         located = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **located)
-        self.model = self._load_model(located)
+        self.model = load_causal_model(arguments.model_name_or_path, arguments.gguf_file, arguments.dtype)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and self.block_size > positions:
+            raise ValueError(f"--block_size {self.block_size} is longer than the model's {positions} positions")
         options = (self.tokenizer, text.block_size)
         self.train_data = Blocks(documents.train, *options, text.max_train_samples, "training")
         self.eval_data = Blocks(documents.validation, *options, text.max_eval_samples, "held-out")
-
-    def _load_model(self, located: dict[str, str]) -> PreTrainedModel:
-        path = self.arguments.model_name_or_path
-        options: dict[str, Any] = {"dtype": self.arguments.dtype, **located}
-        if located and hasattr(transformers, "GgufConfig"):
-            # Newer versions may keep the weights quantized, and call them so even where they do not.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = hf_attnkit.load_pretrained(path, AutoModelForCausalLM, **options)
-        if not all(getattr(layer.module, "is_causal", True) for layer in attention_layers(model)):
-            raise ValueError(
-                f"{path} ({model.config.model_type}) is an encoder: its tokens see those that they should predict; "
-                "this recipe takes decoders, and recipes/uptrain_gqa_glue.py encoders"
-            )
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and self.block_size > positions:
-            raise ValueError(f"--block_size {self.block_size} is longer than the model's {positions} positions")
-        return model
 
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
         """Batches of the first training blocks, `size` tokens or up to a block more."""

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from . import surgery
 from .change import Change
 from .families import attention_layers, input_device
 from .forward import real_tokens, to_device
+from .query_refit import attention_calls, can_refit, refit_queries
 from .walk import Walk
+
+logger = logging.get_logger(__name__)
 
 RIDGE = 0.1
 
@@ -48,11 +51,13 @@ class _Sums:
         self.ya += y.T @ a
 
 
-def refit_outputs(change: Change, batches: Iterable[Mapping[str, Any]], *, ridge: float = RIDGE) -> None:
+def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool = False, ridge: float = RIDGE) -> None:
     """Refit the output projections of all layers after `change`, which was applied.
 
     Args:
-        batches: model inputs; padding is left out. Kept, since every layer runs them once.
+        batches: model inputs; padding is left out. Kept, since every layer runs them.
+        queries: fit the query projections too, each layer's before its output, see `attention_match`; where the
+            keys changed. Layers stay out whose queries are normed, or whose attention is no softmax over all keys.
         ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
 
     Raises:
@@ -66,11 +71,21 @@ def refit_outputs(change: Change, batches: Iterable[Mapping[str, Any]], *, ridge
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
         untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
         for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
-            sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
-            for batch, before, after in zip(inputs, untouched, changed, strict=True):
+            if queries and can_refit(layer):
+                with change.undone(), attention_calls(model, layer) as run:
+                    calls = [run(walk) for walk in untouched]
+                before, after = refit_queries(model, layer, changed, inputs, calls)
+                logger.info(
+                    f"{layer.name}: KL divergence from the untouched attention {before:.3g} -> {after:.3g} nats"
+                )
+                targets = [call.output for call in calls]
+            else:
                 with change.undone():
-                    _, target = before.seen(layer.index, layer.output)
-                sums.add(*(real_tokens(x, batch) for x in (after.seen(layer.index, layer.output)[0], target)))
+                    targets = [walk.seen(layer.index, layer.output)[1] for walk in untouched]
+            sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
+            for batch, walk, target in zip(inputs, changed, targets, strict=True):
+                heads, _ = walk.seen(layer.index, layer.output)
+                sums.add(real_tokens(heads, batch), real_tokens(target, batch))
             if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
                 raise ValueError(
                     f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "

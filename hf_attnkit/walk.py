@@ -7,7 +7,8 @@ with the layers up to that one put out of action:
     embeddings, masks   0 .. l - 2   l - 1            l
     run                 skipped      run, and kept    run up to the module that is looked at
 
-Kept is one hidden state per token of the batch, and nothing of the layers passed.
+Layer l can be looked at again, also after a change, without running l - 1 again. Kept are two hidden states per
+token of the batch, and nothing else of the layers passed.
 """
 
 from __future__ import annotations
@@ -38,13 +39,20 @@ class Walk:
         """
         self._model, self._inputs = model, inputs
         self._blocks = [layer.block for layer in attention_layers(model)]
-        self._next = 0
-        self._kept: Any = None
+        self._index = 0
+        self._before: Any = None  # what block index - 2 put out
+        self._last: Any = None  # what block index - 1 put out, once it has run
 
     def seen(self, index: int, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """First input and output of `module`, a part of layer `index`. Layers are asked for from 0 up, each once."""
-        if index != self._next:
-            raise ValueError(f"layer {index} was asked for, and the next one is {self._next}")
+        """First input and output of `module`, a part of layer `index`.
+
+        Args:
+            index: the layer asked for last, or the next one; a layer that was passed must not change any more.
+        """
+        if index == self._index + 1:
+            self._index, self._before, self._last = index, self._last, None
+        elif index != self._index:
+            raise ValueError(f"layer {index} was asked for after layer {self._index}")
         found: list[tuple[Tensor, Tensor]] = []
 
         def look(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
@@ -52,12 +60,13 @@ class Walk:
             raise _Reached
 
         def keep(block: nn.Module, args: Sequence[Any], output: Any) -> None:
-            self._kept = output
+            self._last = output
 
         with ExitStack() as stack:
-            for block in self._blocks[: max(index - 1, 0)]:
-                stack.enter_context(_returning(block, self._kept))
-            if index:
+            skipped, output = (index, self._last) if self._last is not None else (max(index - 1, 0), self._before)
+            for block in self._blocks[:skipped]:
+                stack.enter_context(_returning(block, output))
+            if skipped < index:
                 stack.callback(self._blocks[index - 1].register_forward_hook(keep).remove)
             stack.callback(module.register_forward_hook(look).remove)
             stack.enter_context(evaluation_mode(self._model))
@@ -66,7 +75,6 @@ class Walk:
                     self._model(**self._inputs)
             except _Reached:
                 pass
-        self._next += 1
         return found[0]
 
 

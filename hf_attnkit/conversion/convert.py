@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..refit import refit_outputs
+from ..refit import refit as refit_projections
 from .methods import METHODS, uses_statistics
 from .plan import plan_gqa
 from .statistics import Statistics
@@ -50,8 +50,8 @@ def convert_to_gqa(
             "procrustes", "first" and "random" are others. See docs/conversion.md.
         calibration: batches of model inputs, for the second moments that "pca" uses and for the refit; or
             `Statistics`, for the moments alone. Without it "pca" takes uncorrelated inputs.
-        refit: whether to refit the output projections afterwards, see `hf_attnkit.refit`. Default: if batches
-            are given.
+        refit: whether to fit the query and output projections to the untouched model afterwards, see
+            `hf_attnkit.refit`. Default: if batches are given.
         key_method: another method for the keys, needed where a norm on the keys forbids "pca" (Qwen3).
         grouping: "adjacent" heads, or "best", those that lose least together.
         budget: instead of `num_key_value_heads`, the share of the present key/value cache that may stay.
@@ -95,7 +95,7 @@ def convert_to_gqa(
     )
     change = plan._start()
     if refit:
-        refit_outputs(change, calibration)  # type: ignore[arg-type]
+        refit_projections(change, calibration, queries=True)  # type: ignore[arg-type]
     logger.info(f"converted to grouped-query attention:\n{plan}")
     return model
 

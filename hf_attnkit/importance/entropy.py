@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..attention.mask import Mask
 from ..families import AttentionLayer
-from .observe import observe_attention
+from ..observe import observe_attention
 
 DIRECTIONS = ("focused", "diffuse")
 BLOCK = 256

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
-from ..change import is_swapped, require_consistent
-from ..families import attention_layers
-from ..forward import run_batches
-from ..swap import STOCK
+from .attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
+from .change import is_swapped, require_consistent
+from .families import attention_layers
+from .forward import run_batches
+from .swap import STOCK
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from .families import Rope
 STEPS = 6
 # Shares of the factors' mean diagonals that are added to them, so that directions never seen stay as they are.
 DAMPING = (0.3, 0.03)
-# Numbers of one block of scores, 64 MiB in float32.
-BLOCK = 2**24
+# Numbers of one block of scores: 4 MiB in float32, which caches hold.
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,15 @@ class Batch:
     rope: Rope | None = None
     rotation: Tensor | None = None
 
-    def rotate(self, query: Tensor, *, back: bool = False) -> Tensor:
-        """R_t for each token of `(B, H, T, d)`, or its transpose."""
+    def query(self, weight: Tensor) -> Tensor:
+        """`(B, H, T, d)`, rotated, of a projection `(H, d, m)`."""
+        return self._rotate(torch.einsum("hdm,btm->bhtd", weight, self.inputs))
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """`(H, d, T * B)`: gradients `(B, H, T, d)` of rotated queries as those of the projection's output."""
+        return self._rotate(gradient, back=True).permute(1, 3, 0, 2).flatten(2)
+
+    def _rotate(self, query: Tensor, *, back: bool = False) -> Tensor:
         if self.rope is None or self.rotation is None:
             return query
         first, second = self.rope.pairs()
@@ -67,32 +74,67 @@ class Batch:
         rotated[..., first], rotated[..., second] = turned.real, turned.imag
         return rotated
 
-    def blocks(self) -> Iterator[slice]:
-        """Queries whose scores fit into memory together."""
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Queries whose scores fit into memory together, and the keys that any of them sees."""
         batch, num_heads, length, _ = self.target_query.shape
         size = max(BLOCK // (batch * num_heads * length), 1)
-        return (slice(start, start + size) for start in range(0, length, size))
+        causal = self.mask.is_causal and self.mask.known_offset == 0
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            yield slice(start, end), slice(0, end if causal else length)
 
-    def log_attention(self, query: Tensor, key: Tensor, queries: slice) -> Tensor:
-        """`(B, H, q, T)` for these queries."""
-        scores = grouped(query[:, :, queries], key) * self.scaling
+    def attention(self, query: Tensor, key: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Probabilities `(B, H, q, k)` of these queries, and the log-sum-exps `(B, H, q)` of their scores."""
+        scores = grouped(query[:, :, queries] * self.scaling, key[:, :, keys])
         if self.mask.bias is not None:
-            scores = scores + self.mask.bias[..., queries if self.mask.bias.shape[-2] > 1 else slice(None), :]
-        visible = self.mask.visible(queries)
+            scores += self.mask.bias[..., queries if self.mask.bias.shape[-2] > 1 else slice(None), keys]
+        visible = self.mask.visible(queries, keys)
         if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        return scores.log_softmax(-1)
+            scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+        probability = scores.softmax(-1)
+        # The largest score's own probability tells the sum without another exponential of each.
+        return probability, scores.amax(-1) - probability.amax(-1).log()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the fit needs of the untouched attention p of one batch, whatever W is.
+
+    Attributes:
+        mean_key: `(B, H, T, d)`, sum_j p_ij k_j of the changed keys.
+        entropy: `(H,)`, summed over real queries, in nats.
+        drawn: `(B, H, T, d)`, for each query a key drawn from p, less the mean.
+    """
+
+    mean_key: Tensor
+    entropy: Tensor
+    drawn: Tensor
+
+
+def target(batch: Batch, generator: torch.Generator) -> Target:
+    """See `Target`."""
+    means, drawn, entropy = [], [], batch.key.new_zeros(batch.target_query.shape[1])
+    for queries, keys in batch.blocks():
+        probability, lse = batch.attention(batch.target_query, batch.target_key, queries, keys)
+        picked = torch.multinomial(probability.flatten(0, 2), 1, generator=generator).view(probability.shape[:3])
+        key = batch.key.repeat_interleave(probability.shape[1] // batch.key.shape[1], dim=1)
+        means.append(mixed(probability, batch.key[:, :, keys]))
+        drawn.append(key.gather(2, picked[..., None].expand(-1, -1, -1, key.shape[-1])) - means[-1])
+        own = mixed(probability, batch.target_key[:, :, keys])
+        each = lse - batch.scaling * (batch.target_query[:, :, queries] * own).sum(-1)
+        entropy = entropy + (each * batch.real[:, None, queries]).sum((0, 2))
+    return Target(torch.cat(means, dim=2), entropy, torch.cat(drawn, dim=2))
 
 
 def grouped(query: Tensor, key: Tensor) -> Tensor:
-    """`(B, H, q, T)` products of `(B, H, q, d)` with `(B, G, T, d)`, H / G heads for each key head."""
+    """`(B, H, q, k)` products of `(B, H, q, d)` with `(B, G, k, d)`, H / G heads for each key head."""
     batch, num_heads, length, size = query.shape
     stacked = query.reshape(batch, key.shape[1], -1, size)
     return (stacked @ key.mT).view(batch, num_heads, length, -1)
 
 
 def mixed(weights: Tensor, key: Tensor) -> Tensor:
-    """`(B, H, q, d)`, keys `(B, G, T, d)` weighted by `(B, H, q, T)`."""
+    """`(B, H, q, d)`, keys `(B, G, k, d)` weighted by `(B, H, q, k)`."""
     batch, num_heads, length, keys = weights.shape
     return (weights.reshape(batch, key.shape[1], -1, keys) @ key).view(batch, num_heads, length, -1)
 
@@ -106,11 +148,13 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) ->
     Returns:
         The new weight, and `(H,)` mean KL divergence per real query in nats before and after, lower is better.
     """
-    factors = _factors(weight, batches)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    targets = [target(batch, generator) for batch in batches]
+    factors = _factors(weight, batches, targets)
     best, first = weight, None
     direction = length = least = gradient = scaled = weight.new_zeros(())
     for step in range(steps + 1):
-        divergence, slope = _gradient(weight, batches)
+        divergence, slope = _gradient(weight, batches, targets)
         if first is None:
             first = least = divergence
             gradient, scaled = slope, _preconditioned(slope, factors)
@@ -136,26 +180,20 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) ->
     return best, first, least
 
 
-def _query(weight: Tensor, batch: Batch) -> Tensor:
-    """`(B, H, T, d)`, rotated."""
-    return batch.rotate(torch.einsum("hdm,btm->bhtd", weight, batch.inputs))
-
-
-def _gradient(weight: Tensor, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+def _gradient(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     """`(H,)` mean divergence and its gradient `(H, d, m)`."""
     total, gradient = weight.new_zeros(len(weight)), torch.zeros_like(weight)
-    for batch in batches:
-        query, steps = _query(weight, batch), []
-        for queries in batch.blocks():
-            target = batch.log_attention(batch.target_query, batch.target_key, queries)
-            found = batch.log_attention(query, batch.key, queries)
-            real = batch.real[:, None, queries, None]
-            probability = target.exp()
-            # Hidden keys have probability 0 on both sides.
-            total += ((target - found).masked_fill(probability == 0, 0.0) * probability * real).sum((0, 2, 3))
-            steps.append(mixed((found.exp() - probability) * real, batch.key) * batch.scaling)
-        gradient += torch.einsum("bhtd,btm->hdm", batch.rotate(torch.cat(steps, dim=2), back=True), batch.inputs)
-    count = sum(batch.real.sum() for batch in batches)
+    for batch, aim in zip(batches, targets, strict=True):
+        query, slopes = batch.query(weight), []
+        total -= aim.entropy
+        for queries, keys in batch.blocks():
+            probability, lse = batch.attention(query, batch.key, queries, keys)
+            cross = lse - batch.scaling * (query[:, :, queries] * aim.mean_key[:, :, queries]).sum(-1)
+            total += (cross * batch.real[:, None, queries]).sum((0, 2))
+            slopes.append(mixed(probability, batch.key[:, :, keys]))
+        slope = (torch.cat(slopes, dim=2) - aim.mean_key) * (batch.scaling * batch.real[:, None, :, None])
+        gradient += batch.backward(slope) @ batch.inputs.flatten(0, 1)
+    count = _count(batches)
     return total / count, gradient / count
 
 
@@ -163,37 +201,35 @@ def _curvature(weight: Tensor, direction: Tensor, batches: Sequence[Batch]) -> T
     """`(H,)` second derivative of the mean divergence along a direction: the mean variance of the scores' change."""
     total = weight.new_zeros(len(weight))
     for batch in batches:
-        query, change = _query(weight, batch), _query(direction, batch)
-        for queries in batch.blocks():
-            probability = batch.log_attention(query, batch.key, queries).exp()
-            scores = grouped(change[:, :, queries], batch.key) * batch.scaling
-            centred = scores - (probability * scores).sum(-1, keepdim=True)
-            total += (probability * centred.square() * batch.real[:, None, queries, None]).sum((0, 2, 3))
-    return total / sum(batch.real.sum() for batch in batches)
+        query, change = batch.query(weight), batch.query(direction)
+        for queries, keys in batch.blocks():
+            probability, _ = batch.attention(query, batch.key, queries, keys)
+            key = batch.key[:, :, keys]
+            scores = grouped(change[:, :, queries] * batch.scaling, key)
+            mean = (probability * scores).sum(-1, keepdim=True)
+            variance = (probability * (scores - mean).square_()).sum(-1)
+            total += (variance * batch.real[:, None, queries]).sum((0, 2))
+    return total / _count(batches)
+
+
+def _count(batches: Sequence[Batch]) -> Tensor:
+    return sum((batch.real.sum() for batch in batches), torch.zeros((), device=batches[0].real.device))
 
 
 Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _factors(weight: Tensor, batches: Sequence[Batch]) -> Factors:
+def _factors(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> Factors:
     """Damped eigenvalues and eigenvectors of the curvature's two factors, `(H, d, d)` and `(m, m)`."""
-    keys = weight.new_zeros(*weight.shape[:2], weight.shape[1])
-    moment = weight.new_zeros(2 * (weight.shape[2],))
-    generator = torch.Generator(weight.device).manual_seed(0)
-    for batch in batches:
-        moment += torch.einsum("btm,btn->mn", batch.inputs * batch.real[..., None], batch.inputs)
-        drawn = []
-        for queries in batch.blocks():
-            probability = batch.log_attention(batch.target_query, batch.target_key, queries).exp()
-            picked = torch.multinomial(probability.flatten(0, 2), 1, generator=generator).view(probability.shape[:3])
-            per_query = batch.key.repeat_interleave(weight.shape[0] // batch.key.shape[1], dim=1)
-            key = per_query.gather(2, picked[..., None].expand(-1, -1, -1, per_query.shape[-1]))
-            drawn.append((key - mixed(probability, batch.key)) * batch.real[:, None, queries, None])
-        centred = batch.rotate(torch.cat(drawn, dim=2) * batch.scaling, back=True)
-        keys += torch.einsum("bhtd,bhte->hde", centred, centred)
+    keys, moment = weight.new_zeros(*weight.shape[:2], weight.shape[1]), weight.new_zeros(2 * (weight.shape[2],))
+    for batch, aim in zip(batches, targets, strict=True):
+        inputs = batch.inputs[batch.real]
+        moment += inputs.T @ inputs
+        drawn = batch.backward(aim.drawn * (batch.scaling * batch.real[:, None, :, None]))
+        keys += drawn @ drawn.mT
     damped = []
     for matrix, share in zip((keys, moment), DAMPING, strict=True):
-        values, vectors = torch.linalg.eigh((matrix / sum(batch.real.sum() for batch in batches)).double())
+        values, vectors = torch.linalg.eigh((matrix / _count(batches)).double())
         mean = values.mean(-1, keepdim=True).clamp(min=1e-30)
         damped.append(((values.clamp(min=0) + share * mean).to(weight), vectors.to(weight)))
     return damped[0], damped[1]

@@ -143,7 +143,7 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
 
 def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: Tensor) -> None:
     """The proof that what is fitted is what the model computes: its own queries, again."""
-    expected = batch.rotate(torch.einsum("hdm,btm->bhtd", weight, batch.inputs))
+    expected = batch.query(weight)
     error = (expected - query.to(expected)).abs().max()
     # A dot product's rounding, the rotation's, and the cosines' as read back, in the model's precision; some families
     # rotate in float32 whatever that is.

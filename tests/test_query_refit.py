@@ -13,7 +13,7 @@ from unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, plan_gqa, swap_attention
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention_match import Batch, _curvature, _gradient, fit_queries
+from hf_attnkit.attention_match import Batch, _curvature, _gradient, fit_queries, target
 from hf_attnkit.families import FAMILIES, Rope, attention_layers
 from hf_attnkit.query_refit import attention_calls, can_refit
 from hf_attnkit.walk import Walk
@@ -38,6 +38,10 @@ def example(seed: int = 0, rope: Rope | None = None, causal: bool = True) -> tup
         normal(3, 9, 7), normal(3, 2, 9, 4), normal(3, 4, 9, 4), normal(3, 4, 9, 4), mask, 0.5, real, rope, rotation
     )
     return normal(4, 4, 7), made
+
+
+def gradient_of(weight: Tensor, made: Batch) -> tuple[Tensor, Tensor]:
+    return _gradient(weight, [made], [target(made, torch.Generator().manual_seed(0))])
 
 
 def divergence(weight: Tensor, made: Batch) -> Tensor:
@@ -77,7 +81,7 @@ def test_divergence_gradient_and_curvature_by_definition(
     expected = divergence(weight, made)
     (slope,) = torch.autograd.grad(expected.sum(), weight)
     with torch.no_grad():
-        found, gradient = _gradient(weight, [made])
+        found, gradient = gradient_of(weight, made)
         direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         curvature = _curvature(weight, direction, [made])
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
@@ -95,11 +99,11 @@ def test_many_steps_reach_the_minimum_and_few_never_worsen() -> None:
         best, before, after = fit_queries(weight, [made], steps=300)
         # Convex, so that no slope means the minimum. 24 tokens for 28 numbers a head: some directions are
         # nearly flat, and 300 steps bring the slope down by five orders.
-        assert _gradient(best, [made])[1].norm() <= 1e-5 * _gradient(weight, [made])[1].norm()
+        assert gradient_of(best, made)[1].norm() <= 1e-5 * gradient_of(weight, made)[1].norm()
         for steps in (0, 1, 2, 5):
             fitted, first, least = fit_queries(weight, [made], steps=steps)
             assert torch.equal(first, before) and bool((least <= first).all()) and bool((least >= after - 1e-9).all())
-            torch.testing.assert_close(_gradient(fitted, [made])[0], least, rtol=1e-12, atol=0)
+            torch.testing.assert_close(gradient_of(fitted, made)[0], least, rtol=1e-12, atol=0)
         torch.testing.assert_close(before, divergence(weight, made), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(after, divergence(best, made), rtol=1e-12, atol=1e-12)
 
@@ -109,7 +113,7 @@ def test_queries_that_fit_already_stay() -> None:
     query = torch.einsum("hdm,btm->bhtd", weight, made.inputs)
     exact = Batch(made.inputs, made.key, query, made.key, made.mask, made.scaling, made.real)
     with torch.no_grad():
-        fitted, before, after = fit_queries(weight, [exact])
+        fitted, before, _ = fit_queries(weight, [exact])
     # Rounding of log-sum-exps over 9 scores of some 10.
     assert float(before.abs().max()) < 1e-13 and float((fitted - weight).abs().max()) < 1e-6
 

@@ -44,14 +44,14 @@ def held_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
-def decode_step(model: PreTrainedModel, cache: DynamicCache, length: int) -> Callable[[], object]:
-    """One token through the model behind `length` cached ones; the cache is cut back, so that steps are alike."""
+def decode_step(model: PreTrainedModel, cache: DynamicCache) -> Callable[[], object]:
+    """One token through the model behind the cached ones; the cache is cut back, so that steps are alike."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
     def step() -> None:
         with torch.no_grad():
             model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(length)
+        cache.crop(-1)
 
     return step
 
@@ -86,7 +86,7 @@ def main() -> None:
     ) as bar:
         for length in arguments.lengths:
             caches = {name: filled_cache(model, length) for name, model in models.items()}
-            steps = {name: decode_step(model, caches[name], length) for name, model in models.items()}
+            steps = {name: decode_step(model, caches[name]) for name, model in models.items()}
             times = time_in_turns(steps, arguments.repeats, original.device, lambda label: bar.update())
             for name, seconds in times.items():
                 rows.append({"length": length, "model": name, "seconds": seconds,

@@ -14,13 +14,14 @@ from transformers import set_seed
 
 import hf_attnkit
 from hf_attnkit.conversion import METHODS, targets
+from hf_attnkit.conversion.methods import uses_statistics
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.families import editable_layers
 
-EXTRAS = ("data", "refit", "best")
+EXTRAS = ("data", "output", "refit", "best")
 VARIANTS = [
     *("first", "random", "mean", "norm_mean", "procrustes", "pca", "pca+data", "pca+data+best"),
-    *("mean+refit", "procrustes+refit", "pca+data+refit", "pca+data+refit+best"),
+    *("mean+refit", "procrustes+refit", "pca+data+output", "pca+data+refit", "pca+data+refit+best"),
 ]
 
 
@@ -30,18 +31,25 @@ class ComparisonArguments:
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS),
         metadata={
-            "help": "A method, then what is added to it: data (second moments of calibration data), refit (of the "
-            "output projections), best (grouping)."
+            "help": "A method, then what is added: data (second moments of calibration data), output (refit of the "
+            "output projections), refit (of queries and outputs), best (grouping)."
         },
     )
 
     def __post_init__(self) -> None:
         for variant in self.variants:
             method, *extras = variant.split("+")
-            if method not in METHODS or not set(extras) <= set(EXTRAS) or len(set(extras)) < len(extras):
+            known = method in METHODS and set(extras) <= set(EXTRAS) and len(set(extras)) == len(extras)
+            if not known or {"output", "refit"} <= set(extras):
                 raise ValueError(
                     f"--variants {variant!r} must be one of {', '.join(METHODS)}, followed by any of "
-                    f"{', '.join(f'+{extra}' for extra in EXTRAS)}"
+                    f"{', '.join(f'+{extra}' for extra in EXTRAS)}, but one of +output and +refit"
+                )
+            refits, looks = bool({"output", "refit"} & set(extras)), uses_statistics(method)
+            if ("data" in extras) > looks or (looks and refits and "data" not in extras):
+                raise ValueError(
+                    f"--variants {variant!r}: +data goes with pca, which looks at the data that it is refitted on, and "
+                    "with no other method"
                 )
 
 
@@ -62,15 +70,10 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
             method, *extras = variant.split("+")
             run.model = copy.deepcopy(original)
             set_seed(run.training.seed)  # "random" draws
-            options: dict[str, Any] = {"method": method}
-            if "best" in extras:
-                options["grouping"] = "best"
-            uses_moments = "data" in extras
-            if "refit" in extras:
-                options |= {"calibration": batches, "refit": True}
-                if not uses_moments and method == "pca":
-                    raise ValueError(f"--variants {variant!r}: pca takes the moments of the batches it is refitted on")
-            elif uses_moments:
+            options: dict[str, Any] = {"method": method, "grouping": "best" if "best" in extras else "adjacent"}
+            if "refit" in extras or "output" in extras:
+                options |= {"calibration": batches, "refit": True if "refit" in extras else "output"}
+            elif "data" in extras:
                 options |= {"calibration": moments, "refit": False}
             hf_attnkit.convert_to_gqa(run.model, number, **options)
             run.evaluate("changed", variant=variant)

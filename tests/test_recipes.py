@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_conversions_glue
 import finetune_glue
 import prune_heads_glue
 import pytest
 import torch
 import uptrain_gqa_glue
 from base_run import parse_arguments
+from compare import VARIANTS, ComparisonArguments
 from demo_data import make_demo_data
 from glue_metric import GlueMetric
 from glue_run import GlueArguments
@@ -235,3 +237,28 @@ def test_random_pruning_follows_the_seed(checkpoint, tmp_path, monkeypatch) -> N
     runs = [run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / s, *more, s)) for s in ("1", "2")]
     assert runs[0]["removed"] != runs[1]["removed"]
     assert [result["importance_options"] for result in runs] == [{"seed": 1}, {"seed": 2}]
+
+
+def test_conversions_compared(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Every variant is measured on the same model, which stays as it was, and calibration sees training data alone."""
+    output = tmp_path / "compared"
+    command = ["x", "--model_name_or_path", str(checkpoint), "--task_name", "demo", "--output_dir", str(output)]
+    command += ["--num_key_value_heads", "2", "1", "--max_eval_samples", "40", "--calibration_samples", "80"]
+    monkeypatch.setattr(sys, "argv", [*command, "--report_to", "none", "--use_cpu"])
+    compare_conversions_glue.main()
+    results = json.loads((output / "results.json").read_text())
+    stages = results["stages"]
+    assert [stage["stage"] for stage in stages] == ["baseline"] + ["changed"] * 2 * len(VARIANTS)
+    assert [stage.get("variant") for stage in stages[1:]] == VARIANTS * 2
+    assert {tuple(stage["num_key_value_heads"]) for stage in stages} == {(4, 4), (2, 2), (1, 1)}
+    assert results["calibration_samples"] == 80 and list(output.iterdir()) == [output / "results.json"]
+    printed = capsys.readouterr().out
+    assert "4 -> 2" in printed and "pca+data+refit+best" in printed
+
+
+@pytest.mark.parametrize(
+    "variant", ["pca+dat", "best", "mean+data", "pca+refit", "pca+data+output+refit", "pca+data+data", ""]
+)
+def test_unknown_variants_are_refused(variant: str) -> None:
+    with pytest.raises(ValueError, match="--variants"):
+        ComparisonArguments([1], [variant])

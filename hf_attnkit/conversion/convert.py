@@ -29,7 +29,7 @@ def convert_to_gqa(
     *,
     method: str = "mean",
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: bool | None = None,
+    refit: bool | str | None = None,
     key_method: str | None = None,
     grouping: str = "adjacent",
     budget: float | None = None,
@@ -51,7 +51,7 @@ def convert_to_gqa(
         calibration: batches of model inputs, for the second moments that "pca" uses and for the refit; or
             `Statistics`, for the moments alone. Without it "pca" takes uncorrelated inputs.
         refit: whether to fit the query and output projections to the untouched model afterwards, see
-            `hf_attnkit.refit`. Default: if batches are given.
+            `hf_attnkit.refit`; "output" fits the output projections alone. Default: if batches are given.
         key_method: another method for the keys, needed where a norm on the keys forbids "pca" (Qwen3).
         grouping: "adjacent" heads, or "best", those that lose least together.
         budget: instead of `num_key_value_heads`, the share of the present key/value cache that may stay.
@@ -70,9 +70,11 @@ def convert_to_gqa(
     is_statistics = isinstance(calibration, Statistics)
     if refit is None:
         refit = calibration is not None and not is_statistics
+    if not isinstance(refit, bool) and refit != "output":
+        raise ValueError(f"refit={refit!r} must be True, False or 'output'")
     if refit and (calibration is None or is_statistics):
         given = "Statistics, which hold no activations" if is_statistics else "none"
-        raise ValueError(f"refit=True needs calibration batches, and calibration is {given}")
+        raise ValueError(f"refit={refit!r} needs calibration batches, and calibration is {given}")
     if calibration is not None and not isinstance(calibration, Statistics):
         calibration = list(calibration)
     moments = calibration
@@ -95,7 +97,7 @@ def convert_to_gqa(
     )
     change = plan._start()
     if refit:
-        refit_projections(change, calibration, queries=True)  # type: ignore[arg-type]
+        refit_projections(change, calibration, queries=refit is True)  # type: ignore[arg-type]
     logger.info(f"converted to grouped-query attention:\n{plan}")
     return model
 
@@ -105,7 +107,7 @@ def convert_to_mqa(
     *,
     method: str = "mean",
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: bool | None = None,
+    refit: bool | str | None = None,
     key_method: str | None = None,
 ) -> PreTrainedModel:
     """Convert to multi-query attention: `convert_to_gqa` with one key/value head."""

@@ -56,6 +56,9 @@ class TextArguments:
             raise ValueError(f"--validation_split_percentage {percentage} must be from 1 to 99")
         if self.block_size < 2:
             raise ValueError(f"--block_size {self.block_size} must be at least 2: a block's first token predicts")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.dataset_name is None and self.train_file is None:
             self.dataset_name = DATASET[0]
             self.dataset_config_name = self.dataset_config_name or DATASET[1]

@@ -71,9 +71,6 @@ class LanguageModelRun(Run):
     """
 
     def __init__(self, arguments: ModelArguments, text: TextArguments, training: TrainingArguments) -> None:
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(text, name) is not None and getattr(text, name) < 1:
-                raise ValueError(f"--{name} {getattr(text, name)} must be at least 1")
         super().__init__(arguments, training)
         documents = load_text(text)
         self.task_name, self.data = "language modelling", documents.data

@@ -114,6 +114,23 @@ def test_uptrain_converts_and_the_saved_model_scores_what_was_reported(
     assert measured == pytest.approx(stages["recovered"]["metrics"])
 
 
+@pytest.mark.parametrize(
+    "more", [("--distill",), ("--lora", "--lora_r", "4"), ("--lora", "--lora_r", "4", "--distill")]
+)
+def test_recovery_with_a_teacher_and_with_adapters_leaves_a_plain_checkpoint(
+    more, checkpoint, tmp_path, monkeypatch
+) -> None:
+    options = ("--num_key_value_heads", "2", "--learning_rate", "1e-2", *more)
+    results = run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *options))
+    assert [stage["num_key_value_heads"] for stage in results["stages"]] == [[4, 4], [2, 2], [2, 2]]
+    assert results.get("distill_weight") == (0.5 if "--distill" in more else None)
+    assert results.get("lora_r") == (4 if "--lora" in more else None)
+    assert not list((tmp_path / "out").glob("adapter*"))
+    # Measured again from the saved checkpoint alone.
+    again = run(finetune_glue, monkeypatch, flags(tmp_path / "out", tmp_path / "again", "--do_eval"))
+    assert again["stages"][0]["metrics"] == pytest.approx(results["stages"][-1]["metrics"])
+
+
 def test_prune_writes_scores_picture_and_a_smaller_model(checkpoint, tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     more = ("--prune_fraction", "0.5", "--importance", "random", "--importance_options", "seed=3")
@@ -173,6 +190,11 @@ BAD = [
     (finetune_glue, ["--task_name", "cola", "--data_dir", "/no/such/folder"], "/no/such/folder"),
     (finetune_glue, ["--max_train_samples", "0"], "max_train_samples 0"),
     (uptrain_gqa_glue, ["--num_key_value_heads", "3"], "num_key_value_heads=3"),
+    (uptrain_gqa_glue, ["--distill"], "--distill has no effect without training"),
+    (uptrain_gqa_glue, ["--distill_weight", "0.5"], "without --distill"),
+    (uptrain_gqa_glue, ["--lora"], "--lora has no effect without training"),
+    (uptrain_gqa_glue, ["--lora_alpha", "8"], "without --lora"),
+    (uptrain_gqa_glue, ["--method", "random", "--grouping", "best"], "grouping='best'"),
     (prune_heads_glue, ["--prune_fraction", "1.5"], "prune_fraction 1.5"),
     (prune_heads_glue, ["--prune_fraction", "0.9"], "cannot be removed"),
     (prune_heads_glue, ["--prune_fraction", "0.05"], "prune_fraction 0.05 removes no head"),

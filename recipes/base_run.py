@@ -125,6 +125,10 @@ class Run(ABC):
             return
         start = time.perf_counter()
         measured = self.measure(self.trainer())
+        # accelerate marks a model that it prepared, for evaluation too, and takes it as it is from then on: training
+        # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+            vars(self.model).pop(name, None)
         layers = attention_layers(self.model)
         self.stages.append(
             {

@@ -27,7 +27,8 @@ _KEY = "layers.{}.second_moment"
 class Statistics:
     """
     Attributes:
-        second_moments: per layer `(m + 1, m + 1)`, float64; the last entry is 1.
+        second_moments: per layer `(m + 1, m + 1)`, or the diagonal `(m + 1,)` of one that has nothing else; float64,
+            the last entry is 1.
         num_tokens: how many tokens they are the mean of; `None` for the identity.
     """
 
@@ -60,7 +61,7 @@ class Statistics:
 def identity(layers: Sequence[AttentionLayer]) -> Statistics:
     """What stands in without data: uncorrelated inputs of mean 0 and variance 1."""
     sizes = [layer.key.in_features + 1 for layer in layers]
-    return Statistics([torch.eye(size, dtype=torch.float64) for size in sizes], None)
+    return Statistics([torch.ones(size, dtype=torch.float64) for size in sizes], None)
 
 
 def collect(

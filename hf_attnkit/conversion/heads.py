@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..families import AttentionLayer, Rope
 from ..surgery import Edit
 
-
 ABSENT = torch.empty(0, dtype=torch.float64)
 
 

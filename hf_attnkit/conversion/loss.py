@@ -10,7 +10,6 @@ lose; above 1 the new head does harm. For `pca` it is the share of the spectrum 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import rotary
@@ -55,13 +54,14 @@ def key_energy(heads: Heads, query: Tensor, key: Tensor, second_moment: Tensor) 
 def value_energy(heads: Heads, value: Tensor, output: Tensor, second_moment: Tensor) -> tuple[float, float]:
     """Lost and total energy of a group's contributions to the output; `value` `(d, m + 1)`, `output` `(c, q, M, d)`."""
     moment = covariance(second_moment) if heads.output_bias else second_moment
-    moved, size = times(value, moment), value.shape[0]
+    moved, same = times(value, moment), output is heads.output
     lost = total = 0.0
-    for old_value, old_output, new_output in zip(heads.value, heads.output, output, strict=True):
-        gram = _gram(old_value, value, times(old_value, moment), moved, negative=True)
-        both = torch.cat([old_output, new_output], dim=-1)
-        product = (both.mT @ both).sum(0) * gram
-        lost, total = lost + float(product.sum()), total + float(product[:size, :size].sum())
+    for old_value, old, new in zip(heads.value, heads.output, output, strict=True):
+        grams = _blocks(old_value, value, times(old_value, moment), moved)
+        columns = old.flatten(0, 1).T  # (d, q M): the products are over query heads and outputs alike
+        new_columns = columns if same else new.flatten(0, 1).T
+        more = _difference(_blocks(columns, new_columns, columns, new_columns), grams)
+        lost, total = lost + more[0], total + more[1]
     return lost, total
 
 
@@ -71,19 +71,25 @@ def _energy(
 ) -> tuple[float, float]:  # fmt: skip
     """E |conj(q) k - conj(q') k'|^2 and E |conj(q) k|^2 of one old head, summed over all but the last two axes, the
     components of one score: queries `(q, ..., d, m)`, keys `(..., d, m)`; `moved_key` is `new_key @ key_moment`."""
-    size = key.shape[-2]
     moved_query = times(query, query_moment)
     moved_new = moved_query if new_query is query else times(new_query, query_moment)
-    of_query = _gram(query, new_query, moved_query, moved_new).sum(0)
-    of_key = _gram(key, new_key, times(key, key_moment), moved_key, negative=True)
-    product = (of_query.conj() * of_key).real
-    return float(product.sum()), float(product[..., :size, :size].sum())
+    of_query = [block.sum(0) for block in _blocks(query, new_query, moved_query, moved_new)]
+    return _difference(of_query, _blocks(key, new_key, times(key, key_moment), moved_key))
 
 
-def _gram(old: Tensor, new: Tensor, moved_old: Tensor, moved_new: Tensor, *, negative: bool = False) -> Tensor:
-    """`[old; new] S [old; new]^H`, given `old S` and `new S`; with `-new` if negative."""
-    both, moved = (
-        torch.cat([old, -new if negative else new], -2),
-        torch.cat([moved_old, -moved_new if negative else moved_new], -2),
-    )
-    return moved @ both.mH
+def _blocks(old: Tensor, new: Tensor, moved_old: Tensor, moved_new: Tensor) -> list[Tensor]:
+    """Gram matrices old S old^H, old S new^H and new S new^H, given `old S` and `new S`."""
+    first = _gram(moved_old, old)
+    return [first] * 3 if new is old else [first, _gram(moved_old, new), _gram(moved_new, new)]
+
+
+def _gram(moved: Tensor, rows: Tensor) -> Tensor:
+    if rows.shape[-2] == 1:  # many products of single rows are faster as one elementwise product
+        return (moved * rows.conj()).sum(-1, keepdim=True)
+    return moved @ rows.mH
+
+
+def _difference(one: list[Tensor], other: list[Tensor]) -> tuple[float, float]:
+    """The energy of old less new, and of old: sums of products of the blocks of two Gram matrices."""
+    old, mixed, new = (float((a.conj() * b).real.sum()) for a, b in zip(one, other, strict=True))
+    return old - 2 * mixed + new, old

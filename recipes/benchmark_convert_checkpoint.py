@@ -35,6 +35,14 @@ GIB = 2**30
 METHODS = ("mean", "norm_mean", "first", "procrustes", "pca", "pca+statistics")
 NUM_HEADS, NUM_KEY_VALUE_HEADS = 32, 8
 COPY = "copy"
+# ru_maxrss of a child begins with what its parent held when it was started; VmHWM is the program's own peak.
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(open("/proc/self/status").read())
+"""
 
 
 def llama(gib: float, hidden: int, vocabulary: int) -> tuple[LlamaConfig, dict[str, Entry]]:
@@ -111,15 +119,11 @@ def copy(source: Path, target: Path) -> None:
 def convert(source: Path, target: Path, label: str, moments: Path) -> int:
     """Run the recipe; its peak resident set in bytes."""
     method, _, with_statistics = label.partition("+")
-    command = [sys.executable, str(Path(__file__).with_name("convert_checkpoint.py")), str(source), str(target)]
-    command += ["--num_key_value_heads", str(NUM_KEY_VALUE_HEADS), "--method", method]
-    command += ["--statistics", str(moments)] if with_statistics else []
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with {process.returncode}")
-    return usage.ru_maxrss * 1024
+    arguments = [str(Path(__file__).with_name("convert_checkpoint.py")), str(source), str(target)]
+    arguments += ["--num_key_value_heads", str(NUM_KEY_VALUE_HEADS), "--method", method]
+    arguments += ["--statistics", str(moments)] if with_statistics else []
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def gflop(label: str, config: LlamaConfig) -> float:
@@ -163,7 +167,8 @@ def main() -> None:
                 else:
                     peaks[label] = max(convert(source, target, label, moments), peaks.get(label, 0))
                 seconds[label].append(time.perf_counter() - start)
-                print(f"{label}: {seconds[label][-1]:.1f} s", flush=True)
+                peak = f", peak {peaks[label] / 2**20:,.0f} MiB" if label in peaks else ""
+                print(f"{label}: {seconds[label][-1]:.1f} s{peak}", flush=True)
                 shutil.rmtree(target)
     bound = max(entry.nbytes for entry in entries.values()) + GIB
     title = f"Llama, {size / GIB:.1f} GiB, {config.num_hidden_layers} layers of {config.hidden_size}, {NUM_HEADS} -> "

@@ -345,8 +345,11 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
     return inputs
 
 
-def editable_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[AttentionLayer]:
     """The attention layers of a model whose weights may be cut.
+
+    Args:
+        skeleton: the model is on the meta device on purpose, its weights are elsewhere.
 
     Raises:
         TypeError, ValueError: as `family_of`, for a family whose heads are fixed, and for weights that
@@ -367,7 +370,7 @@ def editable_layers(model: PreTrainedModel) -> list[AttentionLayer]:
                     f"{type(linear).__module__}.{type(linear).__name__} and not a plain nn.Linear; load the model "
                     "without quantization (for GGUF: gguf_file=..., which dequantizes) and without adapters"
                 )
-            if linear.weight.is_meta:
+            if linear.weight.is_meta and not skeleton:
                 raise ValueError(
                     f"layer {layer.index}: the {name} projection is on the meta device, so there are no weights to "
                     "change; load them first (from_pretrained with a device_map that does not offload)"

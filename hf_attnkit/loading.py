@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -78,6 +79,16 @@ def load_pretrained(
         model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
         install_saved(model)
     return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that `load_pretrained` would build, on the meta device: modules and sizes without weights.
+
+    Raises:
+        ValueError: if the config names no class.
+    """
+    with torch.device("meta"):
+        return _sized(_model_class(config, None))(config)
 
 
 def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> None:

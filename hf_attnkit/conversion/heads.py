@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from ..families import AttentionLayer, Rope
 from ..surgery import Edit
 
+ABSENT = torch.empty(0, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Heads:
     """The heads of a layer, or of a group of its key/value heads. Shapes as above, float64.
+
+    Half a group has `ABSENT` in the place of the other half: keys are merged with their queries, values with
+    their output projections, and neither looks at the other.
 
     Attributes:
         rope: how keys are rotated, or `None`.
@@ -41,8 +46,9 @@ class Heads:
         """These key/value heads with their query heads."""
         index = list(members)
         return replace(
-            self, query=self.query[index], key=self.key[index], value=self.value[index], output=self.output[index]
-        )
+            self, query=self.query[index], key=self.key[index], value=self.value[index],
+            output=self.output[index].contiguous(),
+        )  # fmt: skip
 
 
 def read(layer: AttentionLayer) -> Heads:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import first, loss, mean, norm_mean, pca, procrustes, random
 from .heads import Heads
+from .moments import mean as mean_input
 
 METHODS: dict[str, ModuleType] = {
     "mean": mean,
@@ -57,56 +58,77 @@ class Merged:
     value_loss: float
 
 
+class KeyHalf(NamedTuple):
+    """One group's new queries `(c, q, d, m + 1)` and key `(d, m + 1)`; lost and total energy, see `loss`."""
+
+    query: Tensor
+    key: Tensor
+    lost: float
+    total: float
+
+
+class ValueHalf(NamedTuple):
+    """One group's new value `(d, m + 1)` and output projections `(c, q, M, d)`; lost and total energy, see `loss`.
+
+    `constant` `(M,)` is to be added to the output bias, or `None`.
+    """
+
+    value: Tensor
+    output: Tensor
+    constant: Tensor | None
+    lost: float
+    total: float
+
+
 def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, method: str, key_method: str) -> Merged:
     """One new head for each group of old ones."""
     second_moment = second_moment.to(heads.key)
-    parts = [_merge_group(heads.group(members), second_moment, method, key_method) for members in groups]
-    energies = torch.tensor([part.energies for part in parts], dtype=torch.float64).sum(0).tolist()
+    keys, values = [], []
+    for members in groups:
+        group = heads.group(members)
+        keys.append(merge_keys(group, second_moment, key_method))
+        values.append(merge_values(group, second_moment, method))
     merged = replace(
         heads,
-        query=torch.stack([part.query.flatten(0, 1) for part in parts]),
-        key=torch.stack([part.key for part in parts]),
-        value=torch.stack([part.value for part in parts]),
-        output=torch.stack([part.output.flatten(0, 1) for part in parts]),
+        query=torch.stack([half.query.flatten(0, 1) for half in keys]),
+        key=torch.stack([half.key for half in keys]),
+        value=torch.stack([half.value for half in values]),
+        output=torch.stack([half.output.flatten(0, 1) for half in values]),
     )
-    constant = None
+    return Merged(merged, constant(values), lost_share(keys), lost_share(values))
+
+
+def merge_keys(heads: Heads, second_moment: Tensor, method: str) -> KeyHalf:
+    """One new key for these; reads `query` and `key` alone."""
+    query, key = METHODS[method].key(heads, second_moment)
+    return KeyHalf(query, key, *loss.key_energy(heads, query, key, second_moment))
+
+
+def merge_values(heads: Heads, second_moment: Tensor, method: str) -> ValueHalf:
+    """One new value for these; reads `value` and `output` alone."""
+    value, output = METHODS[method].value(heads, second_moment)
+    moved = None
     if uses_statistics(method) and heads.output_bias:
         # These values were chosen up to a constant, which the softmax passes on as it is.
-        inputs = second_moment[:, -1]
-        constant = _constant(heads, inputs) - _constant(merged, inputs)
-    return Merged(merged, constant, _share(*energies[:2]), _share(*energies[2:]))
+        inputs = mean_input(second_moment)
+        moved = torch.einsum("gqme,ge->m", heads.output, heads.value @ inputs)
+        moved -= torch.einsum("gqme,e->m", output, value @ inputs)
+    return ValueHalf(value, output, moved, *loss.value_energy(heads, value, output, second_moment))
+
+
+def constant(halves: Sequence[ValueHalf]) -> Tensor | None:
+    """What all groups of a layer add to its output bias."""
+    parts = [half.constant for half in halves if half.constant is not None]
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def lost_share(halves: Sequence[KeyHalf] | Sequence[ValueHalf]) -> float:
+    """The share of a layer's energy that its groups lose."""
+    lost, total = sum(half.lost for half in halves), sum(half.total for half in halves)
+    return max(lost, 0.0) / total if total > 0 else 0.0
 
 
 def group_loss(heads: Heads, members: Sequence[int], second_moment: Tensor, method: str, key_method: str) -> float:
     """The energy that merging these heads loses, as shares of the layer's: comparable between groups of a layer."""
-    second_moment = second_moment.to(heads.key)
-    energies = _merge_group(heads.group(members), second_moment, method, key_method).energies
-    return energies[0] + energies[2]
-
-
-class _Part(NamedTuple):
-    """One group's new heads, and the lost and total energies of keys and of values."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    output: Tensor
-    energies: list[float]
-
-
-def _merge_group(heads: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:
-    query, key = METHODS[key_method].key(heads, second_moment)
-    value, output = METHODS[method].value(heads, second_moment)
-    energies = [
-        *loss.key_energy(heads, query, key, second_moment),
-        *loss.value_energy(heads, value, output, second_moment),
-    ]
-    return _Part(query, key, value, output, [float(energy) for energy in energies])
-
-
-def _constant(heads: Heads, inputs: Tensor) -> Tensor:
-    return torch.einsum("gqme,ge->m", heads.output, heads.value @ inputs)
-
-
-def _share(lost: float, total: float) -> float:
-    return max(lost, 0.0) / total if total > 0 else 0.0
+    second_moment, group = second_moment.to(heads.key), heads.group(members)
+    return merge_keys(group, second_moment, key_method).lost + merge_values(group, second_moment, method).lost

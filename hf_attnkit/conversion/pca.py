@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import rotary
 from .heads import Heads
+from .moments import covariance, times
 
 TRANSFORMS_KEYS = True
 USES_STATISTICS = True
@@ -39,7 +40,7 @@ def key(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     plain = rotary.not_rotated(heads)
     if plain:
         rows = heads.query[:, :, plain]
-        metric = torch.einsum("gqem,mn,gqfn->gef", rows, second_moment, rows)
+        metric = torch.einsum("gqem,gqfm->gef", times(rows, second_moment), rows)
         shared[plain], maps = _low_rank(heads.key[:, plain], metric, covariance(second_moment))
         query[:, :, plain] = torch.einsum("gef,gqem->gqfm", maps, rows)
     return query, shared
@@ -52,18 +53,12 @@ def value(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     return shared, torch.einsum("gqme,gef->gqmf", heads.output, maps)
 
 
-def covariance(second_moment: Tensor) -> Tensor:
-    """E[x x^T] - E[x] E[x]^T; its last row and column, those of the 1, are zero."""
-    mean = second_moment[:, -1:]
-    return second_moment - mean @ mean.T
-
-
 def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """`V` `(d, m)` and maps `(c, d, d)` that minimise sum_c tr(metric_c E_c moment E_c^T), E_c = heads_c - maps_c V."""
     size = heads.shape[1]
     roots = [_roots(matrix) for matrix in metric]
     stacked = torch.cat([root @ head for (root, _), head in zip(roots, heads, strict=True)])
-    directions = _eigenvectors(stacked @ moment @ stacked.T)[:, -size:]
+    directions = _eigenvectors(times(stacked, moment) @ stacked.T)[:, -size:]
     shared = directions.T @ stacked
     maps = torch.stack([inverse @ part for (_, inverse), part in zip(roots, directions.split(size), strict=True)])
     return _balanced(shared, maps, heads)
@@ -71,12 +66,11 @@ def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Te
 
 def _rank_one(key: Tensor, query: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `(f, m)` and factors `(c, f)`, key_c ~ factor_c * row, for keys `(c, f, m)` and queries `(c, q, f, m)`."""
-    moment = moment.to(key.dtype)
-    energy = torch.einsum("cqfm,mn,cqfn->cf", query, moment, query.conj()).real
+    energy = torch.stack([(times(head, moment) * head.conj()).real.sum((0, 2)) for head in query])
     # A head without queries at a pair has no say there, and must not divide by zero.
     weight = energy.clamp(min=torch.finfo(energy.dtype).tiny ** 0.5).sqrt()
     weighted = key * weight[..., None]
-    hermitian = torch.einsum("cfm,mn,efn->fce", weighted, moment, weighted.conj())
+    hermitian = torch.einsum("cfm,efm->fce", times(weighted, moment), weighted.conj())
     top = _eigenvectors(hermitian)[..., -1]
     rows = torch.einsum("fc,cfm->fm", top.conj(), weighted)
     factors = top.T / weight

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -83,22 +84,42 @@ class GQAPlan:
         return self._change
 
     def __str__(self) -> str:
-        rows = [("layer", "key/value heads", "groups", "key loss", "value loss")]
-        for layer in self.layers:
-            present = sum(len(group) for group in layer.groups)
-            groups = " ".join(",".join(map(str, group)) for group in layer.groups)
-            rows.append((
-                str(layer.index), f"{present} -> {layer.num_key_value_heads}", groups,
-                f"{layer.key_loss:.4f}", f"{layer.value_loss:.4f}",
-            ))  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        keys = "" if self.key_method == self.method else f" (keys: {self.key_method})"
-        data = "no calibration" if self.num_tokens is None else f"{self.num_tokens:,} calibration tokens"
-        lines.append(
-            f"method {self.method}{keys}, {data}; cache {self.bytes_before:,} -> {self.bytes_after:,} bytes per token"
-        )
-        return "\n".join(lines)
+        return describe(self)
+
+
+class Described(Protocol):
+    """What `describe` reads."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def key_method(self) -> str: ...
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]: ...
+    @property
+    def num_tokens(self) -> int | None: ...
+    @property
+    def bytes_before(self) -> int: ...
+    @property
+    def bytes_after(self) -> int: ...
+
+
+def describe(plan: Described) -> str:
+    """A plan as a table."""
+    rows: list[tuple[str, ...]] = [("layer", "key/value heads", "groups", "key loss", "value loss")]
+    for layer in plan.layers:
+        present = sum(len(group) for group in layer.groups)
+        groups = " ".join(",".join(map(str, group)) for group in layer.groups)
+        losses = ("-" if math.isnan(loss) else f"{loss:.4f}" for loss in (layer.key_loss, layer.value_loss))
+        rows.append((str(layer.index), f"{present} -> {layer.num_key_value_heads}", groups, *losses))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    keys = "" if plan.key_method == plan.method else f" (keys: {plan.key_method})"
+    data = "no calibration" if plan.num_tokens is None else f"{plan.num_tokens:,} calibration tokens"
+    lines.append(
+        f"method {plan.method}{keys}, {data}; cache {plan.bytes_before:,} -> {plan.bytes_after:,} bytes per token"
+    )
+    return "\n".join(lines)
 
 
 def plan_gqa(
@@ -151,7 +172,7 @@ def plan_gqa(
         ]
         total = int(budget * sum(layer.num_key_value_heads for layer in layers) + 1e-9)
         numbers = budgets.spend(losses, total)
-    _require_tokens(layers, numbers, statistics, (method, key_method))
+    require_tokens(layers, numbers, statistics.num_tokens, (method, key_method))
 
     edits: list[Edit] = []
     planned = []
@@ -209,28 +230,33 @@ def _statistics(
         return identity(layers)
     if not isinstance(calibration, Statistics):
         return collect(model, layers, calibration)
-    sizes = [layer.key.in_features + 1 for layer in layers]
-    given = [len(moment) for moment in calibration.second_moments]
-    if sizes != given:
-        raise ValueError(
-            f"the calibration statistics are of {len(given)} layers of sizes {sorted(set(given))}, the model has "
-            f"{len(sizes)} of sizes {sorted(set(sizes))}; collect them with this model"
-        )
+    require_sizes(layers, [len(moment) for moment in calibration.second_moments])
     for index, moment in enumerate(calibration.second_moments):
         require_finite(moment, index)
     return calibration
 
 
-def _require_tokens(
-    layers: Sequence[AttentionLayer], numbers: Sequence[int], statistics: Statistics, methods: tuple[str, str]
+def require_sizes(layers: Sequence[AttentionLayer], given: Sequence[int]) -> None:
+    """Raise `ValueError` if statistics of these sizes are of another model."""
+    sizes = [layer.key.in_features + 1 for layer in layers]
+    if sizes != list(given):
+        raise ValueError(
+            f"the calibration statistics are of {len(given)} layers of sizes {sorted(set(given))}, the model has "
+            f"{len(sizes)} of sizes {sorted(set(sizes))}; collect them with this model"
+        )
+
+
+def require_tokens(
+    layers: Sequence[AttentionLayer], numbers: Sequence[int], num_tokens: int | None, methods: tuple[str, str]
 ) -> None:
-    if statistics.num_tokens is None or not any(uses_statistics(method) for method in methods):
+    """Raise `ValueError` if the statistics are of too few tokens for a merge; `None` is the identity."""
+    if num_tokens is None or not any(uses_statistics(method) for method in methods):
         return
     for layer, number in zip(layers, numbers, strict=True):
         needed = layer.num_key_value_heads // number * layer.head_dim
-        if statistics.num_tokens < needed:
+        if num_tokens < needed:
             raise ValueError(
-                f"{statistics.num_tokens} calibration tokens are too few: layer {layer.index} merges heads of {needed} "
+                f"{num_tokens} calibration tokens are too few: layer {layer.index} merges heads of {needed} "
                 f"components together, whose second moment needs at least as many tokens; give more, or none"
             )
 

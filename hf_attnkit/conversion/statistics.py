@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..families import AttentionLayer
 from ..forward import real_tokens, run_batches
+from ..safetensors_stream import Reader
 
 _KEY = "layers.{}.second_moment"
 
@@ -27,7 +27,8 @@ _KEY = "layers.{}.second_moment"
 class Statistics:
     """
     Attributes:
-        second_moments: per layer `(m + 1, m + 1)`, float64; the last entry is 1.
+        second_moments: per layer `(m + 1, m + 1)`, or the diagonal `(m + 1,)` of one that has nothing else; float64,
+            the last entry is 1.
         num_tokens: how many tokens they are the mean of; `None` for the identity.
     """
 
@@ -46,21 +47,48 @@ class Statistics:
         Raises:
             ValueError: if the file holds something else, or numbers that are not finite.
         """
-        with safetensors.safe_open(path, "pt") as file:
-            number = (file.metadata() or {}).get("num_tokens", "")
-            names = [_KEY.format(i) for i in range(len(file.keys()))]
-            if set(names) != set(file.keys()) or not number.isdigit():
-                raise ValueError(f"{path} holds no calibration statistics; write them with Statistics.save")
-            moments = [file.get_tensor(name).double() for name in names]
-        for index, moment in enumerate(moments):
-            require_finite(moment, index)
-        return cls(moments, int(number))
+        file = StatisticsFile(path)
+        return cls([file.second_moment(index) for index in range(len(file.sizes))], file.num_tokens)
+
+
+class StatisticsFile:
+    """What `Statistics.save` wrote, read one layer at a time.
+
+    Attributes:
+        sizes: m + 1 per layer.
+        num_tokens: as `Statistics`.
+
+    Raises:
+        ValueError: if the file holds something else.
+        FileNotFoundError: if there is none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._reader = Reader(path)
+        entries, number = self._reader.entries, (self._reader.metadata or {}).get("num_tokens", "")
+        found = [entries.get(_KEY.format(index)) for index in range(len(entries))]
+        shapes = [entry.shape for entry in found if entry is not None and entry.dtype == "F32"]
+        if not found or len(shapes) != len(found) or not number.isdigit() or any(
+            len(shape) != 2 or shape[0] != shape[1] for shape in shapes
+        ):  # fmt: skip
+            raise ValueError(f"{path} holds no calibration statistics; write them with Statistics.save")
+        self.sizes, self.num_tokens = [size for size, _ in shapes], int(number)
+
+    def second_moment(self, index: int) -> Tensor:
+        """A layer's matrix, float64.
+
+        Raises:
+            ValueError: for numbers that are not finite.
+        """
+        moment = self._reader.rows(_KEY.format(index))
+        require_finite(moment, index)
+        return moment.double()
 
 
 def identity(layers: Sequence[AttentionLayer]) -> Statistics:
     """What stands in without data: uncorrelated inputs of mean 0 and variance 1."""
     sizes = [layer.key.in_features + 1 for layer in layers]
-    return Statistics([torch.eye(size, dtype=torch.float64) for size in sizes], None)
+    return Statistics([torch.ones(size, dtype=torch.float64) for size in sizes], None)
 
 
 def collect(

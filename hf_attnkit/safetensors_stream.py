@@ -1,0 +1,213 @@
+"""Read and write safetensors files a few rows at a time, with plain file reads and writes.
+
+    u64 little-endian: length of the header | header, JSON: name -> dtype, shape, data_offsets | data
+
+The library maps a file into memory and writes whole dictionaries of tensors; both make a process as
+large as a shard. Here a file is opened, read at an offset and closed, and a new one gets its header
+first, since all sizes are known beforehand, and then its tensors in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK = 8 * 2**20  # bytes copied at once
+# What the reference implementation accepts, so that a length from a damaged file is not believed.
+LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: safetensors' name of its dtype, shape, size in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Reader:
+    """The tensors of a file; holds no file open and keeps no data.
+
+    Attributes:
+        entries: by name, in the order of the data.
+        metadata: the header's `__metadata__`.
+
+    Raises:
+        ValueError: if the file is no safetensors file or not as long as its header says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"{self.path} is no complete safetensors file; get it again")
+            try:
+                header = json.loads(file.read(length))
+                self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
+                items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+                offsets = {name: tuple(entry["data_offsets"]) for name, entry in items}
+                self.entries = {
+                    name: Entry(entry["dtype"], tuple(entry["shape"]), offsets[name][1] - offsets[name][0])
+                    for name, entry in items
+                }
+            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+                raise ValueError(f"{self.path} has no valid safetensors header ({error}); get it again") from error
+        position = 0
+        for name, (start, stop) in offsets.items():
+            if start != position or stop < start:
+                raise ValueError(f"{self.path}: the data of {name!r} overlaps another tensor's or leaves a gap")
+            position = stop
+        if size != 8 + length + position:
+            raise ValueError(
+                f"{self.path} has {size:,} bytes, but its header says {8 + length + position:,}: it is truncated or "
+                "damaged; get it again"
+            )
+        self._starts = {name: 8 + length + start for name, (start, _) in offsets.items()}
+
+    def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """These rows (of the first axis) of a tensor, in its own dtype and fresh memory."""
+        entry = self.entries[name]
+        start, stop, _ = rows.indices(entry.shape[0])
+        tensor = torch.empty(stop - start, *entry.shape[1:], dtype=DTYPES[entry.dtype])
+        row = entry.nbytes // entry.shape[0]
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._starts[name] + start * row)
+            _read_into(file, _bytes(tensor), self.path)
+        return tensor
+
+    def copy(self, name: str, write: Callable[[memoryview], None]) -> None:
+        """Pass a tensor's bytes to `write`, chunk by chunk."""
+        left, buffer = self.entries[name].nbytes, memoryview(bytearray(min(CHUNK, self.entries[name].nbytes)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._starts[name])
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                _read_into(file, part, self.path)
+                write(part)
+                left -= len(part)
+
+
+class Writer:
+    """A new file, under the name `<path>.partial` until it is complete and on the disk.
+
+    A context manager: leaving it without an error checks that everything was written, waits for the
+    disk and gives the file its name; an error leaves the partial file, which no reader takes for a checkpoint.
+
+    Args:
+        entries: by name, in the order of the data.
+        progress: called with a number of bytes after each write.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        entries: Mapping[str, Entry],
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int], object] = lambda nbytes: None,
+    ) -> None:
+        self.path, self.entries, self._progress = Path(path), dict(entries), progress
+        text = header(entries, metadata)
+        self._starts, position = {}, len(text)
+        for name, entry in self.entries.items():
+            self._starts[name] = position
+            position += entry.nbytes
+        self._missing = position - len(text)
+        self._file = open(partial(self.path), "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        try:
+            self._write(memoryview(text))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._file:
+            if error is not None:
+                return
+            if self._missing:
+                raise RuntimeError(f"{self.path}: {self._missing:,} bytes of its tensors were not written")
+            os.fsync(self._file.fileno())
+        rename(self.path)
+
+    def copy(self, reader: Reader, name: str) -> None:
+        """A tensor of another file, unchanged."""
+        self._file.seek(self._starts[name])
+        reader.copy(name, self._add)
+
+    def rows(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Rows of a tensor, from this one on; each row is written once."""
+        entry = self.entries[name]
+        if tensor.dtype != DTYPES[entry.dtype]:
+            raise TypeError(f"{name!r} is {entry.dtype}, got {tensor.dtype}")
+        self._file.seek(self._starts[name] + first * (entry.nbytes // entry.shape[0]))
+        self._add(_bytes(tensor.contiguous()))
+
+    def _add(self, data: memoryview) -> None:
+        self._write(data)
+        self._missing -= len(data)
+        self._progress(len(data))
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+
+def header(entries: Mapping[str, Entry], metadata: Mapping[str, str] | None) -> bytes:
+    """Length and header of a file with these tensors."""
+    content: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, entry in entries.items():
+        offsets = [position, position + entry.nbytes]
+        content[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += entry.nbytes
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data start aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def partial(path: Path) -> Path:
+    """What a file is called until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def rename(path: Path) -> None:
+    """Give a partial file its name, on the disk too."""
+    os.replace(partial(path), path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().flatten().view(torch.uint8).numpy().data
+
+
+def _read_into(file: Any, buffer: memoryview, path: Path) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise OSError(f"{path} ended early: it was changed while it was read")
+        buffer = buffer[count:]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from . import families, surgery
@@ -67,6 +68,10 @@ class Change:
         """Whether the model's projections are still those that the change was computed for."""
         return all(old.linear.weight is old.weight and old.linear.bias is old.bias for old in self._undo)
 
+    def covers(self, linear: nn.Linear) -> bool:
+        """Whether the change gives this module new parameters, so that undoing it brings the old ones back."""
+        return any(old.linear is linear for old in self._undo)
+
     @contextmanager
     def undone(self) -> Iterator[None]:
         """The model as it was, for a while; then with the change again, as it is now."""
@@ -83,11 +88,6 @@ class Change:
             replace_state(owner, state)
         for edit in self._undo:
             surgery.apply(edit)
-
-
-def change_heads(model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
-    """Apply `edits` and make everything say `(num_attention_heads, num_key_value_heads)` per layer; see `Change`."""
-    Change(model, edits, heads).apply()
 
 
 def require_consistent(model: PreTrainedModel, layers: Sequence[families.AttentionLayer]) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .change import change_heads
+from .change import Change
 from .families import AttentionLayer, editable_layers, in_range
+from .refit import refit
 from .surgery import Edit, keep_columns, keep_rows
 
 
@@ -133,7 +134,8 @@ def prune_heads(
     Args:
         model: a model of a supported family; changed in place.
         heads: `{layer: [query head, ...]}` to remove, as from `select_heads`.
-        calibration: not used by plain removal; refused rather than ignored.
+        calibration: batches of model inputs, on which the output projections of what is left are then fitted to the
+            untouched model, see `hf_attnkit.refit`; no labels, no training.
 
     Returns:
         The same model.
@@ -141,11 +143,9 @@ def prune_heads(
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
         ValueError: a layer or head out of range or named twice, all heads of a layer, unequal groups,
-            nothing to remove, an unsupported, quantized, PEFT-wrapped or weightless model. The model
-            is then unchanged.
+            nothing to remove, an unsupported, quantized, PEFT-wrapped or weightless model, calibration batches
+            that do not run or whose activations are not finite. The model is then unchanged.
     """
-    if calibration is not None:
-        raise ValueError("plain removal uses no data, so calibration would have no effect; leave it out")
     layers = editable_layers(model)
     removed = _checked(heads, layers)
     edits: list[Edit] = []
@@ -161,7 +161,13 @@ def prune_heads(
             if len(kept_groups) < layer.num_key_value_heads:
                 edits.append(keep_rows(layer.key, kept_groups, layer.head_dim, layer.rows("key")))
                 edits.append(keep_rows(layer.value, kept_groups, layer.head_dim, layer.rows("value")))
-    change_heads(model, edits, numbers)
+        elif calibration is not None:
+            # What it gets changes with the layers below, so its output is fitted too.
+            edits.append(keep_columns(layer.output, kept, layer.head_dim))
+    change = Change(model, edits, numbers)
+    change.apply()
+    if calibration is not None:
+        refit(change, calibration)
     return model
 
 

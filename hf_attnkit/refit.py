@@ -55,6 +55,7 @@ def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool
     """Refit the output projections of all layers after `change`, which was applied.
 
     Args:
+        change: gives every layer's output projection new parameters, and its query projection if those are fitted.
         batches: model inputs; padding is left out. Kept, since every layer runs them.
         queries: fit the query projections too, each layer's before its output, see `attention_match`; where the
             keys changed. Layers stay out whose queries are normed, or whose attention is no softmax over all keys.
@@ -71,6 +72,7 @@ def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
         untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
         for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
+            assert change.covers(layer.output) and (change.covers(layer.query) or not queries), layer.name
             if queries and can_refit(layer):
                 with change.undone(), attention_calls(model, layer) as run:
                     calls = [run(walk) for walk in untouched]

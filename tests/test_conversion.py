@@ -180,11 +180,14 @@ def test_trains_saves_and_reloads(family: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), inputs), outputs(model, inputs))
 
 
-def test_llama_and_mistral_load_without_this_package(tmp_path: Path) -> None:
-    for family in DECODERS:
+def test_families_with_key_value_heads_load_without_this_package(tmp_path: Path) -> None:
+    """By the mean, and by pca with queries and outputs refitted."""
+    for family in (*DECODERS, "qwen2", "phi3", "glm", "stablelm"):
         for number in (2, 1):
-            model = convert_to_gqa(build(family, "causal"), number)
+            model = build(family, "causal")
             inputs = batch(model)
+            options = {"method": "pca", "calibration": [batch(model, seed=s) for s in range(6)]} if number == 1 else {}
+            convert_to_gqa(model, number, **options)
             path = tmp_path / f"{family}{number}"
             model.save_pretrained(path)
             torch.save((inputs, outputs(model, inputs).detach()), path / "expected.pt")
@@ -194,7 +197,7 @@ def test_llama_and_mistral_load_without_this_package(tmp_path: Path) -> None:
         from transformers import AutoModelForCausalLM
         torch.set_num_threads(1)
         paths = sorted(pathlib.Path(sys.argv[1]).iterdir())
-        assert len(paths) == 4
+        assert len(paths) == 12
         for path in paths:
             inputs, expected = torch.load(path / "expected.pt")
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)

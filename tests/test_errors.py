@@ -178,7 +178,7 @@ MODEL: dict[str, Bad] = {
     "prune: calibration": (
         lambda m: prune_heads(m, {0: [0, 1]}, calibration=[]),
         ValueError,
-        "calibration would have no effect; leave it out",
+        "refit needs calibration batches",
     ),
     "importance: method": (
         lambda m: head_importance(m, [], method="taylor"),

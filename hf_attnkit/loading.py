@@ -34,7 +34,8 @@ def load_pretrained(
         pretrained_model_name_or_path: a folder or a name on the hub.
         auto_class: an auto class (`AutoModelForCausalLM`) or a model class; by default the one that
             the config's `architectures` names.
-        kwargs: those of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ...
+        kwargs: those of `from_pretrained`: `dtype`, `device_map`, `quantization_config`, ... Weights of a
+            `gguf_file` are dequantized unless `quantization_config` says otherwise.
 
     Returns:
         The model, an instance of Transformers' own class; with `output_loading_info=True`, the
@@ -56,6 +57,9 @@ def load_pretrained(
             "contradicts it; leave it out, and call hf_attnkit.restore_attention(model) after loading"
         )
     model_class = _model_class(config, auto_class)
+    if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
+        # Newer versions may keep the weights quantized, and refuse to save the model even where they do not.
+        kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
     try:
         model, info = _sized(model_class).from_pretrained(
             pretrained_model_name_or_path, **(kwargs | {"output_loading_info": True})

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from base_run import Run
 from lm_data import Blocks, TextArguments, load_text
 from torch import Tensor
@@ -50,9 +49,6 @@ def load_causal_model(path: str, gguf_file: str | None = None, dtype: str = "flo
     options: dict[str, Any] = {"dtype": dtype}
     if gguf_file:
         options["gguf_file"] = gguf_file
-        if hasattr(transformers, "GgufConfig"):
-            # Newer versions may keep the weights quantized, and call them so even where they do not.
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = hf_attnkit.load_pretrained(path, AutoModelForCausalLM, **options)
     if not all(getattr(layer.module, "is_causal", True) for layer in attention_layers(model)):
         raise ValueError(

@@ -162,6 +162,19 @@ def test_a_layer_whose_queries_are_normed_or_linear_keeps_them() -> None:
     assert same == [False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "llama", "glm", "phi3"])
+def test_models_in_16_bits_are_fitted_in_float32(family: str, dtype: torch.dtype) -> None:
+    """The weights are those of the same model in float32, rounded, up to what its activations' rounding moves."""
+    model = build(family).to(dtype)
+    batches = [batch(model, seed=seed) for seed in range(12)]
+    wide = convert_to_gqa(copy.deepcopy(model).float(), 2, calibration=batches)
+    fitted = convert_to_gqa(model, 2, calibration=batches)
+    for a, b in zip(attention_layers(fitted)[:1], attention_layers(wide)[:1], strict=True):
+        assert a.query.weight.dtype == dtype
+        assert (a.query.weight.float() - b.query.weight).norm() < 0.1 * b.query.weight.norm()
+
+
 def test_something_unknown_between_projection_and_scores_is_refused() -> None:
     model = build("bert")
     batches = [batch(model, seed=seed) for seed in range(4)]

@@ -106,6 +106,10 @@ _COHERE = Family((_stack("layers", "self_attn", "q_proj k_proj v_proj o_proj"),)
 _VIT = Family((_stack("layers", "attention", "q_proj k_proj v_proj o_proj"),), has_head_dim=True)
 _GPT2 = Family((_stack("h", "attn", "c_attn c_attn c_attn c_proj"),),
                fixed="query, key and value are one fused projection (c_attn)")  # fmt: skip
+_GPT_NEOX = Family((_stack("layers", "attention", "query_key_value query_key_value query_key_value dense",
+                           head_dim="head_size"),),
+                   fixed="query, key and value of each head are rows of one fused projection, head by head, which its "
+                         "forward cuts into three equal parts")  # fmt: skip
 
 _ENCODER_DECODER = "an encoder-decoder's config keeps the numbers of heads of encoder and decoder in fields of its own"
 _T5 = Family(
@@ -149,6 +153,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": _COHERE,
     "glm": _COHERE,
     "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
     "t5": _T5,
     "bart": _BART,
     "vit": _VIT,

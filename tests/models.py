@@ -45,6 +45,9 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -216,6 +219,12 @@ SAMPLES: dict[str, Sample] = {
         GPT2Config,
         {"base": GPT2Model, "causal": GPT2LMHeadModel},
         {"bos_token_id": 1, "eos_token_id": None, "scale_attn_by_inverse_layer_idx": True},
+        editable=False,
+    ),
+    "gpt_neox": Sample(
+        GPTNeoXConfig,
+        {"base": GPTNeoXModel, "causal": GPTNeoXForCausalLM},
+        {"bos_token_id": 1, "eos_token_id": None, "rope_parameters": _PARTIAL},
         editable=False,
     ),
     "t5": Sample(

@@ -32,7 +32,7 @@ class ConversionArguments:
     grouping: str = field(
         default="adjacent", metadata={"help": "Which heads are merged together.", "choices": list(GROUPINGS)}
     )
-    refit: bool = field(default=True, metadata={"help": "Refit the output projections after the merge."})
+    refit: bool = field(default=True, metadata={"help": "Refit queries and outputs after the merge."})
 
     def names(self) -> dict[str, Any]:
         """The method's arguments of `convert_to_gqa`."""

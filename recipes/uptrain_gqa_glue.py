@@ -4,7 +4,7 @@
         --num_key_value_heads 3 --method pca --learning_rate 3e-5 --num_train_epochs 1 \\
         --per_device_train_batch_size 32 --output_dir outputs/cola-gqa
 
-`pca` and the refit of the output projections look at training sentences first (`--calibration_samples`);
+`pca` and the refit of queries and outputs look at training sentences first (`--calibration_samples`);
 neither uses labels. `--method mean --refit false` is mean-pooling as published, the baseline. `--distill`
 trains towards the model as it was, `--lora` trains adapters and merges them.
 

@@ -4,8 +4,8 @@
         --num_key_value_heads 1 --distill --learning_rate 1e-4 --num_train_epochs 1 \\
         --per_device_train_batch_size 8 --output_dir outputs/smollm2-mqa
 
-The text is wikitext-2 unless --dataset_name or --train_file says otherwise. `pca` and the refit of the output
-projections look at training text first (`--calibration_tokens`). `--distill` trains towards the model as it
+The text is wikitext-2 unless --dataset_name or --train_file says otherwise. `pca` and the refit of queries and
+outputs look at training text first (`--calibration_tokens`). `--distill` trains towards the model as it
 was, `--lora` trains adapters and merges them. A GGUF checkpoint is a folder and --gguf_file.
 
 Writes the recovered model, a plain GQA checkpoint, and results.json (stages "baseline", "changed",

@@ -34,6 +34,11 @@ class Entry:
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def row_nbytes(self) -> int:
+        """Of one row, a part along the first axis."""
+        return self.nbytes // self.shape[0]
+
 
 class Reader:
     """The tensors of a file; holds no file open and keeps no data.
@@ -81,17 +86,21 @@ class Reader:
         entry = self.entries[name]
         start, stop, _ = rows.indices(entry.shape[0])
         tensor = torch.empty(stop - start, *entry.shape[1:], dtype=DTYPES[entry.dtype])
-        row = entry.nbytes // entry.shape[0]
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._starts[name] + start * row)
+            file.seek(self._starts[name] + start * entry.row_nbytes)
             _read_into(file, _bytes(tensor), self.path)
         return tensor
 
-    def copy(self, name: str, write: Callable[[memoryview], None]) -> None:
-        """Pass a tensor's bytes to `write`, chunk by chunk."""
-        left, buffer = self.entries[name].nbytes, memoryview(bytearray(min(CHUNK, self.entries[name].nbytes)))
+    def copy(self, name: str, write: Callable[[memoryview], None], rows: slice | None = None) -> None:
+        """Pass a tensor's bytes to `write`, chunk by chunk: all of them, or those of these rows."""
+        entry = self.entries[name]
+        first, left = 0, entry.nbytes
+        if rows is not None:
+            start, stop, _ = rows.indices(entry.shape[0])
+            first, left = start * entry.row_nbytes, (stop - start) * entry.row_nbytes
+        buffer = memoryview(bytearray(min(CHUNK, left)))
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._starts[name])
+            file.seek(self._starts[name] + first)
             while left:
                 part = buffer[: min(left, len(buffer))]
                 _read_into(file, part, self.path)
@@ -145,17 +154,18 @@ class Writer:
             os.fsync(self._file.fileno())
         rename(self.path)
 
-    def copy(self, reader: Reader, name: str) -> None:
-        """A tensor of another file, unchanged."""
-        self._file.seek(self._starts[name])
-        reader.copy(name, self._add)
+    def copy(self, reader: Reader, name: str, rows: slice | None = None) -> None:
+        """A tensor of another file, byte by byte, or these rows of it to the same place."""
+        first = 0 if rows is None else rows.indices(self.entries[name].shape[0])[0] * self.entries[name].row_nbytes
+        self._file.seek(self._starts[name] + first)
+        reader.copy(name, self._add, rows)
 
     def rows(self, name: str, tensor: Tensor, first: int = 0) -> None:
         """Rows of a tensor, from this one on; each row is written once."""
         entry = self.entries[name]
         if tensor.dtype != DTYPES[entry.dtype]:
             raise TypeError(f"{name!r} is {entry.dtype}, got {tensor.dtype}")
-        self._file.seek(self._starts[name] + first * (entry.nbytes // entry.shape[0]))
+        self._file.seek(self._starts[name] + first * entry.row_nbytes)
         self._add(_bytes(tensor.contiguous()))
 
     def _add(self, data: memoryview) -> None:

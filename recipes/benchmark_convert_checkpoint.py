@@ -7,9 +7,9 @@ is never in memory. Copy and conversions run in turns, each conversion in a proc
 counts; both wait for the disk. The files are deleted afterwards. `pca+statistics` reads second moments of random
 correlated inputs.
 
-What to expect: all bytes are read and written once, so a copy's time is the bound of `mean`. `pca` without
-statistics adds one Gram matrix per group, with statistics also the product of every query, key and value row,
-old and new, with an m x m matrix in float64: the table's GFLOP.
+What to expect: all bytes are read and written once, so a copy's time is the bound of `mean`, which computes on keys
+and values alone. `pca` without statistics adds a Gram matrix and some small products per group, with statistics also
+the product of every query, key and value row with an m x m matrix in float64: the table's GFLOP.
 """
 
 from __future__ import annotations
@@ -130,10 +130,11 @@ def gflop(label: str, config: LlamaConfig) -> float:
     """Float64 operations of the large products, 1e9."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     group, head = NUM_HEADS // NUM_KEY_VALUE_HEADS, hidden // NUM_HEADS
-    grams = 2 * hidden * group * head * hidden if label.startswith("pca") else 0
-    # Rows times moment: queries and keys for the method, both again and the new ones for the loss; values alike.
-    rows = (5 + 2 + 2 / group) * hidden if label == "pca+statistics" else 0
-    return layers * (grams + 2 * rows * hidden**2) / 1e9
+    # Values: a group's Gram matrix; each head's metric and root, the shared value, and the new output projections.
+    columns = (group + 4) * head if label.startswith("pca") else 0
+    # Queries, keys and values times the moment.
+    columns += 3 * hidden if label == "pca+statistics" else 0
+    return layers * 2 * hidden**2 * columns / 1e9
 
 
 def main() -> None:

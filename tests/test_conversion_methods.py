@@ -20,7 +20,7 @@ from unchanged import unchanged
 from hf_attnkit import cache_bytes_per_token, convert_to_gqa, load_pretrained, plan_gqa
 from hf_attnkit.conversion import METHODS, Statistics, budget, grouping, loss, pca
 from hf_attnkit.conversion.heads import Heads, read
-from hf_attnkit.conversion.methods import merge
+from hf_attnkit.conversion.methods import merge, merge_keys, merge_values, transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.families import FAMILIES, Rope, attention_layers
 
@@ -71,6 +71,16 @@ def test_as_many_heads_as_before_change_nothing(family: str, calibrated: bool) -
     assert (outputs(model, batch(model)) - before).abs().max() <= 1e-9 * before.abs().max()
     changed = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
     assert len(changed) >= 4, "the bases did not change, so nothing was tested"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rope", [None, ROPES[3]], ids=["plain", "partly rotated"])
+def test_queries_and_outputs_change_exactly_if_the_method_says_so(method: str, rope: Rope | None) -> None:
+    heads, x = random_heads(0, rope=rope)
+    query, _ = merge_keys(heads, moment(x), method)
+    _, output, constant = merge_values(heads, moment(x), method)
+    changed = not torch.equal(query, heads.query), not torch.equal(output, heads.output)
+    assert changed == 2 * (transforms(method),) and constant is None
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=str)

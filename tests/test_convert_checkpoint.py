@@ -17,14 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_attnkit import convert_to_gqa, load_pretrained
-from hf_attnkit.conversion import Statistics, convert_checkpoint
+from hf_attnkit import convert_to_gqa, load_pretrained, safetensors_stream
+from hf_attnkit.conversion import METHODS, Statistics, convert_checkpoint
 from hf_attnkit.conversion.checkpoint import MARKER
+from hf_attnkit.conversion.methods import transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.families import FAMILIES, editable_layers
 from hf_attnkit.safetensors_stream import Reader, Writer
 
 EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
+# Every family with the method that changes least and the one that changes most; the others with a family that has
+# biases and no rotation and with one that has a fused projection and rotates.
+CASES = [(family, method) for family in EDITABLE for method in ("mean", "pca+statistics")]
+CASES += [(family, method) for family in ("bert", "phi3") for method in METHODS if method not in ("mean", "random")]
 SHARD = "40KB"
 
 
@@ -47,8 +52,7 @@ def statistics_of(folder: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["mean", "norm_mean", "first", "procrustes", "pca", "pca+statistics"])
-@pytest.mark.parametrize("family", EDITABLE)
+@pytest.mark.parametrize(("family", "method"), CASES)
 def test_tensors_and_config_are_those_of_the_conversion_in_memory(family: str, method: str, tmp_path: Path) -> None:
     method, _, with_statistics = method.partition("+")
     options: dict[str, Any] = {"method": method}
@@ -70,8 +74,7 @@ def test_tensors_and_config_are_those_of_the_conversion_in_memory(family: str, m
         assert json.loads((target / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
         assert load_pretrained(target).dtype == dtype
         assert report.bytes_after * 4 == report.bytes_before
-        # What is predicted is what plan_gqa predicts.
-        assert all(0 < layer.key_loss < 10 and 0 < layer.value_loss < 10 for layer in report.layers)
+        assert report.heads_before == (8,) * len(report.heads_after) and set(report.heads_after) == {2}
         if size == SHARD:
             old, new = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (source, target))
             assert len(set(new["weight_map"].values())) > 3 and old["weight_map"] == new["weight_map"]
@@ -138,29 +141,89 @@ def test_interrupted_anywhere_and_started_again(error: Exception, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors.index.json", "config.json"])
-def test_killed(name: str, tmp_path: Path) -> None:
-    """The process is killed when this file is complete but for its name."""
+def test_interrupted_after_the_shards(name: str, tmp_path: Path, monkeypatch) -> None:
+    """When this file is complete but for its name."""
     source = saved(tmp_path, size="100KB")
     (source / "tokenizer.json").write_text("{}")
+    real = safetensors_stream.rename
+
+    def rename(path: Path) -> None:
+        if path.name == name:
+            raise Failure
+        real(path)
+
+    monkeypatch.setattr(safetensors_stream, "rename", rename)
+    with pytest.raises(Failure):
+        convert_checkpoint(source, tmp_path / "out", 2)
+    with pytest.raises((OSError, ValueError)):
+        load_pretrained(tmp_path / "out")
+    monkeypatch.undo()
+    convert_checkpoint(source, tmp_path / "out", 2)
+    convert_checkpoint(source, tmp_path / "whole", 2)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_killed(tmp_path: Path) -> None:
+    """The process is killed when its second shard is half written."""
+    source = saved(tmp_path, size="100KB")
     code = """
     import os, signal, sys
-    from hf_attnkit import safetensors_stream
+    from hf_attnkit.safetensors_stream import Writer
     from hf_attnkit.conversion import convert_checkpoint
-    real = safetensors_stream.rename
-    def rename(path):
-        if path.name == sys.argv[3]:
+    real = Writer._write
+    def write(self, data):
+        real(self, data)
+        if "00002" in self.path.name and self._missing < sum(e.nbytes for e in self.entries.values()) / 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        real(path)
-    safetensors_stream.rename = rename
+    Writer._write = write
     convert_checkpoint(sys.argv[1], sys.argv[2], 2)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(source), str(tmp_path / "out"), name]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(source), str(tmp_path / "out")]
     assert subprocess.run(command, capture_output=True, timeout=300).returncode == -9
+    assert len([name for name in files(tmp_path / "out") if name.endswith(".safetensors")]) == 1
     with pytest.raises((OSError, ValueError)):
         load_pretrained(tmp_path / "out")
     convert_checkpoint(source, tmp_path / "out", 2)
     convert_checkpoint(source, tmp_path / "whole", 2)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not transforms(name) and name != "random"])
+@pytest.mark.parametrize("family", ["bert", "phi3"])
+def test_queries_and_outputs_that_stay_are_copied_byte_by_byte(family: str, method: str, tmp_path: Path) -> None:
+    """A NaN with a payload, which no conversion of dtypes keeps, comes through."""
+    model = build(family).bfloat16()
+    bits = torch.tensor(0x7FA5, dtype=torch.int16)
+    layers = editable_layers(model)
+    for layer in layers:
+        for linear, rows in ((layer.query, layer.rows("query")), (layer.output, layer.rows("output"))):
+            for parameter in linear.parameters():
+                parameter.data.view(torch.int16)[rows][-1] = bits
+    assert bits.view(torch.bfloat16).double().bfloat16().view(torch.int16) != bits
+    model.save_pretrained(tmp_path / "in")
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, method=method)
+    found, compared = tensors(tmp_path / "out"), 0
+    for name, old in tensors(tmp_path / "in").items():
+        assert old.dtype == torch.bfloat16
+        changed = [part for part in ("qkv_proj", "key", "value") if f".{part}." in name]
+        rows = slice(0, layers[0].rows("query").stop if changed == ["qkv_proj"] else None)
+        if changed in ([], ["qkv_proj"]):
+            assert torch.equal(found[name][rows].view(torch.int16), old[rows].view(torch.int16)), name
+            compared += bool((old[rows].view(torch.int16) == bits).any())
+    assert compared == len(layers) * (4 if family == "bert" else 2)
+
+
+def test_report_says_what_was_converted(tmp_path: Path) -> None:
+    source = saved(tmp_path, size="5GB")
+    report = convert_checkpoint(source, tmp_path / "same", 2, method="pca", key_method="mean")
+    assert str(report) == (
+        "key/value heads 8 -> 2 in each of 2 layers\n"
+        "method pca (keys: mean), no calibration; "
+        f"cache {report.bytes_before:,} -> {report.bytes_after:,} bytes per token"
+    )
+    assert str(convert_checkpoint(source, tmp_path / "different", [4, 2])).startswith(
+        "key/value heads layer 0: 8 -> 4, layer 1: 8 -> 2\n"
+    )
 
 
 def test_bad_input_is_refused_and_nothing_written(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ ABSENT = torch.empty(0, dtype=torch.float64)
 class Heads:
     """The heads of a layer, or of a group of its key/value heads. Shapes as above, float64.
 
-    Half a group has `ABSENT` in the place of the other half: keys are merged with their queries, values with
-    their output projections, and neither looks at the other.
+    Keys are merged with their queries, values with their output projections, and neither looks at the other; nor
+    does a method that does not transform look at queries and outputs. What is not looked at may be `ABSENT`.
 
     Attributes:
         rope: how keys are rotated, or `None`.

@@ -5,7 +5,8 @@ A method is a file with two functions over one group of heads (shapes in `heads`
     key(heads, S)   -> new queries (c, q, d, m + 1), shared key (d, m + 1)
     value(heads, S) -> shared value (d, m + 1), new output projections (c, q, M, d)
 
-and two flags: `TRANSFORMS_KEYS` if keys get another basis, `USES_STATISTICS` if S matters.
+and two flags: `TRANSFORMS` if keys and values get another basis, so that queries and output projections
+change with them (without it a method returns those that it was given); `USES_STATISTICS` if S matters.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ METHODS: dict[str, ModuleType] = {
 }
 
 
-def transforms_keys(method: str) -> bool:
-    """Whether the method gives keys another basis, so that queries change with them."""
-    return getattr(METHODS[method], "TRANSFORMS_KEYS", False)
+def transforms(method: str) -> bool:
+    """Whether queries change with the keys that the method merges, and output projections with the values."""
+    return getattr(METHODS[method], "TRANSFORMS", False)
 
 
 def uses_statistics(method: str) -> bool:
@@ -58,54 +59,21 @@ class Merged:
     value_loss: float
 
 
-class KeyHalf(NamedTuple):
-    """One group's new queries `(c, q, d, m + 1)` and key `(d, m + 1)`; lost and total energy, see `loss`."""
+def merge_keys(heads: Heads, second_moment: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """One new key for a group: queries `(c, q, d, m + 1)` and key `(d, m + 1)`.
 
-    query: Tensor
-    key: Tensor
-    lost: float
-    total: float
-
-
-class ValueHalf(NamedTuple):
-    """One group's new value `(d, m + 1)` and output projections `(c, q, M, d)`; lost and total energy, see `loss`.
-
-    `constant` `(M,)` is to be added to the output bias, or `None`.
+    Reads keys, and queries if the method transforms.
     """
-
-    value: Tensor
-    output: Tensor
-    constant: Tensor | None
-    lost: float
-    total: float
+    found: tuple[Tensor, Tensor] = METHODS[method].key(heads, second_moment)
+    return found
 
 
-def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, method: str, key_method: str) -> Merged:
-    """One new head for each group of old ones."""
-    second_moment = second_moment.to(heads.key)
-    keys, values = [], []
-    for members in groups:
-        group = heads.group(members)
-        keys.append(merge_keys(group, second_moment, key_method))
-        values.append(merge_values(group, second_moment, method))
-    merged = replace(
-        heads,
-        query=torch.stack([half.query.flatten(0, 1) for half in keys]),
-        key=torch.stack([half.key for half in keys]),
-        value=torch.stack([half.value for half in values]),
-        output=torch.stack([half.output.flatten(0, 1) for half in values]),
-    )
-    return Merged(merged, constant(values), lost_share(keys), lost_share(values))
+def merge_values(heads: Heads, second_moment: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One new value for a group: value `(d, m + 1)`, output projections `(c, q, M, d)`, and a constant `(M,)` to add
+    to the output bias, or `None`.
 
-
-def merge_keys(heads: Heads, second_moment: Tensor, method: str) -> KeyHalf:
-    """One new key for these; reads `query` and `key` alone."""
-    query, key = METHODS[method].key(heads, second_moment)
-    return KeyHalf(query, key, *loss.key_energy(heads, query, key, second_moment))
-
-
-def merge_values(heads: Heads, second_moment: Tensor, method: str) -> ValueHalf:
-    """One new value for these; reads `value` and `output` alone."""
+    Reads values, and output projections if the method transforms.
+    """
     value, output = METHODS[method].value(heads, second_moment)
     moved = None
     if uses_statistics(method) and heads.output_bias:
@@ -113,22 +81,57 @@ def merge_values(heads: Heads, second_moment: Tensor, method: str) -> ValueHalf:
         inputs = mean_input(second_moment)
         moved = torch.einsum("gqme,ge->m", heads.output, heads.value @ inputs)
         moved -= torch.einsum("gqme,e->m", output, value @ inputs)
-    return ValueHalf(value, output, moved, *loss.value_energy(heads, value, output, second_moment))
+    return value, output, moved
 
 
-def constant(halves: Sequence[ValueHalf]) -> Tensor | None:
+def total_constant(constants: Sequence[Tensor | None]) -> Tensor | None:
     """What all groups of a layer add to its output bias."""
-    parts = [half.constant for half in halves if half.constant is not None]
+    parts = [constant for constant in constants if constant is not None]
     return torch.stack(parts).sum(0) if parts else None
 
 
-def lost_share(halves: Sequence[KeyHalf] | Sequence[ValueHalf]) -> float:
-    """The share of a layer's energy that its groups lose."""
-    lost, total = sum(half.lost for half in halves), sum(half.total for half in halves)
-    return max(lost, 0.0) / total if total > 0 else 0.0
+def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, method: str, key_method: str) -> Merged:
+    """One new head for each group of old ones, and what that loses."""
+    second_moment = second_moment.to(heads.key)
+    parts = [_merge_group(heads.group(members), second_moment, method, key_method) for members in groups]
+    merged = replace(
+        heads,
+        query=torch.stack([part.query.flatten(0, 1) for part in parts]),
+        key=torch.stack([part.key for part in parts]),
+        value=torch.stack([part.value for part in parts]),
+        output=torch.stack([part.output.flatten(0, 1) for part in parts]),
+    )
+    losses = _lost_share([part.key_energy for part in parts]), _lost_share([part.value_energy for part in parts])
+    return Merged(merged, total_constant([part.constant for part in parts]), *losses)
 
 
 def group_loss(heads: Heads, members: Sequence[int], second_moment: Tensor, method: str, key_method: str) -> float:
-    """The energy that merging these heads loses, as shares of the layer's: comparable between groups of a layer."""
-    second_moment, group = second_moment.to(heads.key), heads.group(members)
-    return merge_keys(group, second_moment, key_method).lost + merge_values(group, second_moment, method).lost
+    """The energy that merging these heads loses: comparable between groups of a layer."""
+    part = _merge_group(heads.group(members), second_moment.to(heads.key), method, key_method)
+    return part.key_energy[0] + part.value_energy[0]
+
+
+class _Part(NamedTuple):
+    """One group's new heads, and lost and total energy, see `loss`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    constant: Tensor | None
+    key_energy: tuple[float, float]
+    value_energy: tuple[float, float]
+
+
+def _merge_group(group: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:
+    query, key = merge_keys(group, second_moment, key_method)
+    value, output, constant = merge_values(group, second_moment, method)
+    key_energy = loss.key_energy(group, query, key, second_moment)
+    return _Part(
+        query, key, value, output, constant, key_energy, loss.value_energy(group, value, output, second_moment)
+    )
+
+
+def _lost_share(energies: Sequence[tuple[float, float]]) -> float:
+    lost, total = sum(energy[0] for energy in energies), sum(energy[1] for energy in energies)
+    return max(lost, 0.0) / total if total > 0 else 0.0

@@ -24,7 +24,7 @@ from . import rotary
 from .heads import Heads
 from .moments import covariance, times
 
-TRANSFORMS_KEYS = True
+TRANSFORMS = True
 USES_STATISTICS = True
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +17,7 @@ from ..surgery import Edit
 from . import budget as budgets
 from . import grouping as groupings
 from . import heads, targets
-from .methods import METHODS, group_loss, merge, transforms_keys, uses_statistics
+from .methods import METHODS, group_loss, merge, transforms, uses_statistics
 from .statistics import Statistics, collect, identity, require_finite
 
 
@@ -84,42 +83,24 @@ class GQAPlan:
         return self._change
 
     def __str__(self) -> str:
-        return describe(self)
+        rows: list[tuple[str, ...]] = [("layer", "key/value heads", "groups", "key loss", "value loss")]
+        for layer in self.layers:
+            present = sum(len(group) for group in layer.groups)
+            groups = " ".join(",".join(map(str, group)) for group in layer.groups)
+            losses = f"{layer.key_loss:.4f}", f"{layer.value_loss:.4f}"
+            rows.append((str(layer.index), f"{present} -> {layer.num_key_value_heads}", groups, *losses))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [*lines, summary(self.method, self.key_method, self.num_tokens, self.bytes_before, self.bytes_after)]
+        )
 
 
-class Described(Protocol):
-    """What `describe` reads."""
-
-    @property
-    def method(self) -> str: ...
-    @property
-    def key_method(self) -> str: ...
-    @property
-    def layers(self) -> tuple[LayerPlan, ...]: ...
-    @property
-    def num_tokens(self) -> int | None: ...
-    @property
-    def bytes_before(self) -> int: ...
-    @property
-    def bytes_after(self) -> int: ...
-
-
-def describe(plan: Described) -> str:
-    """A plan as a table."""
-    rows: list[tuple[str, ...]] = [("layer", "key/value heads", "groups", "key loss", "value loss")]
-    for layer in plan.layers:
-        present = sum(len(group) for group in layer.groups)
-        groups = " ".join(",".join(map(str, group)) for group in layer.groups)
-        losses = ("-" if math.isnan(loss) else f"{loss:.4f}" for loss in (layer.key_loss, layer.value_loss))
-        rows.append((str(layer.index), f"{present} -> {layer.num_key_value_heads}", groups, *losses))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    keys = "" if plan.key_method == plan.method else f" (keys: {plan.key_method})"
-    data = "no calibration" if plan.num_tokens is None else f"{plan.num_tokens:,} calibration tokens"
-    lines.append(
-        f"method {plan.method}{keys}, {data}; cache {plan.bytes_before:,} -> {plan.bytes_after:,} bytes per token"
-    )
-    return "\n".join(lines)
+def summary(method: str, key_method: str, num_tokens: int | None, bytes_before: int, bytes_after: int) -> str:
+    """One line about a conversion."""
+    keys = "" if key_method == method else f" (keys: {key_method})"
+    data = "no calibration" if num_tokens is None else f"{num_tokens:,} calibration tokens"
+    return f"method {method}{keys}, {data}; cache {bytes_before:,} -> {bytes_after:,} bytes per token"
 
 
 def plan_gqa(
@@ -210,10 +191,10 @@ def check(layers: Sequence[AttentionLayer], method: str, key_method: str, groupi
         raise ValueError(
             "grouping='best' looks for the least loss, and method 'random' does not aim at one; leave it out"
         )
-    if transforms_keys(key_method):
+    if transforms(key_method):
         for layer in layers:
             if layer.norm:
-                names = [name for name in METHODS if not transforms_keys(name)]
+                names = [name for name in METHODS if not transforms(name)]
                 raise ValueError(
                     f"method {key_method!r} gives keys another basis, but {layer.norm} of layer {layer.index} stands "
                     f"between the key projection and the scores and would not follow; give key_method, one of "

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import rotary
 from .heads import Heads
 
-TRANSFORMS_KEYS = True
+TRANSFORMS = True
 ROUNDS = 20
 
 

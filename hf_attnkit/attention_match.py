@@ -12,7 +12,7 @@ curvature as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671):
     d^2 KL / dW^2  ~  E[R_i^T Cov_{j ~ p_i}(scaling k_j) R_i]  (x)  E[x x^T]
 
 the first of one key drawn for each query. What is returned is the best W met, so it is never worse than the first.
-A key's own projection stays: the first token of a text, which draws much attention, would dominate its fit.
+The keys' projection stays: the first token of a text, which draws much attention, would dominate its fit.
 """
 
 from __future__ import annotations

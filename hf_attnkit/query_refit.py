@@ -98,6 +98,8 @@ def refit_queries(
                 call = run(walk)
             finally:
                 handle.remove()
+            if not (call.query.isfinite().all() and target.query.isfinite().all()):
+                raise _not_finite(layer)
             x = seen[0].to(dtype)
             if bias is not None:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
@@ -108,16 +110,20 @@ def refit_queries(
             _require_linear(layer, present, batches[-1], call.query)
     fitted, before, after = fit_queries(present, batches)
     if not (fitted.isfinite().all() and before.isfinite().all()):
-        raise ValueError(
-            f"layer {layer.index}: attention scores contain NaN or infinity; run the model in bfloat16 or float32 and "
-            "look for a batch that breaks it"
-        )
+        raise _not_finite(layer)
     fitted = fitted.flatten(0, 1)
     new_bias = None if bias is None else fitted[:, -1].to(bias.dtype)
     new_weight = (fitted if bias is None else fitted[:, :-1]).to(weight.dtype)
     [edit] = surgery.whole([surgery.Edit(layer.query, new_weight, new_bias, rows)])
     surgery.apply(edit)
     return float(before.mean()), float(after.mean())
+
+
+def _not_finite(layer: AttentionLayer) -> ValueError:
+    return ValueError(
+        f"layer {layer.index}: attention scores contain NaN or infinity; run the model in bfloat16 or float32 and look "
+        "for a batch that breaks it"
+    )
 
 
 def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk, dtype: torch.dtype) -> Tensor | None:

@@ -232,8 +232,11 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.get_input_embeddings().weight[5] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        convert_to_gqa(broken, 4, method="pca", calibration=many(broken))
+    for method, refit in (("pca", True), ("mean", True), ("mean", "output")):
+        with unchanged(broken), pytest.raises(ValueError, match="NaN or infinity"):
+            convert_to_gqa(broken, 4, method=method, calibration=many(broken), refit=refit)
+    with unchanged(model), pytest.raises(ValueError, match="refit='queries' must be True, False or 'output'"):
+        convert_to_gqa(model, 4, calibration=many(model), refit="queries")
 
 
 def test_best_grouping_finds_equal_heads() -> None:

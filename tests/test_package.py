@@ -12,6 +12,7 @@ import hf_attnkit
 
 ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
+    "HeadStatistics",
     "attention_backends",
     "attention_entropy",
     "available_attentions",
@@ -19,6 +20,7 @@ PUBLIC = [
     "convert_to_gqa",
     "convert_to_mqa",
     "head_importance",
+    "head_statistics",
     "load_pretrained",
     "plan_gqa",
     "prune_heads",

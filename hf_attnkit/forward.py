@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from .change import evaluation_mode
 from .families import input_device
 
+LABELS = ("labels", "label")
+
 
 def run_batches(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str
@@ -81,5 +83,5 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in ("labels", "label")
+        if name not in LABELS
     }

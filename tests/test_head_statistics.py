@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import pytest
 import torch
 from models import DECODERS, batch, build, reads_both_ways
-from plain_attention import register
 from torch import Tensor
 from transformers import PreTrainedModel
-from unchanged import unchanged
 
-from hf_attnkit import head_statistics, prune_heads, swap_attention
-from hf_attnkit.attention import registry
+from hf_attnkit import head_statistics
 from hf_attnkit.families import attention_layers
 
 LENGTHS = (13, 7, 10)

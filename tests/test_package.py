@@ -12,6 +12,7 @@ import hf_attnkit
 
 ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
+    "AttentionEntropyCallback",
     "HeadStatistics",
     "attention_backends",
     "attention_entropy",

@@ -7,14 +7,18 @@ from .attention.registry import available_attentions, register
 from .cache_size import cache_bytes_per_token
 from .choice import attention_backends
 from .conversion import convert_to_gqa, convert_to_mqa, plan_gqa
+from .head_statistics import HeadStatistics, head_statistics
 from .importance import attention_entropy, head_importance
 from .loading import load_pretrained
+from .monitoring import AttentionEntropyCallback
 from .pruning import prune_heads, select_heads
 from .swap import restore_attention, swap_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionEntropyCallback",
+    "HeadStatistics",
     "attention_backends",
     "attention_entropy",
     "available_attentions",
@@ -22,6 +26,7 @@ __all__ = [
     "convert_to_gqa",
     "convert_to_mqa",
     "head_importance",
+    "head_statistics",
     "load_pretrained",
     "plan_gqa",
     "prune_heads",

@@ -168,7 +168,7 @@ def replace_state(owner: Any, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode for a while, then each in the mode that it had."""
     was_training = {module: module.training for module in model.modules()}
     try:

@@ -239,15 +239,18 @@ class AttentionLayer:
         return self.num_heads // self.num_key_value_heads
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def family_of(model: PreTrainedModel, *, adapters: bool = False) -> Family:
     """The model's row of the table.
+
+    Args:
+        adapters: accept a model with PEFT adapters inside: it is looked at and not changed.
 
     Raises:
         TypeError: if it is no `PreTrainedModel` (compiled, wrapped for training, or PEFT).
         ValueError: if its family is refused or not in the table, or it has adapters or cross-attention
             that the table does not know.
     """
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if not adapters and (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
         raise ValueError(
             f"{type(model).__name__} carries PEFT adapters, which are bound to the projections' sizes; change the "
             "model first and add adapters after, or merge them: model = model.merge_and_unload()"
@@ -273,14 +276,14 @@ def family_of(model: PreTrainedModel) -> Family:
     return FAMILIES[model_type]
 
 
-def _stacks(model: PreTrainedModel) -> list[Stack]:
+def _stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
     """The family's stacks that the model has.
 
     Raises:
         ValueError: if it has none: a part of a model (`model.encoder`).
     """
     modules = {name for name, _ in model.base_model.named_modules()}
-    stacks = [stack for stack in family_of(model).stacks if stack.layers in modules]
+    stacks = [stack for stack in family_of(model, adapters=adapters).stacks if stack.layers in modules]
     if not stacks:
         raise ValueError(
             f"{type(model).__name__} has no layers where models of type {model.config.model_type!r} keep them; pass "
@@ -289,15 +292,18 @@ def _stacks(model: PreTrainedModel) -> list[Stack]:
     return stacks
 
 
-def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
     """The attention layers, first to last, with the numbers of heads from the config.
+
+    Args:
+        adapters: as of `family_of`; the projections may then be PEFT's modules.
 
     Raises:
         TypeError, ValueError: as `family_of`; ValueError for a part of a model.
     """
-    family = family_of(model)
+    family = family_of(model, adapters=adapters)
     layers: list[AttentionLayer] = []
-    for stack in _stacks(model):
+    for stack in _stacks(model, adapters):
         for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
             if family.fixed:
                 num_heads = num_key_value_heads = getattr(model.config, stack.num_heads)

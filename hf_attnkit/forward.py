@@ -14,19 +14,21 @@ from transformers import PreTrainedModel
 from .change import evaluation_mode
 from .families import input_device
 
+LABELS = ("labels", "label")
+
 
 def run_batches(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str
 ) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
     """Each batch on the model's device, and a function that runs the model on it: in evaluation mode, no gradients.
 
-    Logits over a vocabulary are computed for the last token only: nobody looks at them, and they would cost most.
+    Logits over a vocabulary are computed for the last token only, and no cache is filled: see `spare_options`.
 
     Raises:
         ValueError: if `batches` is empty, or a batch is no mapping.
     """
     device, seen = input_device(model), 0
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    options = spare_options(model)
     for batch in tqdm(batches, desc=description, unit="batch"):
         inputs = to_device(batch, device)
         seen += 1
@@ -40,6 +42,12 @@ def run_batches(
         raise ValueError(
             "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"
         )
+
+
+def spare_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Keywords of the model's forward that spare it what nobody looks at: a cache, and logits of all but one token."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in {"logits_to_keep": 1, "use_cache": False}.items() if name in known}
 
 
 def real_mask(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -75,5 +83,5 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in ("labels", "label")
+        if name not in LABELS
     }

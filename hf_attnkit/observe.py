@@ -6,22 +6,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention.registry import ATTRIBUTE, NAME, Kind, Observer, observe
+from .attention.mask import Mask
+from .attention.registry import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind, Observer, observe
 from .change import is_swapped, require_consistent
-from .families import attention_layers
+from .families import AttentionLayer, attention_layers
 from .forward import run_batches
 from .swap import STOCK
 
 
 @contextmanager
-def visible_attention(model: PreTrainedModel) -> Iterator[None]:
+def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
     """Lead the model's attention through our interface for a while, each layer running what it ran.
 
     Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are stood in for by SDPA.
+
+    Args:
+        adapters: accept a model with PEFT adapters inside.
     """
-    layers = attention_layers(model)
+    layers = attention_layers(model, adapters=adapters)
     require_consistent(model, layers)
     if is_swapped(model):
         yield
@@ -50,3 +55,24 @@ def observe_attention(
     with visible_attention(model), observe(observer):
         for _, run in run_batches(model, batches, description=description):
             run()
+
+
+def has_softmax(module: nn.Module) -> bool:
+    """Whether the module attends by a softmax of scores; linear attention has no attention weights."""
+    kind: Kind | None = getattr(module, ATTRIBUTE, None)
+    return kind is None or not hasattr(IMPLEMENTATIONS.get(kind.name), "NO_SCORES")
+
+
+def real_queries(layer: AttentionLayer, mask: Mask, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which queries are tokens and not padding: bool `(B or 1, Q)`, or `None` if all are.
+
+    Queries and keys of one sequence are the same tokens, so a query is padding where its own key is hidden. Those of
+    a decoder's cross-attention are told by the batch's `decoder_attention_mask`.
+    """
+    if layer.is_cross:
+        own = inputs.get("decoder_attention_mask")
+        return None if own is None else own.bool()
+    if mask.dense is not None:
+        whole = mask.dense.expand(-1, -1, mask.key_position.shape[1], -1)
+        return whole.diagonal(dim1=-2, dim2=-1)[:, 0]
+    return mask.key_visible

@@ -12,6 +12,8 @@ import hf_attnkit
 
 ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
+    "AttentionEntropyCallback",
+    "HeadStatistics",
     "attention_backends",
     "attention_entropy",
     "available_attentions",
@@ -19,6 +21,7 @@ PUBLIC = [
     "convert_to_gqa",
     "convert_to_mqa",
     "head_importance",
+    "head_statistics",
     "load_pretrained",
     "plan_gqa",
     "prune_heads",

@@ -63,6 +63,28 @@ def create_cache(
     return window_layer(max_length, window, num_global_tokens) if num_random_blocks == 0 else None
 
 
+def seen(
+    mask: Mask,
+    shape: torch.Size,
+    *,
+    window: int,
+    num_global_tokens: int = 1,
+    num_random_blocks: int = 0,
+    block_size: int = 64,
+    seed: int = 0,
+    global_attention_mask: Tensor | None = None,
+) -> Mask:
+    """The mask with the pattern in it, as a matrix.
+
+    Args:
+        shape: of the keys, `(B, num_key_value_heads, K, head_dim)`.
+    """
+    mask = mask.as_matrix()
+    is_global, _ = _global_tokens(mask, num_global_tokens, global_attention_mask, shape)
+    links = _links(mask, shape, num_random_blocks, block_size, seed) if num_random_blocks else None
+    return mask.also(_allowed(mask, window, is_global, links, block_size))
+
+
 def attention(
     query: Tensor,
     key: Tensor,

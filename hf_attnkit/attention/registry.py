@@ -33,6 +33,8 @@ PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so 
 #   SELF_ATTENTION_ONLY   queries and keys must be of one sequence
 #   NO_SCORES             there is nothing to which a model's position bias could be added
 #   OWN_WINDOW            applies `Mask.window`, a model's own; otherwise it comes inside a full matrix
+#   seen                  (mask, key's shape, **options, **call arguments) -> the mask with the implementation's own
+#                         pattern: which keys each query attends to; where it attends to fewer than the mask says
 #   CALL_ARGUMENTS        keywords that a user may give to `model(...)`
 #   create_cache          (max_length, **options) -> its layer of a causal model's cache, or None for the usual
 #                         one; `attention` then gets it as `cache`
@@ -127,7 +129,8 @@ _observers: list[Observer] = []
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """Call `observer(module, query, key, value, mask, scaling)` at each attention call of a model
-    that runs under `NAME`, before the attention itself. Shapes as in `mha.attention`."""
+    that runs under `NAME`, before the attention itself. Shapes as in `mha.attention`; the mask shows the keys
+    that the implementation attends to, and holds the model's position bias."""
     _observers.append(observer)
     try:
         yield
@@ -192,19 +195,25 @@ def _run(
         attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
         is_causal=is_causal, device=query.device, cache=cache, window=kwargs.get("sliding_window"),
     )  # fmt: skip
-    if kind.name not in IMPLEMENTATIONS:
-        _tell_observers(module, query, key, value, mask, scaling)
-        return _run_stock(kind.name, module, query, key, value, mask, scaling, dropout, kwargs)
+    stock = mask
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias[..., : mask.key_position.shape[1]]
         mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
-    _tell_observers(module, query, key, value, mask, scaling)
+    if kind.name not in IMPLEMENTATIONS:
+        _tell_observers(module, query, key, value, mask, scaling)
+        # Its function adds the position bias, which is among the keywords.
+        return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
     implementation = IMPLEMENTATIONS[kind.name]
+    given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+    if _observers:
+        seen = (
+            implementation.seen(mask, key.shape, **kind.options, **given) if hasattr(implementation, "seen") else mask
+        )
+        _tell_observers(module, query, key, value, seen, scaling)
     if not hasattr(implementation, "OWN_WINDOW"):
         mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)
-    given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
     if cache is not None:
         given["cache"] = cache
     if hasattr(module, PARAMETERS):

@@ -16,8 +16,10 @@ they keep their own positions.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import backends, tiled
@@ -50,6 +52,15 @@ def create_cache(
 ) -> SequenceLayer:
     """The cache layer of a causal model: it keeps `num_sink_tokens + window - 1` tokens."""
     return window_layer(max_length, window, num_sink_tokens)
+
+
+def seen(mask: Mask, shape: torch.Size, *, window: int, num_sink_tokens: int = 0, backend: str = "auto") -> Mask:
+    """The mask with the window and the sinks in it; a matrix where there are sinks, or was one."""
+    if mask.dense is None and not num_sink_tokens:
+        return dataclasses.replace(mask, window=min(window, mask.window or window))
+    first = mask.first_token()
+    is_sink = (mask.key_position >= first) & (mask.key_position < first + num_sink_tokens)
+    return mask.as_matrix().also((mask.distance().abs() < window) | is_sink[:, None, None, :])
 
 
 def attention(

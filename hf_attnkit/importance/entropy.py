@@ -9,7 +9,7 @@ so only a block of scores exists at any time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..attention.mask import Mask
 from ..families import AttentionLayer
-from ..observe import observe_attention
+from ..observe import observe_attention, real_queries
 
 DIRECTIONS = ("focused", "diffuse")
 BLOCK = 256
@@ -70,19 +70,9 @@ def attention_entropy(
 
 def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> tuple[Tensor, Tensor]:
     """`attention_entropy` under a `Mask`, and the number of keys that each query sees, `(B, 1 or H, Q)`."""
-    batch, num_heads, q_length, head_dim = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(dtype).transpose(-1, -2)
     blocks, counts = [], []
-    for start in range(0, q_length, BLOCK):
-        queries = slice(start, min(start + BLOCK, q_length))
-        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
-        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
-        if mask.bias is not None:
-            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
-        visible = mask.visible(queries)
+    for _, scores, visible in masked_scores(query, key, mask, scaling, BLOCK):
         if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
             count = visible.sum(-1)
         else:
             count = torch.full((1, 1, scores.shape[2]), key.shape[2], device=key.device)
@@ -93,6 +83,71 @@ def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, norma
         entropy = entropy.masked_fill(count <= 1, 0.0).clamp(min=0.0)
         blocks.append(entropy / count.clamp(min=2).log() if normalize else entropy)
     return torch.cat(blocks, dim=-1), torch.cat(counts, dim=-1)
+
+
+def masked_scores(
+    query: Tensor, key: Tensor, mask: Mask, scaling: float, block: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The scores block by block: which queries, `(B, H, block, K)` in float32 or better, and which keys they see.
+
+    The score of a hidden key is the dtype's minimum; `None` means that no key is hidden.
+    """
+    batch, num_heads, q_length, head_dim = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = key.to(dtype).transpose(-1, -2)
+    for start in range(0, q_length, block):
+        queries = slice(start, min(start + block, q_length))
+        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
+        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
+        if mask.bias is not None:
+            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
+        visible = mask.visible(queries)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+        yield queries, scores, visible
+
+
+class EntropySums:
+    """Sums entropy over the queries that are no padding, for each head: an observer of attention calls.
+
+    Args:
+        layers: other layers are not looked at.
+        normalize: as of `attention_entropy`; a query that sees one key only counts nothing then.
+        inputs: the batch, for layers whose queries and keys are of two sequences.
+    """
+
+    def __init__(
+        self, layers: Sequence[AttentionLayer], normalize: bool, inputs: Mapping[str, Any] | None = None
+    ) -> None:
+        self._layers = {id(layer.module): layer for layer in layers}
+        self._normalize, self._inputs = normalize, inputs or {}
+        self._totals = {layer.index: torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers}
+        self._counts = {layer.index: 0.0 for layer in layers}
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float
+    ) -> None:
+        layer = self._layers.get(id(module))
+        if layer is None:
+            return
+        entropy, visible_keys = masked_entropy(query, key, mask, scaling, self._normalize)
+        real = (visible_keys[:, :1] >= (2 if self._normalize else 1)).float()
+        own = real_queries(layer, mask, self._inputs)
+        real = real if own is None else real * own[:, None]
+        self._totals[layer.index] += (entropy * real).sum((0, 2)).double().cpu()
+        self._counts[layer.index] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+
+    def means(self) -> list[Tensor]:
+        """For each layer `(num_heads,)`, float64: nats, or the fraction.
+
+        Raises:
+            ValueError: if a layer had no query to look at.
+        """
+        if not all(self._counts.values()):
+            raise ValueError(
+                "no query of the batches sees enough keys to have an entropy; give sequences of at least two tokens"
+            )
+        return [total / self._counts[index] for index, total in self._totals.items()]
 
 
 def check(*, direction: str = "focused", normalize: bool = True) -> None:
@@ -123,33 +178,7 @@ def score(
     Returns:
         For each layer `(num_heads,)`, float32: nats, or a fraction if normalised; negated for "focused".
     """
-    totals = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
-    counts = [0.0] * len(layers)
-    indices = {id(layer.module): position for position, layer in enumerate(layers)}
-
-    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
-        position = indices[id(module)]
-        entropy, visible_keys = masked_entropy(query, key, mask, scaling, normalize)
-        real = (visible_keys[:, :1] >= (2 if normalize else 1)).float()
-        own = _own_key_visible(mask)
-        real = real if own is None else real * own
-        totals[position] += (entropy * real).sum((0, 2)).double().cpu()
-        counts[position] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
-
-    observe_attention(model, batches, observe, description="entropy")
-    if not all(counts):
-        raise ValueError(
-            "no query of the batches sees enough keys to have an entropy; give sequences of at least two tokens"
-        )
+    sums = EntropySums(layers, normalize)
+    observe_attention(model, batches, sums, description="entropy")
     sign = 1.0 if direction == "diffuse" else -1.0
-    return [sign * (total / count).float() for total, count in zip(totals, counts, strict=True)]
-
-
-def _own_key_visible(mask: Mask) -> Tensor | None:
-    """`(B, 1, Q)` bool, False for padding, or `None` if there is none.
-
-    Queries and keys are the same tokens here, so a query is padding where its own key is hidden.
-    """
-    if mask.dense is not None:
-        return mask.dense.expand(-1, -1, mask.key_position.shape[1], -1).diagonal(dim1=-2, dim2=-1)[:, :1]
-    return None if mask.key_visible is None else mask.key_visible[:, None]
+    return [sign * mean.float() for mean in sums.means()]

@@ -1,0 +1,121 @@
+"""What each head of a model looks at: the table printed, and written as JSON and as a picture.
+
+    python recipes/head_statistics.py MODEL --text_file sentences.txt --output_dir outputs/heads
+
+MODEL is a folder or a name on the hub; one text per line. Writes head_statistics.json and head_statistics.png into
+--output_dir. How to read them: docs/head_statistics.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from report import write_json
+from transformers import AutoTokenizer
+
+from hf_attnkit import HeadStatistics, head_statistics, load_pretrained
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# statistic -> title; all but the first and the third are shares in [0, 1], and share one colour scale.
+TITLES = {
+    "entropy": "entropy, nats",
+    "confidence": "confidence",
+    "distance": "distance, tokens",
+    "previous": "share on the previous token",
+    "next": "share on the next token",
+    "first": "share on the first token",
+    "separator": "share on separators",
+    "redundancy": "overlap with the nearest head",
+}
+COLUMNS = 4
+
+
+def read_texts(path: Path, number: int) -> list[str]:
+    """The file's first texts, empty lines left out.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    with open(path, encoding="utf-8") as lines:
+        texts = list(itertools.islice((line.strip() for line in lines if line.strip()), number))
+    if not texts:
+        raise ValueError(f"--text_file {path} holds no text")
+    return texts
+
+
+def batches(tokenizer: Any, texts: list[str], max_length: int, batch_size: int) -> Iterator[dict[str, Any]]:
+    """The texts, padded batch by batch."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for start in range(0, len(texts), batch_size):
+        yield dict(tokenizer(texts[start : start + batch_size], padding=True, truncation=True, max_length=max_length,
+                             return_tensors="pt"))  # fmt: skip
+
+
+def draw_statistics(statistics: HeadStatistics, title: str, path: Path) -> None:
+    """A heat map for each statistic that some head has, layers down and heads across; places without one are grey."""
+    names = [name for name in TITLES if not getattr(statistics, name).isnan().all()]
+    rows, columns = statistics.entropy.shape
+    width, height = max(2.8, 0.2 * columns + 1.1), max(2.2, 0.2 * rows + 1.1)
+    lines = -(-len(names) // COLUMNS)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(width * COLUMNS, height * lines + 0.4), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+    for axis, name in itertools.zip_longest(axes.flat, names):
+        if name is None:
+            axis.axis("off")
+            continue
+        is_share = name not in ("entropy", "distance")
+        image = axis.imshow(getattr(statistics, name).numpy(), cmap=colours, aspect="auto", vmin=0,
+                            vmax=1 if is_share else None)  # fmt: skip
+        axis.set_title(TITLES[name], fontsize=10)
+        axis.set_xticks(range(0, columns, max(1, columns // 8)))
+        axis.set_yticks(range(0, rows, max(1, rows // 8)))
+        axis.tick_params(labelsize=8, length=2)
+        figure.colorbar(image, ax=axis, pad=0.03).ax.tick_params(labelsize=8, length=2)
+    figure.supxlabel("head", fontsize=10)
+    figure.supylabel("layer", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="folder of the model and its tokenizer")
+    parser.add_argument("--text_file", type=Path, required=True, help="one text per line")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the JSON and the picture")
+    parser.add_argument("--num_texts", type=int, default=128, help="how many texts to look at")
+    parser.add_argument("--max_length", type=int, default=128, help="tokens of a text that are looked at")
+    parser.add_argument("--batch_size", type=int, default=8, help="texts in a batch")
+    parser.add_argument("--title", help="of the picture; by default the names of model and file")
+    arguments = parser.parse_args()
+    for name in ("num_texts", "max_length", "batch_size"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1")
+    try:
+        texts = read_texts(arguments.text_file, arguments.num_texts)
+        model, tokenizer = load_pretrained(arguments.model), AutoTokenizer.from_pretrained(arguments.model)
+        inputs = batches(tokenizer, texts, arguments.max_length, arguments.batch_size)
+        statistics = head_statistics(model, inputs, separator_ids=tokenizer.sep_token_id)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(statistics)
+    write_json(arguments.output_dir / "head_statistics.json", statistics.rows())
+    title = arguments.title or f"{Path(arguments.model).name}, {len(texts)} texts of {arguments.text_file.name}"
+    draw_statistics(statistics, title, arguments.output_dir / "head_statistics.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,8 @@ from reference import weights
 from torch import Tensor
 
 from hf_attnkit import attention_entropy
-from hf_attnkit.importance import entropy
+from hf_attnkit.attention import tiled
+from hf_attnkit.importance import online
 
 PADDINGS = ("none", "left", "right")
 
@@ -113,9 +114,11 @@ def test_a_query_that_sees_nothing_is_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_block_size_does_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_sizes_do_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, mask, visible = problem(60, 60, True, "left")
-    monkeypatch.setattr(entropy, "BLOCK", size)
+    monkeypatch.setattr(online, "_FLASH", None)
+    monkeypatch.setattr(tiled, "QUERY_TILE", size)
+    monkeypatch.setattr(tiled, "KEY_TILE", max(size // 3, 1))
     actual = attention_entropy(query, key, scaling=0.7, is_causal=True, attention_mask=mask)
     expected = definition(query, key, visible, 0.7)
     assert (actual - expected).abs().max() <= bound(torch.float64, 60, query, key, 0.7)

@@ -1,10 +1,6 @@
-"""Attention entropy per head (Michel et al. 2019, arXiv 1905.10650; "bertology"), block by block.
+"""Attention entropy per head (Michel et al. 2019, arXiv 1905.10650; "bertology"), without the attention matrix.
 
-For a query i with scaled scores s_ij over the keys it may see, p_i = softmax(s_i) and
-
-    H_i = -sum_j p_ij ln p_ij = logsumexp_j(s_ij) - sum_j p_ij s_ij        in nats, 0 ln 0 = 0
-
-so only a block of scores exists at any time.
+See `online` for how.
 """
 
 from __future__ import annotations
@@ -12,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention.mask import Mask
 from ..families import AttentionLayer
-from ..observe import observe_attention
+from .online import masked_entropy, visible_keys
+from .queries import mean_over_queries
 
 DIRECTIONS = ("focused", "diffuse")
-BLOCK = 256
 
 
 def attention_entropy(
@@ -47,7 +42,7 @@ def attention_entropy(
 
     Returns:
         `(batch, num_heads, query_length)` in nats (or the fraction), float32 or better; 0 is one key,
-        ln(number of visible keys) is uniform. A query without visible keys gets 0.
+        ln(number of visible keys) is uniform. A query without visible keys gets 0. No gradient.
 
     Raises:
         ValueError: if the number of query heads is no multiple of that of key heads, or the mask's
@@ -65,34 +60,13 @@ def attention_entropy(
         visible = attention_mask.bool()
     mask = Mask.aligned(query.shape[2], key.shape[2], is_causal=is_causal, key_visible=visible, device=query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return masked_entropy(query, key, mask, scaling, normalize)[0]
+    entropy = masked_entropy(query, key, mask, scaling)
+    return _share(entropy, mask, None) if normalize else entropy
 
 
-def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`attention_entropy` under a `Mask`, and the number of keys that each query sees, `(B, 1 or H, Q)`."""
-    batch, num_heads, q_length, head_dim = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(dtype).transpose(-1, -2)
-    blocks, counts = [], []
-    for start in range(0, q_length, BLOCK):
-        queries = slice(start, min(start + BLOCK, q_length))
-        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
-        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
-        if mask.bias is not None:
-            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
-        visible = mask.visible(queries)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-            count = visible.sum(-1)
-        else:
-            count = torch.full((1, 1, scores.shape[2]), key.shape[2], device=key.device)
-        counts.append(count.expand(-1, -1, scores.shape[2]))
-        logsumexp = scores.logsumexp(-1)
-        weights = torch.exp(scores - logsumexp[..., None])
-        entropy = logsumexp - (weights * scores).sum(-1)
-        entropy = entropy.masked_fill(count <= 1, 0.0).clamp(min=0.0)
-        blocks.append(entropy / count.clamp(min=2).log() if normalize else entropy)
-    return torch.cat(blocks, dim=-1), torch.cat(counts, dim=-1)
+def _share(entropy: Tensor, mask: Mask, window: int | None) -> Tensor:
+    """Of the largest that a query's entropy could be, ln(number of keys it sees)."""
+    return entropy / visible_keys(mask, window).clamp(min=2).to(entropy.dtype).log()
 
 
 def check(*, direction: str = "focused", normalize: bool = True) -> None:
@@ -123,33 +97,10 @@ def score(
     Returns:
         For each layer `(num_heads,)`, float32: nats, or a fraction if normalised; negated for "focused".
     """
-    totals = [torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers]
-    counts = [0.0] * len(layers)
-    indices = {id(layer.module): position for position, layer in enumerate(layers)}
 
-    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
-        position = indices[id(module)]
-        entropy, visible_keys = masked_entropy(query, key, mask, scaling, normalize)
-        real = (visible_keys[:, :1] >= (2 if normalize else 1)).float()
-        own = _own_key_visible(mask)
-        real = real if own is None else real * own
-        totals[position] += (entropy * real).sum((0, 2)).double().cpu()
-        counts[position] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+    def measure(query: Tensor, key: Tensor, mask: Mask, scaling: float, window: int | None) -> Tensor:
+        entropy = masked_entropy(query, key, mask, scaling, window)
+        return _share(entropy, mask, window) if normalize else entropy
 
-    observe_attention(model, batches, observe, description="entropy")
-    if not all(counts):
-        raise ValueError(
-            "no query of the batches sees enough keys to have an entropy; give sequences of at least two tokens"
-        )
-    sign = 1.0 if direction == "diffuse" else -1.0
-    return [sign * (total / count).float() for total, count in zip(totals, counts, strict=True)]
-
-
-def _own_key_visible(mask: Mask) -> Tensor | None:
-    """`(B, 1, Q)` bool, False for padding, or `None` if there is none.
-
-    Queries and keys are the same tokens here, so a query is padding where its own key is hidden.
-    """
-    if mask.dense is not None:
-        return mask.dense.expand(-1, -1, mask.key_position.shape[1], -1).diagonal(dim1=-2, dim2=-1)[:, :1]
-    return None if mask.key_visible is None else mask.key_visible[:, None]
+    means = mean_over_queries(model, layers, batches, measure, fewest_keys=2 if normalize else 1, what="entropy")
+    return [(mean if direction == "diffuse" else -mean).float() for mean in means]

@@ -1,10 +1,11 @@
 """Cost of entropy scores: a model's scoring pass against its plain forward pass, in turns in one process.
 
     python recipes/benchmark_entropy.py --length 4096
-    python recipes/benchmark_entropy.py --length 32768 --layers 1 --heads 32 --kv_heads 8 --repeats 1
+    python recipes/benchmark_entropy.py --length 32768 --layers 1 --heads 32 --kv_heads 8 --repeats 0
 
 prints the ratio of times (median, and the quartiles of the rounds' ratios) and of peak memory. The model is a random
-Llama without a head over the vocabulary, which would cost both sides the same.
+Llama without a head over the vocabulary, which would cost both sides the same. Without repeats only the scoring pass
+runs, once: its peak memory beside the bytes of one layer's attention matrices.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--kv_heads", type=int, default=None, help="As many as heads by default.")
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--padding", type=int, default=0, help="Tokens of padding on the left.")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="0: the scoring pass once, its peak memory.")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
@@ -52,6 +53,12 @@ def main() -> None:
     def scored() -> object:
         return hf_attnkit.head_importance(model, [batch], method="entropy")
 
+    if not options.repeats:
+        matrices = 4 * options.heads * options.length**2
+        print(
+            json.dumps(vars(options) | {"peak_mib": peak_bytes(scored, device) >> 20, "matrices_mib": matrices >> 20})
+        )
+        return
     calls = {"forward": plain, "entropy": scored}
     memory = {label: peak_bytes(call, device) for label, call in calls.items()}
     times = time_in_turns(calls, options.repeats, device)

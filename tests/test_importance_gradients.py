@@ -160,11 +160,6 @@ def test_gradient_checkpointing_and_low_precision() -> None:
     assert (low - expected).abs().max() <= 2**-8 * 16 * expected.max()
 
 
-def nan_weights(model: PreTrainedModel) -> None:
-    with torch.no_grad():
-        attention_layers(model)[1].query.weight[0, 0] = torch.nan
-
-
 @pytest.mark.parametrize("method", ["entropy", "confidence", "contribution", "gradient", "fisher", "taylor", "l0"])
 def test_activations_that_are_not_finite(method: str) -> None:
     model, inputs = problem("bert", "sequence", None)
@@ -190,11 +185,11 @@ def test_labels_are_missing(method: str) -> None:
     del inputs["labels"]
     with (
         unchanged(model),
-        pytest.raises(ValueError, match="labels are missing.*BertForSequenceClassification.*'labels'"),
+        pytest.raises(ValueError, match=r"labels are missing.*BertForSequenceClassification.*'labels'"),
     ):
         head_importance(model, [inputs], method=method)
     for option in ({"labels": "none"}, {"label": "given"}):
-        with pytest.raises(ValueError, match="labels='none'|no option label"):
+        with pytest.raises(ValueError, match=r"labels='none'|no option label"):
             head_importance(model, [inputs], method=method, **option)
     base = build("llama")
     with unchanged(base), pytest.raises(ValueError, match="LlamaModel has no loss"):

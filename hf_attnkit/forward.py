@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from .change import evaluation_mode
 from .families import input_device
 
-LABELS = ("labels", "label")
+# What a batch may carry for a loss.
+LABELS = ("labels", "label", "start_positions", "end_positions")
 
 
 def run_batches(
@@ -25,19 +26,30 @@ def run_batches(
     Logits over a vocabulary are computed for the last token only, and no cache is filled: see `spare_options`.
 
     Raises:
-        ValueError: if `batches` is empty, or a batch is no mapping.
+        ValueError: as `on_device`.
     """
-    device, seen = input_device(model), 0
     options = spare_options(model)
-    for batch in tqdm(batches, desc=description, unit="batch"):
-        inputs = to_device(batch, device)
-        seen += 1
+    for inputs in on_device(model, batches, description=description):
 
         def run(inputs: dict[str, Any] = inputs) -> Any:
             with torch.no_grad(), evaluation_mode(model):
                 return model(**(inputs | options))
 
         yield inputs, run
+
+
+def on_device(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str, labels: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Each batch on the model's device; see `to_device`.
+
+    Raises:
+        ValueError: if `batches` is empty, or a batch is no mapping or all padding.
+    """
+    device, seen = input_device(model), 0
+    for batch in tqdm(batches, desc=description, unit="batch"):
+        yield to_device(batch, device, labels=labels)
+        seen += 1
     if not seen:
         raise ValueError(
             "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"
@@ -73,15 +85,28 @@ def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return x[real_mask(x, inputs)]
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch's tensors on `device`, labels left out: nobody asks for a loss."""
+def to_device(batch: Mapping[str, Any], device: torch.device, *, labels: bool = False) -> dict[str, Any]:
+    """The batch's tensors on `device`.
+
+    Args:
+        labels: keep them; else they are left out, since nobody asks for a loss.
+
+    Raises:
+        ValueError: if the batch is no mapping, or its `attention_mask` calls every token padding.
+    """
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
             f"{type(batch).__name__}"
         )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():
+        raise ValueError(
+            f"a batch is all padding: its attention_mask {tuple(mask.shape)} is zero everywhere; leave the batch out, "
+            "or give 1 for real tokens"
+        )
     return {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
-        if name not in LABELS
+        if labels or name not in LABELS
     }

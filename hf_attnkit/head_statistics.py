@@ -27,7 +27,6 @@ from .attention.mask import Mask
 from .attention.registry import observe
 from .families import AttentionLayer, attention_layers
 from .forward import run_batches
-from .importance.entropy import masked_scores
 from .observe import has_softmax, real_queries, visible_attention
 
 BLOCK_NUMBERS = 2**22  # 16 MiB of float32
@@ -256,3 +255,25 @@ class _Sums:
     def overlap(self) -> Tensor:
         """`(num_heads, num_heads)`: the share of attention that two heads place on the same tokens."""
         return 1 - self._apart / 2 / self._compared
+
+
+def masked_scores(
+    query: Tensor, key: Tensor, mask: Mask, scaling: float, block: int
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The scores block by block: which queries, `(B, H, block, K)` in float32 or better, and which keys they see.
+
+    The score of a hidden key is the dtype's minimum; `None` means that no key is hidden.
+    """
+    batch, num_heads, q_length, head_dim = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    keys = key.to(dtype).transpose(-1, -2)
+    for start in range(0, q_length, block):
+        queries = slice(start, min(start + block, q_length))
+        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
+        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
+        if mask.bias is not None:
+            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
+        visible = mask.visible(queries)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
+        yield queries, scores, visible

@@ -21,7 +21,7 @@ from .attention.registry import observe
 from .change import evaluation_mode
 from .families import AttentionLayer, attention_layers
 from .forward import LABELS, spare_options
-from .importance.entropy import EntropySums
+from .importance.entropy import entropy_sums
 from .observe import has_softmax, visible_attention
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class AttentionEntropyCallback(TrainerCallback):
         # What only splits batches or averages gradients has no part in a forward pass; what shards weights has.
         is_copy = isinstance(wrapped, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         runs: Any = wrapped.module if is_copy else wrapped
-        sums = EntropySums(self._layers, True, probe)
+        sums = entropy_sums(self._layers, True, probe)
         with (
             torch.no_grad(),
             evaluation_mode(wrapped),

@@ -34,20 +34,30 @@ class PruningArguments:
     score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
 
 
-def parse_options(pairs: list[str]) -> dict[str, int | str | bool]:
-    """`["seed=1", "direction=focused"]` to a dictionary; whole numbers, true and false are converted.
+def parse_options(pairs: list[str]) -> dict[str, float | str | bool]:
+    """`["seed=1", "direction=focused"]` to a dictionary; numbers, true and false are converted.
 
     Raises:
         ValueError: for an entry that is not name=value.
     """
     words: dict[str, bool] = {"true": True, "false": False}
-    options: dict[str, int | str | bool] = {}
+    options: dict[str, float | str | bool] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
             raise ValueError(f"--importance_options {pair!r} must have the form name=value, such as seed=1")
-        options[name] = words[value] if value in words else int(value) if value.lstrip("-").isdigit() else value
+        options[name] = words[value] if value in words else _number(value)
     return options
+
+
+def _number(text: str) -> float | str:
+    """The whole or decimal number that the text is, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def main() -> None:

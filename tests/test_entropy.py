@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from benchmark_measure import peak_bytes
 from reference import weights
 from torch import Tensor
 
 from hf_attnkit import attention_entropy
-from hf_attnkit.importance import entropy
+from hf_attnkit.attention import tiled
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.importance import online
 
 PADDINGS = ("none", "left", "right")
 
@@ -113,9 +116,57 @@ def test_a_query_that_sees_nothing_is_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_block_size_does_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_sizes_do_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, mask, visible = problem(60, 60, True, "left")
-    monkeypatch.setattr(entropy, "BLOCK", size)
+    monkeypatch.setattr(online, "_FLASH", None)
+    monkeypatch.setattr(tiled, "QUERY_TILE", size)
+    monkeypatch.setattr(tiled, "KEY_TILE", max(size // 3, 1))
     actual = attention_entropy(query, key, scaling=0.7, is_causal=True, attention_mask=mask)
     expected = definition(query, key, visible, 0.7)
     assert (actual - expected).abs().max() <= bound(torch.float64, 60, query, key, 0.7)
+
+
+@pytest.mark.parametrize("kind", PADDINGS)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [None, 5, 400], ids=str)
+def test_both_ways_are_the_definition(window: int | None, is_causal: bool, kind: str, monkeypatch) -> None:
+    """By the flash kernel where it can, and tile by tile; also the number of visible keys, and the largest weight."""
+    query, key, padding, visible = problem(300, 300, is_causal, kind)
+    distance = torch.arange(300)[:, None] - torch.arange(300)
+    visible = visible & (distance.abs() < (window or 300))
+    mask = Mask.aligned(300, 300, is_causal=is_causal, key_visible=padding.bool())
+    expected = definition(query, key, visible, 0.7)
+    p = weights(query, key[:, [0, 0, 1, 1, 2, 2]], visible, 0.7, True, None)
+    assert torch.equal(online.visible_keys(mask, window).expand(2, 1, 300), visible.sum(-1))
+    for dtype in (torch.float64, torch.float32):
+        assert online._flash_agrees(dtype)
+        limit = bound(dtype, 300, query, key, 0.7)
+        for flash in (online._FLASH, None):
+            monkeypatch.setattr(online, "_FLASH", flash)
+            actual = online.masked_entropy(query.to(dtype), key.to(dtype), mask, 0.7, window)
+            rounded = definition(query.to(dtype), key.to(dtype), visible, 0.7)
+            assert (actual - rounded).abs().max() <= limit
+        top = online.largest_weight(query.to(dtype), key.to(dtype), mask, 0.7, window)
+        assert (top - p.amax(-1)).abs().max() <= 2 * limit  # a relative error of p as large as that of its score
+        monkeypatch.undo()
+    assert (expected > 1).any()
+
+
+def test_large_scores_keep_their_digits() -> None:
+    """Keys with a mean a hundred times their spread: without centring float32 loses 1e-2 nats here."""
+    query, key, mask, visible = problem(200, 200, True, "left")
+    key = key + 100
+    actual = attention_entropy(query.float(), key.float(), is_causal=True, attention_mask=mask)
+    expected = definition(query.float(), key.float(), visible, 12**-0.5)
+    assert (actual - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 64], ids=["flash", "tiles"])
+def test_memory_is_linear(window: int | None) -> None:
+    """Twice the length, at most 2.1 times the memory; a matrix would take four times."""
+    peaks = []
+    for length in (1024, 2048):
+        query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+        mask = Mask.aligned(length, length, is_causal=True)
+        peaks.append(peak_bytes(lambda: online.masked_entropy(query, key, mask, 0.3, window), torch.device("cpu")))  # noqa: B023
+    assert peaks[1] <= 2.1 * peaks[0]

@@ -181,9 +181,9 @@ MODEL: dict[str, Bad] = {
         "refit needs calibration batches",
     ),
     "importance: method": (
-        lambda m: head_importance(m, [], method="taylor"),
+        lambda m: head_importance(m, [], method="tailor"),
         ValueError,
-        "'taylor'; available: entropy, magnitude, random",
+        "'tailor'; available: entropy, .*, taylor, .*, magnitude, random",
     ),
     "importance: option": (
         lambda m: head_importance(m, [], seed=1),

@@ -119,6 +119,91 @@ def test_focused_is_the_opposite_of_diffuse() -> None:
     )
 
 
+def heads_outputs(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Per layer `(tokens, heads, head_dim)` of one text, what its output projection gets."""
+    found: list[Tensor] = []
+    layers = attention_layers(model)
+    handles = [
+        layer.output.register_forward_pre_hook(
+            lambda module, args, layer=layer: found.append(args[0][0].detach().unflatten(-1, (layer.num_heads, -1)))
+        )
+        for layer in layers
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flash"])
+@pytest.mark.parametrize("family", [*FAMILIES, "grouped"])
+def test_contribution_and_confidence_are_their_definitions(family: str, implementation: str) -> None:
+    model = build("llama", "causal", 8, 2) if family == "grouped" else build(family)
+    inputs = batch(model, LENGTHS)
+    eager = copy.deepcopy(model).double()
+    eager.set_attn_implementation("eager")
+    texts = [row[mask.bool()][None] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    tokens = [torch.cat(layer) for layer in zip(*(heads_outputs(eager, ids) for ids in texts), strict=True)]
+    contribution = torch.stack([
+        torch.stack([
+            ((a[:, h] - a[:, h].mean(0)) @ layer.output.weight[:, h * 8 : h * 8 + 8].T).square().sum(-1).mean().sqrt()
+            for h in range(8)
+        ])
+        for a, layer in zip(tokens, attention_layers(eager), strict=True)
+    ])  # fmt: skip
+    weights = [torch.stack(eager(ids, output_attentions=True).attentions)[:, 0].amax(-1) for ids in texts]
+    confidence = torch.cat(weights, dim=-1).mean(-1)
+    if implementation == "flash":
+        swap_attention(model, "flash")
+    focus = 1 - head_importance(model, [inputs], direction="diffuse")
+    for method, expected in {
+        "contribution": contribution,
+        "confidence": confidence,
+        "entropy_contribution": focus * contribution,
+    }.items():
+        with unchanged(model):
+            actual = head_importance(model, [inputs], method=method)
+        assert expected.max() > 1.1 * expected.min()
+        assert (actual - expected).abs().max() <= tolerance(float(expected.detach().max())), method
+
+
+def test_joint_score_of_gradient_and_entropy() -> None:
+    model = build("bert", "sequence")
+    inputs = [batch(model) | {"labels": torch.tensor([0, 1, 0])}]
+    parts = [head_importance(model, inputs, method="gradient"), head_importance(model, inputs)]
+    scaled = [(part - part.min()) / (part.max() - part.min()) for part in parts]
+    for alpha in (None, 0, 0.3, 1):
+        share = 0.5 if alpha is None else alpha
+        expected = share * scaled[0] + (1 - share) * scaled[1]
+        actual = head_importance(model, iter(inputs), method="entropy_contribution", joint="hies", alpha=alpha)
+        assert (actual - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps / float(parts[1].std())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"joint": "sum"}, "joint='sum' .*product, hies"),
+        ({"alpha": 0.5}, "belong to joint='hies'"),
+        ({"joint": "hies", "alpha": 2}, "alpha=2"),
+        ({"joint": "hies", "labels": "none"}, "labels='none'"),
+    ],
+)
+def test_options_of_entropy_contribution(options: dict, message: str) -> None:
+    model = build("bert")
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        head_importance(model, [batch(model)], method="entropy_contribution", **options)
+
+
+def test_swapped_windows_count_and_other_attention_is_refused() -> None:
+    model = swap_attention(build("llama"), "sliding_window", window=2)
+    inputs = batch(model, LENGTHS)
+    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    assert scores.min() > 0 and scores.max() <= torch.tensor(2.0).log()
+    swap_attention(model, "local_global", window=2)
+    with unchanged(model), pytest.raises(ValueError, match=r"layer 0 runs 'local_global'.*restore_attention"):
+        head_importance(model, [inputs])
+
+
 def test_magnitude_definition() -> None:
     model = build("llama", "base", 8, 2)
     actual = head_importance(model, method="magnitude")
@@ -146,8 +231,8 @@ def test_random_is_fixed_by_the_seed() -> None:
 @every_method
 @every_family
 def test_layers_with_different_numbers_of_heads(family: str, method: str) -> None:
-    model = prune_heads(convert_to_gqa(build(family), 4), {0: [0, 1, 2, 3], 1: [6, 7]})
-    scores = head_importance(model, [batch(model)], method=method)
+    model = prune_heads(convert_to_gqa(build(family, "sequence"), 4), {0: [0, 1, 2, 3], 1: [6, 7]})
+    scores = head_importance(model, [batch(model) | {"labels": torch.tensor([0, 1, 1])}], method=method)
     assert scores.shape == (2, 6) and scores.dtype == torch.float32
     assert scores[0, :4].isfinite().all() and scores[0, 4:].isnan().all() and scores[1].isfinite().all()
 

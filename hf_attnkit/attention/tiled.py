@@ -204,6 +204,23 @@ def _problem(
     return _Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
 
 
+def score_tiles(
+    query: Tensor, key: Tensor, mask: Mask, *, scaling: float, window: int | None = None
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """The masked scores that `attend` would go through, for those who look at them without attending.
+
+    Arguments as `attend`. For each tile of queries: which they are, and their scores `(B, num_heads, q, k)` with one
+    tile of keys after the other, -inf where hidden, in float32 or better; they may be overwritten.
+    """
+    problem = _Problem(
+        key, key, mask.key_visible, mask.dense, mask.bias, mask.offset(), None, mask.is_causal, window or 0,
+        query.shape[2],
+    )  # fmt: skip
+    for queries in problem.query_tiles():
+        scaled = query[:, :, queries] * scaling
+        yield queries, (problem.scores(scaled, queries, keys) for keys in problem.key_tiles(queries))
+
+
 def _stack(tensor: Tensor, num_groups: int) -> Tensor:
     """`"b (n g) q d -> b n (g q) d"`: the heads of a group as one tall matrix."""
     return tensor.reshape(tensor.shape[0], num_groups, -1, tensor.shape[-1])

@@ -1,27 +1,23 @@
-"""Attention entropy per head (Michel et al. 2019, arXiv 1905.10650; "bertology"), block by block.
+"""Attention entropy per head (Michel et al. 2019, arXiv 1905.10650; "bertology"), without the attention matrix.
 
-For a query i with scaled scores s_ij over the keys it may see, p_i = softmax(s_i) and
-
-    H_i = -sum_j p_ij ln p_ij = logsumexp_j(s_ij) - sum_j p_ij s_ij        in nats, 0 ln 0 = 0
-
-so only a block of scores exists at any time.
+See `online` for how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..attention.mask import Mask
 from ..families import AttentionLayer
-from ..observe import observe_attention, real_queries
+from ..observe import observe_attention
+from .online import masked_entropy, visible_keys
+from .queries import QuerySums
 
 DIRECTIONS = ("focused", "diffuse")
-BLOCK = 256
 
 
 def attention_entropy(
@@ -47,7 +43,7 @@ def attention_entropy(
 
     Returns:
         `(batch, num_heads, query_length)` in nats (or the fraction), float32 or better; 0 is one key,
-        ln(number of visible keys) is uniform. A query without visible keys gets 0.
+        ln(number of visible keys) is uniform. A query without visible keys gets 0. No gradient.
 
     Raises:
         ValueError: if the number of query heads is no multiple of that of key heads, or the mask's
@@ -65,89 +61,25 @@ def attention_entropy(
         visible = attention_mask.bool()
     mask = Mask.aligned(query.shape[2], key.shape[2], is_causal=is_causal, key_visible=visible, device=query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return masked_entropy(query, key, mask, scaling, normalize)[0]
+    entropy = masked_entropy(query, key, mask, scaling)
+    return _share(entropy, mask, None) if normalize else entropy
 
 
-def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`attention_entropy` under a `Mask`, and the number of keys that each query sees, `(B, 1 or H, Q)`."""
-    blocks, counts = [], []
-    for _, scores, visible in masked_scores(query, key, mask, scaling, BLOCK):
-        if visible is not None:
-            count = visible.sum(-1)
-        else:
-            count = torch.full((1, 1, scores.shape[2]), key.shape[2], device=key.device)
-        counts.append(count.expand(-1, -1, scores.shape[2]))
-        logsumexp = scores.logsumexp(-1)
-        weights = torch.exp(scores - logsumexp[..., None])
-        entropy = logsumexp - (weights * scores).sum(-1)
-        entropy = entropy.masked_fill(count <= 1, 0.0).clamp(min=0.0)
-        blocks.append(entropy / count.clamp(min=2).log() if normalize else entropy)
-    return torch.cat(blocks, dim=-1), torch.cat(counts, dim=-1)
+def _share(entropy: Tensor, mask: Mask, window: int | None) -> Tensor:
+    """Of the largest that a query's entropy could be, ln(number of keys it sees)."""
+    return entropy / visible_keys(mask, window).clamp(min=2).to(entropy.dtype).log()
 
 
-def masked_scores(
-    query: Tensor, key: Tensor, mask: Mask, scaling: float, block: int
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """The scores block by block: which queries, `(B, H, block, K)` in float32 or better, and which keys they see.
+def entropy_sums(
+    layers: Sequence[AttentionLayer], normalize: bool, inputs: Mapping[str, Any] | None = None
+) -> QuerySums:
+    """An observer that sums entropy for each head; arguments as `QuerySums` and `attention_entropy`."""
 
-    The score of a hidden key is the dtype's minimum; `None` means that no key is hidden.
-    """
-    batch, num_heads, q_length, head_dim = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys = key.to(dtype).transpose(-1, -2)
-    for start in range(0, q_length, block):
-        queries = slice(start, min(start + block, q_length))
-        stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
-        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
-        if mask.bias is not None:
-            scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
-        visible = mask.visible(queries)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
-        yield queries, scores, visible
+    def measure(query: Tensor, key: Tensor, mask: Mask, scaling: float, window: int | None) -> Tensor:
+        entropy = masked_entropy(query, key, mask, scaling, window)
+        return _share(entropy, mask, window) if normalize else entropy
 
-
-class EntropySums:
-    """Sums entropy over the queries that are no padding, for each head: an observer of attention calls.
-
-    Args:
-        layers: other layers are not looked at.
-        normalize: as of `attention_entropy`; a query that sees one key only counts nothing then.
-        inputs: the batch, for layers whose queries and keys are of two sequences.
-    """
-
-    def __init__(
-        self, layers: Sequence[AttentionLayer], normalize: bool, inputs: Mapping[str, Any] | None = None
-    ) -> None:
-        self._layers = {id(layer.module): layer for layer in layers}
-        self._normalize, self._inputs = normalize, inputs or {}
-        self._totals = {layer.index: torch.zeros(layer.num_heads, dtype=torch.float64) for layer in layers}
-        self._counts = {layer.index: 0.0 for layer in layers}
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float
-    ) -> None:
-        layer = self._layers.get(id(module))
-        if layer is None:
-            return
-        entropy, visible_keys = masked_entropy(query, key, mask, scaling, self._normalize)
-        real = (visible_keys[:, :1] >= (2 if self._normalize else 1)).float()
-        own = real_queries(layer, mask, self._inputs)
-        real = real if own is None else real * own[:, None]
-        self._totals[layer.index] += (entropy * real).sum((0, 2)).double().cpu()
-        self._counts[layer.index] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
-
-    def means(self) -> list[Tensor]:
-        """For each layer `(num_heads,)`, float64: nats, or the fraction.
-
-        Raises:
-            ValueError: if a layer had no query to look at.
-        """
-        if not all(self._counts.values()):
-            raise ValueError(
-                "no query of the batches sees enough keys to have an entropy; give sequences of at least two tokens"
-            )
-        return [total / self._counts[index] for index, total in self._totals.items()]
+    return QuerySums(layers, measure, fewest_keys=2 if normalize else 1, what="entropy", inputs=inputs)
 
 
 def check(*, direction: str = "focused", normalize: bool = True) -> None:
@@ -178,7 +110,7 @@ def score(
     Returns:
         For each layer `(num_heads,)`, float32: nats, or a fraction if normalised; negated for "focused".
     """
-    sums = EntropySums(layers, normalize)
+    sums = entropy_sums(layers, normalize)
     observe_attention(model, batches, sums, description="entropy")
-    sign = 1.0 if direction == "diffuse" else -1.0
-    return [sign * mean.float() for mean in sums.means()]
+    means = sums.means()
+    return [(mean if direction == "diffuse" else -mean).float() for mean in means]

@@ -12,13 +12,20 @@ from transformers import PreTrainedModel
 
 from ..attention.registry import check_options
 from ..families import editable_layers
-from . import entropy, magnitude, random
+from . import confidence, contribution, entropy, entropy_contribution, fisher, gradient, l0, magnitude, random, taylor
 
 # method -> module with `score(model, layers, batches, **options)`: a list of `(num_heads,)` per layer,
 # higher = keep, and `check(**options)`, whose keywords are the options; `NEEDS_BATCHES = False` where it
-# looks at no data.
+# looks at no data. What is summed over batches goes through `over_processes`.
 METHODS: dict[str, ModuleType] = {
     "entropy": entropy,
+    "contribution": contribution,
+    "entropy_contribution": entropy_contribution,
+    "gradient": gradient,
+    "taylor": taylor,
+    "fisher": fisher,
+    "confidence": confidence,
+    "l0": l0,
     "magnitude": magnitude,
     "random": random,
 }
@@ -33,12 +40,18 @@ def head_importance(
 ) -> Tensor:
     """Score every attention head.
 
+    Where `torch.distributed` runs several processes (accelerate, torchrun), each gives its own share of the batches,
+    all of them call this, and all get the scores of one process on all batches.
+
     Args:
         model: a model of a supported family; unchanged.
         batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
-            Score on training data. "magnitude" and "random" need none.
-        method: "entropy", "magnitude" or "random".
-        options: the method's own: `direction` ("focused" or "diffuse") and `normalize` of "entropy",
+            Score on training data. "magnitude" and "random" need none. "gradient", "taylor", "fisher" and "l0" need
+            the loss, so batches with `labels` (of causal language models the input serves for them).
+        method: a key of `hf_attnkit.importance.METHODS`; docs/importance.md defines them.
+        options: the method's own: `direction` ("focused" or "diffuse") and `normalize` of "entropy"; `joint`
+            ("product" or "hies"), `alpha` and `labels` of "entropy_contribution"; `labels` ("given" or "predicted")
+            of "gradient", "taylor" and "fisher"; `steps`, `penalty`, `learning_rate`, `seed` and `labels` of "l0";
             `seed` of "random".
 
     Returns:
@@ -47,7 +60,8 @@ def head_importance(
 
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
-        ValueError: unknown method or option, no or empty batches, a model that is not supported.
+        ValueError: unknown method or option, no or empty batches, a batch that is all padding, missing labels,
+            activations or gradients that are not finite, a model that is not supported. The model is unchanged.
     """
     check_method(method, options)
     implementation = METHODS[method]

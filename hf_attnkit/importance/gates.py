@@ -1,0 +1,136 @@
+"""Gates on heads' outputs, and what the loss says about them: shared by gradient, fisher, taylor and l0.
+
+A gate xi_h = 1 (Michel et al. 2019, arXiv 1905.10650) multiplies what head h hands to the output projection:
+
+    input of the output projection  (B, T, H * D)  ->  (B, T, H, D) * gate (B, 1, H, 1)  ->  (B, T, H * D)
+
+Every example has its own gates, so one backward pass of a batch gives all examples' gradients, whatever attention
+runs. Padding is not gated. Only the gates are differentiated: parameters get no gradient and need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..change import evaluation_mode
+from ..families import AttentionLayer
+from ..forward import on_device, real_mask
+from .loss import batch_loss, same_config, with_labels
+from .processes import over_processes
+
+
+@contextmanager
+def gated(
+    layers: Sequence[AttentionLayer], inputs: Mapping[str, Any], gate: Callable[[int, Tensor], Tensor]
+) -> Iterator[None]:
+    """For a while, multiply the heads' outputs at real tokens.
+
+    Args:
+        gate: called with the place of a layer and its heads' outputs `(B, T, H, D)`, gives their factors,
+            broadcastable to `(B, T, H)`.
+    """
+
+    def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            heads = args[0].unflatten(-1, (layer.num_heads, layer.head_dim))
+            factors = torch.where(real_mask(args[0], inputs)[..., None], gate(place, heads), 1.0)
+            # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
+            return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
+
+        return multiply
+
+    with ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.callback(layer.output.register_forward_pre_hook(hook(place, layer)).remove)
+        yield
+
+
+def example_gradients(
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    labels: str,
+    per_token: bool = False,
+    description: str,
+) -> Iterator[list[Tensor]]:
+    """For each batch and layer the gradient of every example's own loss by its gates.
+
+    Examples without a term in the loss (all labels ignored) and those that are all padding are left out.
+
+    Args:
+        labels: see `loss.with_labels`.
+        per_token: gates of their own for every token: dL/dxi_th = a_th . dL/da_th.
+
+    Yields:
+        Per layer `(examples, rows, T, num_heads)`, T = 1 unless `per_token`; 0 at padding. An example has several rows
+        where the model folds its texts into the batch (multiple choice), otherwise one.
+    """
+    for batch in on_device(model, batches, description=description, labels=True):
+        gates: dict[int, Tensor] = {}
+
+        def ones(place: int, heads: Tensor) -> Tensor:
+            rows, tokens, number, _ = heads.shape
+            dtype = torch.promote_types(heads.dtype, torch.float32)
+            gates[place] = torch.ones(  # noqa: B023 - used while this batch runs
+                rows, tokens if per_token else 1, number, dtype=dtype, device=heads.device, requires_grad=True
+            )
+            return gates[place]  # noqa: B023
+
+        with torch.enable_grad(), evaluation_mode(model), same_config(model):
+            inputs, terms = with_labels(model, batch, labels)
+            if not terms.any():
+                continue
+            with gated(layers, inputs, ones):
+                loss = batch_loss(model, inputs)
+            found = torch.autograd.grad(loss, [gates[place] for place in range(len(layers))])
+        seen = (terms > 0) & _has_tokens(inputs, terms)
+        scale = terms.sum() / terms[seen]
+        yield [
+            gradient.unflatten(0, (len(terms), -1))[seen.to(gradient.device)] * scale.to(gradient)[:, None, None, None]
+            for gradient in found
+        ]
+
+
+def _has_tokens(inputs: Mapping[str, Any], terms: Tensor) -> Tensor:
+    """Which examples are not all padding, bool `(examples,)`."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(terms, dtype=torch.bool)
+    return mask.flatten(1).any(-1).to(terms.device)
+
+
+def sum_over_examples(
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    of: Callable[[Tensor], Tensor],
+    *,
+    labels: str,
+    per_token: bool = False,
+    description: str,
+) -> tuple[list[Tensor], float]:
+    """Per layer `(num_heads,)`, float64: the sum over all processes' examples; and their number.
+
+    Args:
+        of: from the gradients of `example_gradients` to what is summed, `(examples, num_heads)`.
+
+    Raises:
+        ValueError: if no example has a label, or a gradient is not finite.
+    """
+    sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
+    gradients = example_gradients(model, layers, batches, labels=labels, per_token=per_token, description=description)
+    for batch in gradients:
+        for total, gradient in zip(sums, batch, strict=True):
+            total[:-1] += of(gradient.double()).sum(0).cpu()
+            total[-1] += len(gradient)
+    added = over_processes(layers, sums, "gradients of the loss by the heads' gates")
+    if not added[0][-1]:
+        raise ValueError("no example of the batches has a label that counts; labels of -100 are ignored by the loss")
+    return [total[:-1] for total in added], float(added[0][-1])

@@ -1,0 +1,147 @@
+"""The model's own loss, and what share of a batch's mean each example has in it.
+
+A batch's loss is a mean over its examples (classification) or over all of its tokens that have a label (language
+models). Example i with n_i of the N terms adds n_i / N of its own loss, so what is computed from the mean is brought
+to the example's own by N / n_i.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..change import replace_state
+
+LABELS = ("given", "predicted")
+IGNORED = -100  # the label that Transformers' losses leave out
+
+
+def check_labels(labels: str) -> None:
+    """Raises `ValueError` unless `labels` is "given" or "predicted"."""
+    if labels not in LABELS:
+        raise ValueError(f"labels={labels!r} is unknown; it must be one of {', '.join(LABELS)}")
+
+
+def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:
+    """The batch with labels for the model's loss, padding's left out, and the terms `(examples,)` of each example.
+
+    Args:
+        labels: "given" takes the batch's own; a causal language model without any learns its input. "predicted" takes
+            the model's answers for labels.
+
+    Raises:
+        ValueError: for a model without a loss, or labels that are missing, out of range or cannot be predicted.
+    """
+    names = _label_names(model)
+    inputs = dict(inputs)
+    if labels == "predicted":
+        inputs = {name: value for name, value in inputs.items() if name not in names}
+        inputs |= _predicted(model, inputs)
+    elif any(inputs.get(name) is None for name in names):
+        if not (_is_causal(model) and "input_ids" in inputs):
+            raise ValueError(
+                f"labels are missing: this method needs the loss of {type(model).__name__}, so every batch needs "
+                f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, inputs))}); or give "
+                'labels="predicted", which takes the model\'s own answers'
+            )
+        inputs["labels"] = inputs["input_ids"]
+    inputs.pop("label", None)
+    if "labels" not in names:
+        return inputs, _question(inputs, names)
+    given, tokens = inputs["labels"], inputs.get("input_ids")
+    if given.is_floating_point():
+        return inputs, torch.ones(len(given), device=given.device)
+    if isinstance(tokens, Tensor) and given.shape == tokens.shape:
+        return _per_token(model, inputs)
+    return inputs, (given != IGNORED).float().flatten()
+
+
+def batch_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The loss of a batch from `with_labels`; as the model computes it, a scalar.
+
+    Raises:
+        ValueError: if it is not finite.
+    """
+    loss: Tensor = model(**inputs, return_dict=True).loss
+    if not loss.isfinite():
+        raise ValueError(
+            f"the loss of a batch is {loss.item()}: activations contain NaN or infinity; run the model in bfloat16 or "
+            "float32 and look at the batch"
+        )
+    return loss
+
+
+@contextmanager
+def same_config(model: PreTrainedModel) -> Iterator[None]:
+    """The config is afterwards as it was; sequence classifiers write `problem_type` into it with their first loss."""
+    state = dict(model.config.__dict__)
+    try:
+        yield
+    finally:
+        replace_state(model.config, state)
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    accepted = inspect.signature(model.forward).parameters
+    if "labels" in accepted and "next_sentence_label" not in accepted:
+        return ("labels",)
+    if "start_positions" in accepted and "end_positions" in accepted:
+        return ("start_positions", "end_positions")
+    reason = "adds two losses" if "labels" in accepted else "has no loss"
+    raise ValueError(
+        f"{type(model).__name__} {reason}, and this method needs the gradient of one; load the model with the head of "
+        "its task, or take a method without labels such as 'contribution'"
+    )
+
+
+def _question(inputs: Mapping[str, Any], names: Sequence[str]) -> Tensor:
+    positions = torch.stack([inputs[name].flatten() for name in names])
+    length = inputs["input_ids"].shape[-1]
+    if positions.min() < 0 or positions.max() >= length:
+        raise ValueError(f"{' and '.join(names)} lie outside the {length} tokens of a batch; leave such examples out")
+    return torch.ones_like(positions[0], dtype=torch.float32)
+
+
+def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    labels = inputs["labels"]
+    mask = inputs.get("attention_mask")
+    counts = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
+    if _is_causal(model):
+        # The first token of a text is predicted by none of it: by nothing, or by padding on its left.
+        counts = counts & F.pad(counts[:, :-1], (1, 0))
+    labels = labels.masked_fill(~counts, IGNORED)
+    return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _problem(model: PreTrainedModel) -> str | None:
+    return getattr(model.config, "problem_type", None)
+
+
+@torch.no_grad()
+def _predicted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    output = model(**inputs, return_dict=True)
+    if "start_logits" in output:
+        return {f"{end}_positions": output[f"{end}_logits"].argmax(-1) for end in ("start", "end")}
+    logits = output.logits
+    tokens = inputs.get("input_ids")
+    binary = isinstance(tokens, Tensor) and logits.shape == tokens.shape and logits.shape[-1] != model.config.num_labels
+    if logits.shape[-1] == 1 or binary or _problem(model) in ("multi_label_classification", "regression"):
+        raise ValueError(
+            f'labels="predicted" takes the likeliest class, and {type(model).__name__} does not choose one of several '
+            f"classes (logits {tuple(logits.shape)}); give the batches labels"
+        )
+    answers = logits.argmax(-1)
+    # Position t of a causal language model predicts the label of t + 1.
+    return {"labels": F.pad(answers[:, :-1], (1, 0), value=IGNORED) if _is_causal(model) else answers}

@@ -1,0 +1,50 @@
+"""One place where sums over queries, tokens or examples become those of all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..families import AttentionLayer
+
+
+def over_processes(layers: Sequence[AttentionLayer], sums: Sequence[Tensor], what: str) -> list[Tensor]:
+    """The layers' sums, added over all processes where `torch.distributed` runs several, and checked.
+
+    Every process calls it, with the sums over its own share of the batches, and gets the same.
+
+    Args:
+        sums: one tensor per layer, of any shape.
+        what: that was summed, for the message.
+
+    Returns:
+        The same in float64, on the CPU.
+
+    Raises:
+        ValueError: if a sum is not finite; then in every process.
+    """
+    added = [tensor.detach().to("cpu", torch.float64) for tensor in sums]
+    if num_processes() > 1:
+        flat = torch.cat([tensor.flatten() for tensor in added]).to(_device())
+        dist.all_reduce(flat)
+        parts = flat.cpu().split([tensor.numel() for tensor in added])
+        added = [part.view(tensor.shape) for part, tensor in zip(parts, added, strict=True)]
+    for layer, tensor in zip(layers, added, strict=True):
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"layer {layer.index}: {what} contain NaN or infinity; run the model in bfloat16 or float32 and look "
+                "for a batch that breaks it"
+            )
+    return added
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _device() -> torch.device:
+    """Where the processes can add tensors: NCCL has no CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,100 @@
+"""The mean of a number per query, such as its entropy, over all queries that are no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..attention.mask import Mask
+from ..families import AttentionLayer
+from ..observe import has_softmax, observe_attention, real_queries
+from .online import visible_keys
+from .processes import over_processes
+
+# `(query, key, mask, scaling, window)` -> `(B, num_heads, Q)`; see `online.masked_entropy`.
+Measure = Callable[[Tensor, Tensor, Mask, float, int | None], Tensor]
+
+
+class QuerySums:
+    """Sums a number per query over the queries that are no padding, for each head: an observer of attention calls.
+
+    Args:
+        layers: other layers are not looked at.
+        fewest_keys: queries that see fewer keys do not count.
+        what: the number's name, for messages.
+        inputs: the batch, for layers whose queries and keys are of two sequences.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        measure: Measure,
+        *,
+        fewest_keys: int,
+        what: str,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._layers, self._measure, self._fewest_keys, self._what = list(layers), measure, fewest_keys, what
+        self._inputs = inputs or {}
+        self._places = {id(layer.module): place for place, layer in enumerate(layers)}
+        # Per layer: the heads' sums, and at the end the number of queries.
+        self._sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float
+    ) -> None:
+        place = self._places.get(id(module))
+        if place is None:
+            return
+        layer = self._layers[place]
+        if not has_softmax(module):
+            raise ValueError(
+                f"layer {layer.index} runs linear attention, which is no softmax of scores and has no {self._what}; "
+                "score the model before the swap, or call hf_attnkit.restore_attention(model)"
+            )
+        own = real_queries(layer, mask, self._inputs)
+        mask, window = mask.narrow(None)
+        real = visible_keys(mask, window)[:, :1] >= self._fewest_keys
+        real = real if own is None else real & own[:, None]
+        found = self._measure(query, key, mask, scaling, window).masked_fill(~real, 0.0)
+        self._sums[place][:-1] += found.sum((0, 2), dtype=torch.float64).cpu()
+        self._sums[place][-1] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+
+    def means(self) -> list[Tensor]:
+        """For each layer `(num_heads,)`, float64, over all processes.
+
+        Raises:
+            ValueError: if a layer had no query to look at, or a number is not finite.
+        """
+        means = []
+        for total in over_processes(self._layers, self._sums, f"the scores of attention ({self._what})"):
+            if not total[-1]:
+                raise ValueError(
+                    f"no query of the batches sees enough keys to have a {self._what}; give sequences of at least "
+                    f"{self._fewest_keys} tokens"
+                )
+            means.append(total[:-1] / total[-1])
+        return means
+
+
+def mean_over_queries(
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    batches: Iterable[Mapping[str, Any]],
+    measure: Measure,
+    *,
+    fewest_keys: int,
+    what: str,
+) -> list[Tensor]:
+    """For each layer `(num_heads,)`, float64: the mean over queries that are no padding and see `fewest_keys`.
+
+    Raises:
+        ValueError: for batches without such a query, linear attention, and numbers that are not finite.
+    """
+    sums = QuerySums(layers, measure, fewest_keys=fewest_keys, what=what)
+    observe_attention(model, batches, sums, description=what)
+    return sums.means()

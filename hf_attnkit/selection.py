@@ -9,7 +9,8 @@ in a grouped layer a unit is several heads:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ def group_size(layer: int, num_heads: int, num_key_value_heads: int | None) -> i
     number = num_heads if num_key_value_heads is None else num_key_value_heads
     if number == 0 == num_heads:
         return 1
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1 or num_heads % number:
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1 or num_heads % number:
         raise ValueError(f"layer {layer}: {num_heads} heads do not divide into num_key_value_heads={number!r} groups")
     return max(num_heads // number, 1)
 
@@ -199,7 +200,7 @@ def checked_heads(heads: Mapping[int, Iterable[int]], counts: Sequence[int]) -> 
 
 def groups_per_layer(num_key_value_heads: int | Sequence[int] | None, num_layers: int) -> list[int | None]:
     """One number of key/value heads for each layer; raises `ValueError` for another number of numbers."""
-    if num_key_value_heads is None or isinstance(num_key_value_heads, int):
+    if not isinstance(num_key_value_heads, Sized):
         return [num_key_value_heads] * num_layers
     if len(num_key_value_heads) != num_layers:
         raise ValueError(f"num_key_value_heads has {len(num_key_value_heads)} entries for {num_layers} layers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +51,11 @@ NAN = float("nan")
 )
 def test_choice(options: dict, expected: dict) -> None:
     assert select_heads(SCORES, **options) == expected
+
+
+def test_numbers_of_other_libraries_count_groups() -> None:
+    for groups in (np.int64(2), np.array([2, 2, 2])):
+        assert select_heads(SCORES, num_heads=2, num_key_value_heads=groups) == {0: [0, 1]}
 
 
 def test_fractions_count_whole_heads_despite_rounding() -> None:

@@ -10,9 +10,12 @@ from .conversion import convert_to_gqa, convert_to_mqa, plan_gqa
 from .head_statistics import HeadStatistics, head_statistics
 from .importance import attention_entropy, head_importance
 from .loading import load_pretrained
+from .mask_search import rearrange_heads
 from .monitoring import AttentionEntropyCallback
-from .pruning import prune_heads, select_heads
+from .pruning import prune_heads
+from .selection import select_heads
 from .swap import restore_attention, swap_attention
+from .targets import select_for_target
 
 __version__ = "0.1.0"
 
@@ -30,7 +33,9 @@ __all__ = [
     "load_pretrained",
     "plan_gqa",
     "prune_heads",
+    "rearrange_heads",
     "restore_attention",
+    "select_for_target",
     "select_heads",
     "swap_attention",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,17 @@ class Change:
     anywhere, or the process is interrupted, the model is put back as it was.
     """
 
-    def __init__(self, model: PreTrainedModel, edits: Sequence[Edit], heads: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        edits: Sequence[Edit],
+        heads: Sequence[tuple[int, int]],
+        empty: Iterable[int] | None = None,
+    ) -> None:
         """
         Args:
             heads: `(num_attention_heads, num_key_value_heads)` per layer.
+            empty: layers whose one head becomes a stand-in, or is one; by default those that the config names.
 
         Raises:
             ValueError: for a model whose heads cannot change as it is.
@@ -37,7 +44,7 @@ class Change:
         running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
         require_grouping(model, heads, running)
         self._modules = [(layer.module, layer.head_dim) for layer in layers]
-        self._config = families.with_heads(model, heads)
+        self._config = families.with_heads(model, heads, empty)
         self._edits = surgery.whole(edits)
         owners = (model.config, *(layer.module for layer in layers))
         self._old_states = [(owner, dict(owner.__dict__)) for owner in owners]

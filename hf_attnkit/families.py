@@ -4,13 +4,19 @@ A family says where a model keeps its attention layers and where a layer keeps i
 and output projections. Numbers of heads are read from the config (Transformers' own fields,
 `per_layer_config` where layers differ) and checked against the weights; `with_heads` and
 `set_attributes` are the only places that write them.
+
+A layer may have lost all of its heads. Transformers' attention classes cannot run without one: they shape by
+`view(*shape, -1, head_dim)`, which has no answer for zero elements, and the cache takes its length from the keys of
+layer 0. So such a layer keeps a stand-in, one head whose weights are zero: it adds nothing, gets no gradient, and
+runs, caches, saves and loads as any head does. The config counts it as one head, and names the layer in
+`layers_without_heads`.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +207,7 @@ class AttentionLayer:
         module: the module whose forward calls the attention interface.
         query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
         num_heads, num_key_value_heads, head_dim: as the config says.
+        is_empty: whether its one head is a stand-in; see the top of this file.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.
@@ -224,6 +231,12 @@ class AttentionLayer:
     fused: bool = False
     rope: Rope | None = None
     norm: str = ""
+    is_empty: bool = False
+
+    @property
+    def heads(self) -> range:
+        """Numbers of its query heads; none in a layer whose one head is a stand-in."""
+        return range(0 if self.is_empty else self.num_heads)
 
     def rows(self, name: str) -> slice:
         """The rows of "query", "key", "value" or "output" in its module."""
@@ -301,7 +314,7 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
     Raises:
         TypeError, ValueError: as `family_of`; ValueError for a part of a model.
     """
-    family = family_of(model, adapters=adapters)
+    family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
     layers: list[AttentionLayer] = []
     for stack in _stacks(model, adapters):
         for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
@@ -318,6 +331,7 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
                 is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,
                 rope=_rope(family, model.config, getattr(module, stack.head_dim)),
                 norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
+                is_empty=index in empty,
             ))  # fmt: skip
     return layers
 
@@ -410,6 +424,11 @@ def check_heads(layers: Sequence[AttentionLayer]) -> None:
                 f"({parts}), but the weights have {tuple(shapes)}; correct the config or load with "
                 "hf_attnkit.load_pretrained"
             )
+        if layer.is_empty and (layer.num_heads > 1 or (not layer.output.weight.is_meta and layer.output.weight.any())):
+            raise ValueError(
+                f"layer {layer.index}: the config says that it has no heads ({WITHOUT_HEADS}), but its attention adds "
+                f"more than a bias; if it is to have heads again, take it out of config.{WITHOUT_HEADS}"
+            )
         if layer.num_heads % layer.num_key_value_heads:
             raise ValueError(
                 f"layer {layer.index}: {layer.num_heads} query heads do not divide into "
@@ -469,22 +488,88 @@ def config_heads(config: PreTrainedConfig, index: int) -> tuple[int, int]:
     return num_heads, getattr(layer, "num_key_value_heads", None) or num_heads
 
 
-def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreTrainedConfig:
+# The config's field with the layers whose one head is a stand-in.
+WITHOUT_HEADS = "layers_without_heads"
+
+
+def layers_without_heads(config: PreTrainedConfig) -> frozenset[int]:
+    """Layers whose one head is a stand-in, as the config says.
+
+    Raises:
+        ValueError: for anything else than a list of its layers.
+    """
+    given = getattr(config, WITHOUT_HEADS, None)
+    if given is None:
+        return frozenset()
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"config.{WITHOUT_HEADS}={given!r} must be a list of layers")
+    return frozenset(in_range(index, config.num_hidden_layers, "layer", f"config.{WITHOUT_HEADS}: ") for index in given)
+
+
+def read_pruned_heads(config: PreTrainedConfig) -> None:
+    """Translate `pruned_heads` into today's fields, in place.
+
+    Transformers 4 wrote it when heads were removed: `{layer: [head, ...]}`, counted as before the first pruning. The
+    weights are without them, but `num_attention_heads` is as it was.
+
+    Raises:
+        ValueError: for heads that are not there, all heads of a layer, or a model that could not lose heads then.
+    """
+    given = config.__dict__.pop("pruned_heads", None)
+    if not given:
+        return
+    where = f"config.pruned_heads={given!r} of Transformers 4"
+    family = FAMILIES.get(config.model_type)
+    if family is None or family.fixed or family.has_key_value_heads:
+        raise ValueError(f"{where} cannot be understood for models of type {config.model_type!r}")
+    if config.per_layer_config is not None and "per_layer_config" in config.to_diff_dict():
+        raise ValueError(f"{where} stands beside per_layer_config; take out the one that does not fit the weights")
+    if not isinstance(given, dict) or not all(isinstance(heads, (list, tuple)) for heads in given.values()):
+        raise ValueError(f"{where} must be {{layer: [head, ...]}}")
+    numbers = [config.num_attention_heads] * config.num_hidden_layers
+    for key, heads in given.items():
+        number = int(key) if isinstance(key, str) and key.isdecimal() else key
+        layer = in_range(number, len(numbers), "layer", f"{where}: ")
+        gone = {in_range(head, config.num_attention_heads, "head", f"{where}: layer {layer}: ") for head in heads}
+        numbers[layer] -= len(gone)
+        if len(gone) != len(heads) or not numbers[layer]:
+            problem = "names a head twice" if len(gone) != len(heads) else "leaves no head, which cannot be loaded"
+            raise ValueError(f"{where}: layer {layer} {problem}")
+    write_heads(config, [(number, number) for number in numbers], config.hidden_size // config.num_attention_heads)
+
+
+def with_heads(
+    model: PreTrainedModel, heads: Sequence[tuple[int, int]], empty: Iterable[int] | None = None
+) -> PreTrainedConfig:
     """A copy of the model's config with `(num_attention_heads, num_key_value_heads)` per layer.
 
     One number for all layers goes into the plain fields wherever Transformers can build the model
     from them; all else goes into `per_layer_config`.
 
+    Args:
+        empty: layers whose one head is a stand-in; by default those that the config names.
+
     Raises:
         ValueError: for different numbers, in a family that `reads_config`.
     """
-    family, config = family_of(model), copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
+    write_heads(config, heads, attention_layers(model)[0].head_dim)
+    if empty is not None:
+        config.__dict__.pop(WITHOUT_HEADS, None)
+        if indices := sorted(empty):
+            setattr(config, WITHOUT_HEADS, indices)
+    return config
+
+
+def write_heads(config: PreTrainedConfig, heads: Sequence[tuple[int, int]], head_dim: int) -> None:
+    """`with_heads`, in place: the fields with numbers of heads."""
+    family = FAMILIES[config.model_type]
     others = _other_overrides(config)
     config.per_layer_config = None
     if not others:
         config.__dict__.pop("allow_global_per_layer_attribute_access", None)
     base_heads = config.num_attention_heads
-    config.head_dim = attention_layers(model)[0].head_dim
+    config.head_dim = head_dim
     if not family.has_key_value_heads and not hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = base_heads
 
@@ -499,17 +584,16 @@ def with_heads(model: PreTrainedModel, heads: Sequence[tuple[int, int]]) -> PreT
     if uniform and num_heads == base_heads:
         config.num_key_value_heads = num_key_value_heads
         config.per_layer_config = others or None
-        return config
+        return
     if uniform and rebuilt and _accepts(config, num_heads, num_key_value_heads):
         config.per_layer_config = others or None
-        return config
+        return
     config.per_layer_config = {
         index: others.get(index, {}) | {"num_attention_heads": n, "num_key_value_heads": kv}
         for index, (n, kv) in enumerate(heads)
     }
     # The stock classes read the global numbers once while they build the model.
     config.allow_global_per_layer_attribute_access = True
-    return config
 
 
 def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:

@@ -15,7 +15,7 @@ block of queries exists at a time, at most `BLOCK_NUMBERS` numbers, and never a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -8,6 +8,7 @@ itself does everything else: dtype, device_map, shards, quantization.
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -28,7 +29,7 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 def load_pretrained(
     pretrained_model_name_or_path: str | os.PathLike[str], auto_class: Any = None, **kwargs: Any
 ) -> Any:
-    """Load any checkpoint, also one whose heads or attention hf_attnkit changed.
+    """Load any checkpoint, also one whose heads or attention hf_attnkit changed, or Transformers 4 pruned.
 
     Args:
         pretrained_model_name_or_path: a folder or a name on the hub.
@@ -50,6 +51,8 @@ def load_pretrained(
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
+    config = copy.deepcopy(config)  # a caller's stays as it is
+    families.read_pruned_heads(config)
     swapped = getattr(config, "hf_attnkit", None) is not None
     if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
@@ -147,6 +150,7 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass that has the numbers of heads of its config also where the stock class does not."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        families.read_pruned_heads(config)
         model_class.__init__(self, config, *args, **kwargs)
         if config.model_type in families.FAMILIES and not families.FAMILIES[config.model_type].fixed:
             _resize(self)

@@ -13,15 +13,12 @@ from transformers import PreTrainedModel
 
 from . import surgery
 from .attention.mask import Mask
-from .attention.registry import ATTRIBUTE, observe
+from .attention.registry import observe
 from .attention_match import Batch, fit_queries
 from .families import AttentionLayer
 from .forward import real_mask
-from .observe import visible_attention
+from .observe import has_softmax, visible_attention
 from .walk import Walk
-
-# Attention that is a softmax over all keys that the model's mask shows; of others the scores are not known here.
-_SOFTMAX = ("sdpa", "eager", "mha", "gqa", "mqa", "flash")
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,7 @@ class Attended:
 
 def can_refit(layer: AttentionLayer) -> bool:
     """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products."""
-    kind = getattr(layer.module, ATTRIBUTE, None)
-    return not layer.norm and not layer.is_cross and (kind is None or kind.name in _SOFTMAX)
+    return not layer.norm and not layer.is_cross and has_softmax(layer.module)
 
 
 @contextmanager

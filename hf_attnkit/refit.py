@@ -26,13 +26,15 @@ from transformers.utils import logging
 
 from . import surgery
 from .change import Change
-from .families import attention_layers, input_device
+from .families import AttentionLayer, attention_layers, input_device
 from .forward import real_tokens, to_device
 from .query_refit import attention_calls, can_refit, refit_queries
+from .rescale import scaled
 from .walk import Walk
 
 logger = logging.get_logger(__name__)
 
+METHODS = ("output", "scale")
 RIDGE = 0.1
 
 
@@ -51,14 +53,22 @@ class _Sums:
         self.ya += y.T @ a
 
 
-def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool = False, ridge: float = RIDGE) -> None:
+def refit(
+    change: Change,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    queries: bool = False,
+    method: str = "output",
+    ridge: float = RIDGE,
+) -> None:
     """Refit the output projections of all layers after `change`, which was applied.
 
     Args:
         change: gives every layer's output projection new parameters, and its query projection if those are fitted.
         batches: model inputs; padding is left out. Kept, since every layer runs them.
         queries: fit the query projections too, each layer's before its output, see `attention_match`; where the
-            keys changed. Layers stay out whose queries are normed, or whose attention is no softmax over all keys.
+            keys changed. Layers stay out whose queries are normed, or whose attention is no softmax (linear).
+        method: "output" solves for the whole projection, "scale" for one factor per head (see `rescale`).
         ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
 
     Raises:
@@ -83,9 +93,11 @@ def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool
                 targets = [call.output for call in calls]
             else:
                 with change.undone():
-                    targets = [walk.seen(layer.index, layer.output)[1] for walk in untouched]
+                    targets = [_target(walk, layer, method) for walk in untouched]
             sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
             for batch, walk, target in zip(inputs, changed, targets, strict=True):
+                if method == "scale":
+                    target = target - walk.seen(layer.index, layer.block)[0]
                 heads, _ = walk.seen(layer.index, layer.output)
                 sums.add(real_tokens(heads, batch), real_tokens(target, batch))
             if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
@@ -93,11 +105,20 @@ def refit(change: Change, batches: Iterable[Mapping[str, Any]], *, queries: bool
                     f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
                     "float32 and look for a batch that breaks it"
                 )
-            weight, bias = solve(sums.aa, sums.ya, layer.output, ridge)
+            if method == "scale":
+                weight, bias = scaled(sums.aa, sums.ya, layer.output, layer.head_dim, ridge)
+            else:
+                weight, bias = solve(sums.aa, sums.ya, layer.output, ridge)
             surgery.apply(surgery.Edit(layer.output, weight, bias))
     except BaseException:
         change.undo()
         raise
+
+
+def _target(walk: Walk, layer: AttentionLayer, method: str) -> Tensor:
+    """What the untouched model has after the attention: its output, and for "scale" the residual stream with it."""
+    output = walk.seen(layer.index, layer.output)[1]
+    return output + walk.seen(layer.index, layer.block)[0] if method == "scale" else output
 
 
 def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:

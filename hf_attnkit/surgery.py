@@ -44,6 +44,18 @@ def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit
     return Edit(linear, weight, bias)
 
 
+def blank_rows(linear: nn.Linear, head_dim: int, rows: slice = ALL) -> Edit:
+    """One head of zeros instead of these heads of a query, key or value projection."""
+    weight = linear.weight.new_zeros(head_dim, linear.in_features)
+    return Edit(linear, weight, None if linear.bias is None else linear.bias.new_zeros(head_dim), rows)
+
+
+def blank_columns(linear: nn.Linear, head_dim: int) -> Edit:
+    """One head's inputs of an output projection, which it ignores, instead of all; the bias stays."""
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    return Edit(linear, linear.weight.new_zeros(linear.out_features, head_dim), bias)
+
+
 def whole(edits: Sequence[Edit]) -> list[Edit]:
     """One edit per module: those of its rows joined, with the rows between them."""
     by_linear: dict[int, list[Edit]] = {}

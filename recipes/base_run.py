@@ -135,7 +135,7 @@ class Run(ABC):
                 "stage": stage,
                 "metrics": measured.pop("metrics"),
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-                "num_heads": [layer.num_heads for layer in layers],
+                "num_heads": [len(layer.heads) for layer in layers],
                 "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
                 **measured,
                 "evaluation_seconds": round(time.perf_counter() - start, 2),

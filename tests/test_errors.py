@@ -163,7 +163,6 @@ MODEL: dict[str, Bad] = {
     "prune: head -1": (lambda m: prune_heads(m, {0: [-1]}), ValueError, "layer 0: head -1 .*heads 0 to 7"),
     "prune: head bool": (lambda m: prune_heads(m, {0: [False, 1]}), ValueError, "head False"),
     "prune: twice": (lambda m: prune_heads(m, {0: [0, 1, 1]}), ValueError, r"heads \[1\] are named more than once"),
-    "prune: all": (lambda m: prune_heads(m, {1: range(8)}), ValueError, "layer 1: all 8 heads .* at least one"),
     "prune: none": (lambda m: prune_heads(m, {0: [], 1: []}), ValueError, "no head to remove"),
     "prune: empty": (lambda m: prune_heads(m, {}), ValueError, "no head to remove"),
     "prune: no mapping": (lambda m: prune_heads(m, [0, 1]), (TypeError, ValueError), r"\[0, 1\]"),
@@ -175,6 +174,16 @@ MODEL: dict[str, Bad] = {
         "remove whole groups, or the same number",
     ),
     "prune: second layer bad": (lambda m: prune_heads(m, {0: [0, 1], 1: [2]}), ValueError, "layer 1: .*groups of"),
+    "prune: refit": (
+        lambda m: prune_heads(m, {0: [0, 1]}, calibration=[batch(m)], refit="all"),
+        ValueError,
+        "refit='all' must be one of 'output', 'scale'",
+    ),
+    "prune: refit without data": (
+        lambda m: prune_heads(m, {0: [0, 1]}, refit="scale"),
+        ValueError,
+        "refit='scale' needs calibration batches",
+    ),
     "prune: calibration": (
         lambda m: prune_heads(m, {0: [0, 1]}, calibration=[]),
         ValueError,
@@ -251,7 +260,24 @@ SELECT: dict[str, Bad] = {
         ValueError,
         "4 heads .*at least 3 kept .* 2 can",
     ),
-    "min_heads 0": (lambda s: select_heads(s, num_heads=1, min_heads=0), ValueError, "min_heads=0 .*at least 1"),
+    "min_heads -1": (lambda s: select_heads(s, num_heads=1, min_heads=-1), ValueError, "min_heads=-1 .*at least 0"),
+    "more than all": (lambda s: select_heads(s, num_heads=9, min_heads=0), ValueError, "9 heads .* 8 can"),
+    "unknown groups": (
+        lambda s: select_heads(s, num_heads=2, num_key_value_heads=2, groups="within"),
+        ValueError,
+        "groups='within' must be one of 'whole', 'across'",
+    ),
+    "across no groups": (
+        lambda s: select_heads(s, num_heads=2, groups="across"),
+        ValueError,
+        "groups='across' .*give num_key_value_heads",
+    ),
+    "less than one from each": (
+        lambda s: select_heads(s, num_heads=3, num_key_value_heads=2, groups="across"),
+        ValueError,
+        "3 heads cannot be removed.*equally many from each group.* 2 can",
+    ),
+    "groups bool": (lambda s: select_heads(s, num_heads=2, num_key_value_heads=[True, 2]), ValueError, "=True groups"),
     "min_heads bool": (lambda s: select_heads(s, num_heads=1, min_heads=True), ValueError, "min_heads=True"),
     "groups": (
         lambda s: select_heads(s, num_heads=1, num_key_value_heads=3),

@@ -25,7 +25,9 @@ PUBLIC = [
     "load_pretrained",
     "plan_gqa",
     "prune_heads",
+    "rearrange_heads",
     "restore_attention",
+    "select_for_target",
     "select_heads",
     "swap_attention",
 ]

@@ -17,6 +17,7 @@ from unchanged import unchanged
 
 from hf_attnkit import (
     convert_to_gqa,
+    families,
     head_importance,
     load_pretrained,
     prune_heads,
@@ -311,6 +312,72 @@ def test_adapters_on_a_pruned_model_have_an_effect_and_save(tmp_path: Path) -> N
     assert torch.equal(outputs(again, inputs), expected)
     merged = tuned.merge_and_unload()
     assert numbers(prune_heads(merged, {1: [0]})) == [(5, 5), (2, 2)]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_adapters_are_trained_merged_and_saved_in_the_smaller_shapes(family: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = prune_heads(build(family, "sequence"), {0: range(8), 1: UNEVEN[1]})
+    inputs = batch(model)
+    plain = outputs(model, inputs).detach()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stack = families.FAMILIES[family].stacks[0]
+    names = [path.rsplit(".", 1)[-1] for path in (stack.query, stack.value)]
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=names)).train()
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=10.0)
+    for _ in range(2):  # the first step leaves one factor of the product at zero
+        tuned(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = outputs(tuned.eval(), inputs).detach()
+    assert (expected - plain).abs().max() > 1e-2
+    merged = tuned.merge_and_unload()
+    # A product of rank 2 is added to the weights instead of to the outputs: a few roundings.
+    exact = outputs(copy.deepcopy(merged).double(), inputs).detach()
+    assert_as_accurate(outputs(merged, inputs).detach(), expected, exact, terms=96)
+    merged.save_pretrained(tmp_path)
+    again = aligned(load_pretrained(tmp_path))
+    assert {name: parameter.shape for name, parameter in again.named_parameters()} == shapes
+    assert numbers(again) == [(1, 1), (3, 3)] and [layer.is_empty for layer in attention_layers(again)] == [True, False]
+    assert torch.equal(outputs(again, inputs), outputs(merged, inputs))
+
+
+@every_family
+def test_an_optimizer_made_before_changes_nothing(family: str) -> None:
+    """It holds the old parameters of what was cut: so nothing stale ever reaches the model."""
+    model = build(family, "sequence").train()
+    inputs = batch(model)
+    optimizer = torch.optim.AdamW([p for layer in attention_layers(model) for p in layer.module.parameters()], lr=0.1)
+    inputs["labels"] = torch.tensor([0, 1, 1])
+    model(**inputs).loss.backward()
+    optimizer.step()
+    prune_heads(model, UNEVEN)
+    model(**inputs).loss.backward()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in attention_layers(model):
+        assert held.isdisjoint(id(parameter) for parameter in layer.module.parameters())
+
+
+@every_family
+def test_gradient_checkpointing(family: str) -> None:
+    model = prune_heads(build(family, "sequence"), {0: range(8), 1: UNEVEN[1]})
+    inputs = batch(model)
+    gradients = []
+    for checkpointing in (False, True):
+        other = copy.deepcopy(model).train()
+        for module in other.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            other.gradient_checkpointing_enable()
+        other(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
+        gradients.append([p.grad for p in other.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,11 +31,31 @@ NAN = float("nan")
         ({"num_heads": 4, "num_key_value_heads": 2}, {0: [0, 1], 1: [0, 1]}),
         ({"fraction": 0.3, "num_key_value_heads": 2}, {0: [0, 1]}),
         ({"num_heads": 3, "num_key_value_heads": [2, 4, 1]}, {0: [0, 1], 1: [0]}),
+        ({"num_heads": 8, "min_heads": 0}, {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}),
+        ({"fraction": 0.34, "min_heads": 0, "num_key_value_heads": 2}, {0: [0, 1], 1: [0, 1]}),
+        # The first and then the second of each group of two: 0.2, 0.7 | 0.4, 0.7 | 1.1, 1.2
+        ({"num_heads": 4, "num_key_value_heads": 2, "groups": "across"}, {0: [0, 2], 1: [0, 3]}),
+        ({"fraction": 0.4, "num_key_value_heads": 2, "groups": "across", "per_layer": True}, {}),
+        (
+            {"fraction": 0.5, "num_key_value_heads": 2, "groups": "across", "per_layer": True},
+            {0: [0, 2], 1: [0, 3], 2: [0, 2]},
+        ),
+        (
+            {"num_heads": 8, "num_key_value_heads": 2, "groups": "across", "min_heads": 0},
+            {0: [0, 1, 2, 3], 1: [0, 1, 2, 3]},
+        ),
+        # Layer 1 shares nothing: its heads go one by one.
+        ({"num_heads": 3, "num_key_value_heads": [2, 4, 1], "groups": "across"}, {0: [0, 2], 1: [0]}),
     ],
     ids=str,
 )
 def test_choice(options: dict, expected: dict) -> None:
     assert select_heads(SCORES, **options) == expected
+
+
+def test_numbers_of_other_libraries_count_groups() -> None:
+    for groups in (np.int64(2), np.array([2, 2, 2])):
+        assert select_heads(SCORES, num_heads=2, num_key_value_heads=groups) == {0: [0, 1]}
 
 
 def test_fractions_count_whole_heads_despite_rounding() -> None:
@@ -52,6 +73,16 @@ def test_missing_heads_are_neither_counted_nor_chosen() -> None:
     scores = torch.tensor([[0.1, 0.2, NAN, NAN], [0.3, 0.4, 0.5, 0.6]])
     assert select_heads(scores, fraction=0.5) == {0: [0], 1: [0, 1]}
     assert select_heads(scores, num_heads=1, per_layer=True) == {0: [0], 1: [0]}
+
+
+def test_a_layer_without_heads_has_nothing_to_choose() -> None:
+    scores = torch.tensor([[NAN, NAN], [0.2, 0.1]])
+    for groups in (None, 1, [1, 2]):
+        for how in ("whole", "across") if groups else ("whole",):
+            options = {"num_key_value_heads": groups, "groups": how, "min_heads": 0}
+            assert select_heads(scores, fraction=0.5, **options) == ({} if (groups, how) == (1, "whole") else {1: [1]})
+    with pytest.raises(ValueError, match="1 heads cannot be removed from layer 0: of 0"):
+        select_heads(scores, num_heads=1, per_layer=True)
 
 
 def test_a_score_that_is_no_number_never_renumbers_heads() -> None:

@@ -191,6 +191,11 @@ def check(layers: Sequence[AttentionLayer], method: str, key_method: str, groupi
         raise ValueError(
             "grouping='best' looks for the least loss, and method 'random' does not aim at one; leave it out"
         )
+    if empty := [layer.index for layer in layers if layer.is_empty]:
+        raise ValueError(
+            f"layers {empty} have no heads left, so there are none to merge; convert first, and remove all heads of a "
+            "layer after"
+        )
     if transforms(key_method):
         for layer in layers:
             if layer.norm:

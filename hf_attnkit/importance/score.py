@@ -56,7 +56,7 @@ def head_importance(
 
     Returns:
         `(num_layers, num_heads)`, float32, higher = keep. Where layers have different numbers of
-        heads, the places of the missing ones hold NaN.
+        heads, the places of the missing ones hold NaN; all of a layer's where it has no head left.
 
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
@@ -70,8 +70,8 @@ def head_importance(
     layers = editable_layers(model)
     scores = implementation.score(model, layers, batches, **options)
     importance = torch.full((len(layers), max(layer.num_heads for layer in layers)), torch.nan)
-    for row, layer_scores in zip(importance, scores, strict=True):
-        row[: len(layer_scores)] = layer_scores
+    for row, layer, layer_scores in zip(importance, layers, scores, strict=True):
+        row[: len(layer.heads)] = layer_scores[: len(layer.heads)]
     return importance
 
 

@@ -138,6 +138,8 @@ def head_statistics(
     nearest = torch.full(shape, -1)
     for found in sums.values():
         row, heads = found.layer.index, slice(0, found.layer.num_heads)
+        if found.layer.is_empty:  # its one head is a stand-in
+            continue
         for name, mean in found.means().items():
             tables[name][row, heads] = mean.float()
         if found.layer.num_heads > 1:

@@ -94,7 +94,7 @@ def test_split_equals_one_pass(kind: str, cache: str, split: str) -> None:
 
 @every_cache
 @every_kind
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_any_split_of_any_padding(kind: str, cache: str, data: st.DataObject) -> None:
     with torch.no_grad():

@@ -99,7 +99,7 @@ def test_other_overrides_per_layer_survive(family: str) -> None:
 def test_scores_of_nothing_are_refused() -> None:
     model = build("bert")
     one_token = {"input_ids": torch.ones(3, 1, dtype=torch.long)}
-    with unchanged(model), pytest.raises(ValueError, match="at least two tokens"):
+    with unchanged(model), pytest.raises(ValueError, match="at least 2 tokens"):
         head_importance(model, [one_token])
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, head_importance, prune_heads, swap_attention
+from hf_attnkit.attention.registry import observe
 from hf_attnkit.families import attention_layers
 from hf_attnkit.importance import METHODS
 
@@ -199,8 +200,25 @@ def test_swapped_windows_count_and_other_attention_is_refused() -> None:
     inputs = batch(model, LENGTHS)
     scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
     assert scores.min() > 0 and scores.max() <= torch.tensor(2.0).log()
-    swap_attention(model, "local_global", window=2)
-    with unchanged(model), pytest.raises(ValueError, match=r"layer 0 runs 'local_global'.*restore_attention"):
+    swap_attention(model, "local_global", window=2)  # and the first token
+    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    assert scores.max() <= torch.tensor(3.0).log()
+    real = inputs["attention_mask"].bool()
+    place = inputs["attention_mask"].cumsum(-1) - 1
+    distance = place[:, :, None] - place[:, None]
+    pattern = (distance >= 0) & ((distance < 2) | (place == 0)[:, None]) & real[:, None]
+    found: list[Tensor] = []
+
+    def look(module, query, key, value, mask, scaling) -> None:
+        each = (query.double() @ key.double().mT * scaling).masked_fill(~pattern[:, None], -1e300).softmax(-1)
+        found.append(-torch.xlogy(each, each).sum(-1).transpose(1, 2)[real].mean(0))
+
+    with observe(look):
+        model(**inputs)
+    torch.testing.assert_close(scores.double(), torch.stack(found), rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match="linear"):
+        swap_attention(model, "linear")
+    with unchanged(model), pytest.raises(ValueError, match=r"layer 0 runs linear attention.*restore_attention"):
         head_importance(model, [inputs])
 
 

@@ -74,7 +74,7 @@ class QuerySums:
         for total in over_processes(self._layers, self._sums, f"the scores of attention ({self._what})"):
             if not total[-1]:
                 raise ValueError(
-                    f"no query of the batches sees enough keys to have a {self._what}; give sequences of at least "
+                    f"no query of the batches sees enough keys for a score by {self._what}; give sequences of at least "
                     f"{self._fewest_keys} tokens"
                 )
             means.append(total[:-1] / total[-1])

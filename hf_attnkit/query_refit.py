@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class Attended:
     mask: Mask
     scaling: float
     output: Tensor
+
+    def in_order(self, order: Sequence[int]) -> Attended:
+        """With these key heads, and the query heads of each, in this order."""
+        query = self.query.unflatten(1, (self.key.shape[1], -1))[:, list(order)].flatten(1, 2)
+        return replace(self, query=query, key=self.key[:, list(order)])
 
 
 def can_refit(layer: AttentionLayer) -> bool:

@@ -16,7 +16,7 @@ sum y^T a.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def refit(
     change: Change,
     batches: Iterable[Mapping[str, Any]],
     *,
-    queries: bool = False,
+    order: Sequence[Sequence[int]] | None = None,
     method: str = "output",
     ridge: float = RIDGE,
 ) -> None:
@@ -66,8 +66,9 @@ def refit(
     Args:
         change: gives every layer's output projection new parameters, and its query projection if those are fitted.
         batches: model inputs; padding is left out. Kept, since every layer runs them.
-        queries: fit the query projections too, each layer's before its output, see `attention_match`; where the
-            keys changed. Layers stay out whose queries are normed, or whose attention is no softmax (linear).
+        order: given where keys changed, to fit the query projections too, each layer's before its output, see
+            `attention_match`: per layer, which key head of the untouched model stands where now. Layers stay out
+            whose queries are normed, or whose attention is no softmax (linear).
         method: "output" solves for the whole projection, "scale" for one factor per head (see `rescale`).
         ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
 
@@ -82,10 +83,10 @@ def refit(
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
         untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
         for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
-            assert change.covers(layer.output) and (change.covers(layer.query) or not queries), layer.name
-            if queries and can_refit(layer):
+            assert change.covers(layer.output) and (change.covers(layer.query) or order is None), layer.name
+            if order is not None and can_refit(layer):
                 with change.undone(), attention_calls(model, layer) as run:
-                    calls = [run(walk) for walk in untouched]
+                    calls = [run(walk).in_order(order[layer.index]) for walk in untouched]
                 before, after = refit_queries(model, layer, changed, inputs, calls)
                 logger.info(
                     f"{layer.name}: KL divergence from the untouched attention {before:.3g} -> {after:.3g} nats"

@@ -20,7 +20,7 @@ from unchanged import unchanged
 from hf_attnkit import cache_bytes_per_token, convert_to_gqa, load_pretrained, plan_gqa
 from hf_attnkit.conversion import METHODS, Statistics, budget, grouping, loss, pca
 from hf_attnkit.conversion.heads import Heads, read
-from hf_attnkit.conversion.methods import merge, merge_keys, merge_values, transforms
+from hf_attnkit.conversion.methods import group_loss, merge, merge_keys, merge_values, transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.families import FAMILIES, Rope, attention_layers
 
@@ -255,6 +255,18 @@ def test_best_grouping_finds_equal_heads() -> None:
     plan.apply()
     # A permutation of heads and sums in another order.
     assert (outputs(model, batch(model)) - before).abs().max() <= 1e-12 * before.abs().max()
+
+
+def test_the_best_grouping_weighs_keys_and_values_by_their_shares() -> None:
+    """Outputs in other units, such as a hundred times as large, group the heads no differently."""
+    heads, x = random_heads(5, kv_heads=6)
+    scaled = replace(heads, output=100 * heads.output)
+    for method in ("mean", "pca"):
+        losses = [group_loss(h, moment(x), method, method) for h in (heads, scaled)]
+        for members in itertools.combinations(range(6), 2):
+            assert abs(losses[0](members) - losses[1](members)) <= 1e-9
+        whole = merge(heads, [range(6)], moment(x), method, method)
+        assert abs(losses[0](range(6)) - whole.key_loss - whole.value_loss) <= 1e-9
 
 
 @settings(max_examples=25, deadline=None)

@@ -97,7 +97,8 @@ def convert_to_gqa(
     )
     change = plan._start()
     if refit:
-        refit_projections(change, calibration, queries=refit is True)  # type: ignore[arg-type]
+        order = [[head for group in layer.groups for head in group] for layer in plan.layers]
+        refit_projections(change, calibration, order=order if refit is True else None)  # type: ignore[arg-type]
     logger.info(f"converted to grouped-query attention:\n{plan}")
     return model
 

@@ -11,7 +11,7 @@ change with them (without it a method returns those that it was given); `USES_ST
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
@@ -105,10 +105,24 @@ def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, 
     return Merged(merged, total_constant([part.constant for part in parts]), *losses)
 
 
-def group_loss(heads: Heads, members: Sequence[int], second_moment: Tensor, method: str, key_method: str) -> float:
-    """The energy that merging these heads loses: comparable between groups of a layer."""
-    part = _merge_group(heads.group(members), second_moment.to(heads.key), method, key_method)
-    return part.key_energy[0] + part.value_energy[0]
+def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str) -> Callable[[Sequence[int]], float]:
+    """What merging some of these heads loses, as a function of their numbers.
+
+    The share of the layer's energy of scores and that of outputs, added: energies themselves have different units.
+    """
+    second_moment = second_moment.to(heads.key)
+
+    def merged(members: Sequence[int]) -> _Part:
+        return _merge_group(heads.group(members), second_moment, method, key_method)
+
+    each = [merged([head]) for head in range(len(heads.key))]
+    keys, values = sum(part.key_energy[1] for part in each), sum(part.value_energy[1] for part in each)
+
+    def loss_of(members: Sequence[int]) -> float:
+        part = merged(members)
+        return part.key_energy[0] / max(keys, 1e-300) + part.value_energy[0] / max(values, 1e-300)
+
+    return loss_of
 
 
 class _Part(NamedTuple):

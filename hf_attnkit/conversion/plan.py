@@ -253,7 +253,7 @@ def _groups(
     count = len(present.key)
     if grouping == "adjacent":
         return groupings.adjacent(count, number)
-    return groupings.best(count, number, lambda members: group_loss(present, members, moment, method, key_method))
+    return groupings.best(count, number, group_loss(present, moment, method, key_method))
 
 
 def _loss(layer: AttentionLayer, number: int, moment: Tensor, method: str, key_method: str, grouping: str) -> float:

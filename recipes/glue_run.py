@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from base_run import Run
+from base_run import Run, RunArguments
 from glue_data import load_glue
 from glue_metric import GlueMetric
 from glue_tasks import Task, get_task
@@ -28,7 +28,7 @@ from hf_attnkit.families import attention_layers
 
 
 @dataclass
-class GlueArguments:
+class GlueArguments(RunArguments):
     """Model and data; the names are those of Transformers' run_glue.py."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
@@ -59,6 +59,14 @@ class GlueRun(Run):
         super().__init__(arguments, training, at_least_one=("max_train_samples", "max_eval_samples", "max_length"))
         self.task = get_task(arguments.task_name)
         self.task_name, self.data = self.task.name, describe(self.task)
+        self.dataset = {
+            "id": "nyu-mll/glue" if self.task.folder else None,
+            "name": f"GLUE {self.task.folder}" if self.task.folder else "demo data, not GLUE",
+            "config": self.task.name,
+            "split": "validation",
+            "language": "en",
+            "task_type": "text-classification",
+        }
         data = load_glue(arguments.task_name, arguments.data_dir)
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         if self.tokenizer.pad_token is None:

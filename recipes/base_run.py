@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 import hf_attnkit
 from hf_attnkit.families import attention_layers
+from hf_attnkit.monitoring import core_model
 from hf_attnkit.observe import has_softmax
 
 logger = logging.get_logger(__name__)
@@ -206,7 +207,8 @@ class Run(ABC):
         """What training is given beside Trainer's own."""
         asked = self.arguments.entropy_every_n_steps
         every = ENTROPY_EVERY_N_STEPS if asked is None else asked
-        if every and not any(has_softmax(layer.module) for layer in attention_layers(self.model, adapters=True)):
+        layers = attention_layers(core_model(self.model), adapters=True)
+        if every and not any(has_softmax(layer.module) for layer in layers):
             logger.warning("no attention entropies are logged: every layer runs linear attention, which has no weights")
             every = 0
         return [hf_attnkit.AttentionEntropyCallback(every)] if every else []

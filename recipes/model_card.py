@@ -21,6 +21,7 @@ from report import write_text
 from stage_table import heads, notes, settings, stage_table
 from transformers import AutoConfig
 
+from hf_attnkit import available_attentions
 from hf_attnkit.loading import skeleton
 
 # A task's metric -> the hub's name for it, where they differ.
@@ -88,7 +89,7 @@ def _metadata(results: Mapping[str, Any], name: str) -> ModelCardData:
 
 def _tags(results: Mapping[str, Any]) -> list[str]:
     named = [tag for fact, tag in _TAGS.items() if results.get(fact)]
-    return named + ([f"attention:{kind}" for kind in dict.fromkeys(results.get("attention", []))])
+    return named + [kind for kind in dict.fromkeys(results.get("attention", [])) if kind in available_attentions()]
 
 
 def _result(dataset: Mapping[str, Any], metric: str, value: float) -> EvalResult:

@@ -48,7 +48,7 @@ def _by(now: float, before: float) -> str:
 
 
 def _share(now: float, before: float) -> str:
-    return f"{now / before - 1:+.1%}" if before else ""
+    return f"{now / before - 1:+.1%}" if before and now != before else ""
 
 
 _COSTS = (

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -38,8 +36,6 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-
-import hf_attnkit
 
 VOCABULARY = 1000
 STEPS = ENTROPY_EVERY_N_STEPS + 1  # the first is not counted, one of the others measures
@@ -96,20 +92,24 @@ class Clock(TrainerCallback):
         self.last = now
 
 
-class TimedEntropy(hf_attnkit.AttentionEntropyCallback):
-    """The callback, with the seconds of each measurement."""
+def timed(callback: Any, seconds: list[float]) -> Any:
+    """The callback of entropies, which adds each measurement's seconds."""
+    measure = callback._measure
 
-    measurements: list[float] = []  # noqa: RUF012 - of all turns
-
-    def _measure(self, *args: Any) -> Any:
+    def measure_timed(*args: Any) -> Any:
         start = time.perf_counter()
-        found = super()._measure(*args)
-        self.measurements.append(time.perf_counter() - start)
+        found = measure(*args)
+        seconds.append(time.perf_counter() - start)
         return found
 
+    callback._measure = measure_timed
+    return callback
 
-def turn(kind: str, training: TrainingArguments, data: Sentences, shape: dict[str, int]) -> list[float]:
-    """Train anew; seconds of each step but the first."""
+
+def turn(
+    kind: str, training: TrainingArguments, data: Sentences, shape: dict[str, int], measurements: list[float]
+) -> list[float]:
+    """Train anew; seconds of each step but the first. Those of each measurement of entropies are added to the list."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape))
     clock = Clock()
@@ -118,8 +118,8 @@ def turn(kind: str, training: TrainingArguments, data: Sentences, shape: dict[st
         Trainer(model=model, args=training, callbacks=[clock], **options).train()
         return clock.seconds
     run = RandomRun(RunArguments(entropy_every_n_steps=0 if kind == WITHOUT else None), training, model, data)
-    callbacks: Callable[[], list] = run.callbacks
-    run.callbacks = lambda: [*callbacks(), clock]  # type: ignore[method-assign]
+    own = [timed(callback, measurements) for callback in run.callbacks()]
+    run.callbacks = lambda: [*own, clock]
     run.train()
     return clock.seconds
 
@@ -145,7 +145,7 @@ def main() -> None:
     data = Sentences(options.batch_size * options.steps, options.length)
     kinds = [PLAIN, WITHOUT, DEFAULT]
     found: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
-    hf_attnkit.AttentionEntropyCallback = TimedEntropy
+    measurements: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             folder, per_device_train_batch_size=options.batch_size, max_steps=options.steps, report_to="none",
@@ -155,10 +155,9 @@ def main() -> None:
         for number in range(options.rounds):
             first = number % len(kinds)
             for kind in kinds[first:] + kinds[:first]:
-                found[kind].append(turn(kind, training, data, shape))
+                found[kind].append(turn(kind, training, data, shape, measurements))
         where = machine(training)
-        shutil.rmtree(folder)
-    report = summary(found, TimedEntropy.measurements)
+    report = summary(found, measurements)
     print_summary(report, f"{where}, torch {torch.__version__}, {options.batch_size} x {options.length} tokens a step")
     if options.output_file:
         arguments = {name: value for name, value in vars(options).items() if name != "output_file"}

@@ -27,6 +27,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 import hf_attnkit
+from hf_attnkit.cache_size import cache_bytes
 from hf_attnkit.families import attention_layers
 from hf_attnkit.monitoring import core_model
 from hf_attnkit.observe import has_softmax
@@ -168,7 +169,9 @@ class Run(ABC):
         # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
             vars(self.model).pop(name, None)
-        layers = attention_layers(self.model)
+        core = core_model(self.model)
+        layers = attention_layers(core, adapters=True)
+        heads = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
         self.stages.append(
             {
                 "stage": stage,
@@ -176,7 +179,7 @@ class Run(ABC):
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                 "num_heads": [len(layer.heads) for layer in layers],
                 "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
-                "key_value_bytes_per_token": hf_attnkit.cache_bytes_per_token(self.model),
+                "key_value_bytes_per_token": cache_bytes(heads, core.dtype),
                 **costs,
                 **measured,
                 "evaluation_seconds": seconds,
@@ -194,10 +197,10 @@ class Run(ABC):
         """
         if not self.training.do_train:
             return {}
+        self.trainings += 1
         checkpoint = self.training.resume_from_checkpoint
         trainer = self.trainer(kind, callbacks=self.callbacks(), **options)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        self.trainings += 1
         if trainer.is_world_process_zero():
             write_json(self.output / f"trainer_state_{self.trainings}.json", asdict(trainer.state))
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}

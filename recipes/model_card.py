@@ -24,6 +24,7 @@ from transformers import AutoConfig
 from hf_attnkit import available_attentions
 from hf_attnkit.loading import skeleton
 
+ADAPTERS = "adapter_config.json"  # of a folder that holds adapters and no model
 # A task's metric -> the hub's name for it, where they differ.
 _HUB_METRICS = {"pearson": "pearsonr"}
 _TAGS = {"importance": "head-pruning", "method": "grouped-query-attention", "lora": "lora", "distill": "distillation"}
@@ -37,7 +38,7 @@ def write_card(folder: Path, results: Mapping[str, Any], name: str) -> None:
         results: what results.json holds.
         name: of the model: its repository on the hub, or its folder.
     """
-    card = ModelCard(f"---\n{_metadata(results, name).to_yaml()}\n---\n\n{_text(folder, results, name)}")
+    card = ModelCard(f"---\n{_metadata(folder, results, name).to_yaml()}\n---\n\n{_text(folder, results, name)}")
     write_text(folder / "README.md", str(card))
 
 
@@ -70,12 +71,12 @@ def _sizes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _metadata(results: Mapping[str, Any], name: str) -> ModelCardData:
+def _metadata(folder: Path, results: Mapping[str, Any], name: str) -> ModelCardData:
     dataset = results["dataset"]
     metrics = results["stages"][-1]["metrics"] if results["stages"] else {}
     evaluated = [_result(dataset, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if (folder / ADAPTERS).is_file() else "transformers",
         base_model=base_model(results["model"]),
         datasets=[dataset["id"]] if dataset["id"] else None,
         language=dataset["language"],
@@ -154,6 +155,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _use(folder: Path, results: Mapping[str, Any], name: str) -> str:
+    if (folder / ADAPTERS).is_file():
+        return (
+            "These are adapters of the model above; `pip install peft`, and\n\n```python\n"
+            "from peft import AutoPeftModelForSequenceClassification\n\n"
+            f'model = AutoPeftModelForSequenceClassification.from_pretrained("{name}")\n```'
+        )
     kind = "CausalLM" if results["dataset"]["task_type"] == "text-generation" else "SequenceClassification"
     if loads_without_us(folder):
         return (

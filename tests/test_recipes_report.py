@@ -193,6 +193,13 @@ def test_metrics_without_a_value_are_no_result_of_the_card(tmp_path: Path) -> No
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("pearsonr", 0.5, "nyu-mll/glue")
 
 
+def test_a_folder_of_adapters_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    model_card.write_card(tmp_path, RESULTS, "stsb")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and "AutoPeftModel" in card.text and "load_pretrained" not in card.text
+
+
 def test_both_dev_sets_of_mnli_are_results() -> None:
     dataset = RESULTS["dataset"] | {"config": "mnli"}
     found = [model_card._result(dataset, f"accuracy_{of}", 0.5) for of in ("matched", "mismatched")]

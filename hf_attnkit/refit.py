@@ -8,8 +8,9 @@ untouched model's attention output for the same token:
 A bias, where there is one, is free: the sums are then of a_t and y_t less their means. It generalises
 the rescaling of heads by Kwon et al. 2022 (arXiv 2204.09656) and takes no labels and no gradients.
 
-After pruning y_t is, as theirs, what brings the residual stream to where the untouched model has it after the attention,
-so that a layer also makes up for what those below it lost: with x_t the stream before, y_t = (x'_t + y'_t) - x_t.
+After pruning y_t is, as theirs, what brings the residual stream to where the untouched model has it behind the
+attention, so that a layer also makes up for what those below it lost: with x_t the stream before the attention and a
+prime for the untouched model, y_t = (x'_t + y'_t) - x_t.
 
 Layer by layer from the bottom, each on what the refitted layers below give it: all layers in one
 pass measured more than twice the perplexity (see docs/conversion.md). The models do not start anew for each layer

@@ -64,17 +64,17 @@ def parse_variant(variant: str) -> Scoring:
     return scoring
 
 
-def compare(run: Run, arguments: PruningComparisonArguments, score_size: tuple[str, int]) -> None:
+def compare(run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str, int]) -> None:
     """Measure the untouched model and every pruning of it, print a table and write results.json.
 
     With training, the untouched model is trained as long as the others: what recovery has to be compared with.
 
     Args:
-        score_size: what the amount of data for scores and refit is called in results.json, and the amount.
+        sizes: how much data scores and refit look at, in this order, by the names that results.json gives these.
     """
     original = run.model.to(run.training.device)
     run.evaluate("baseline")
-    batches = list(run.calibration_batches(score_size[1]))
+    batches, refit_batches = (list(run.calibration_batches(size)) for size in sizes.values())
     chosen: dict[tuple[str, float], dict[int, list[int]]] = {}
     maps: dict[str, list[list[float | None]]] = {}
     for variant, scoring in arguments.scorings.items():
@@ -91,7 +91,7 @@ def compare(run: Run, arguments: PruningComparisonArguments, score_size: tuple[s
     for (variant, fraction), removed in chosen.items():
         for refit in arguments.refits:
             run.model = copy.deepcopy(original)
-            prune(run.model, removed, refit, batches)
+            prune(run.model, removed, refit, refit_batches)
             facts = {"variant": variant, "prune_fraction": fraction, "refit": refit}
             run.evaluate("changed", **facts, removed=removed)
             print(f"{fraction:.0%} removed, {variant}, refit {refit}: {run.stages[-1]['metrics']}", flush=True)
@@ -99,7 +99,7 @@ def compare(run: Run, arguments: PruningComparisonArguments, score_size: tuple[s
                 _recover(run, run.model, **facts)
     run.model = original
     compared = {name: getattr(arguments, name) for name in ("prune_fractions", "variants", "refits")}
-    results = run.results(**compared, **arguments.selection(), **{score_size[0]: score_size[1]}, scores=maps)
+    results = run.results(**compared, **arguments.selection(), **sizes, scores=maps)
     write_json(run.output / "results.json", results)
     print_comparison(results)
 

@@ -18,18 +18,23 @@ from glue_run import GlueArguments, GlueRun
 
 @dataclass
 class GluePruningComparisonArguments(PruningComparisonArguments):
-    score_samples: int = field(default=512, metadata={"help": "Training sentences for scores and refit."})
+    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
+    refit_samples: int | None = field(default=None, metadata={"help": "Training sentences for the refit; as many."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score_samples < 1:
-            raise ValueError(f"--score_samples {self.score_samples} must be at least 1")
+        if self.refit_samples is None:
+            self.refit_samples = self.score_samples
+        for name in ("score_samples", "refit_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 
 
 def main() -> None:
     arguments, comparison, training = parse_arguments(GlueArguments, GluePruningComparisonArguments)
     run = GlueRun(arguments, training)
-    compare(run, comparison, ("score_samples", min(comparison.score_samples, len(run.train_data))))
+    names, available = ("score_samples", "refit_samples"), len(run.train_data)
+    compare(run, comparison, {name: min(getattr(comparison, name), available) for name in names})
 
 
 if __name__ == "__main__":

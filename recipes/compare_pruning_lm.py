@@ -20,12 +20,16 @@ from lm_run import LanguageModelRun, ModelArguments
 
 @dataclass
 class TextPruningComparisonArguments(PruningComparisonArguments):
-    score_tokens: int = field(default=8192, metadata={"help": "Training tokens for scores and refit."})
+    score_tokens: int = field(default=8192, metadata={"help": "Training tokens to score on."})
+    refit_tokens: int | None = field(default=None, metadata={"help": "Training tokens for the refit; as many."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score_tokens < 1:
-            raise ValueError(f"--score_tokens {self.score_tokens} must be at least 1")
+        if self.refit_tokens is None:
+            self.refit_tokens = self.score_tokens
+        for name in ("score_tokens", "refit_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 
 
 def main() -> None:
@@ -33,7 +37,8 @@ def main() -> None:
         ModelArguments, TextArguments, TextPruningComparisonArguments
     )
     run = LanguageModelRun(arguments, text, training)
-    compare(run, comparison, ("score_tokens", min(comparison.score_tokens, run.train_data.tokens.numel())))
+    names, available = ("score_tokens", "refit_tokens"), run.train_data.tokens.numel()
+    compare(run, comparison, {name: min(getattr(comparison, name), available) for name in names})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class PruningArguments(SelectionArguments):
         default="output",
         metadata={"help": "Fit outputs to the model before; or one scale per head; or none.", "choices": list(REFITS)},
     )
-    score_samples: int = field(default=512, metadata={"help": "Training sentences for scores and refit."})
+    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
+    refit_samples: int = field(default=2048, metadata={"help": "Training sentences for the refit, without labels."})
 
     def __post_init__(self) -> None:
         if (self.prune_fraction is None) == (self.latency_target is None):
@@ -61,7 +62,7 @@ class PruningArguments(SelectionArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} {value} must be above 0 and below 1")
-        for name in ("score_samples", "prune_steps"):
+        for name in ("score_samples", "refit_samples", "prune_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         self.scoring = Scoring(
@@ -71,7 +72,8 @@ class PruningArguments(SelectionArguments):
 
     def facts(self) -> dict[str, Any]:
         """For results.json."""
-        names = ("prune_fraction", "latency_target", "prune_steps", "importance", "rearrange", "refit", "score_samples")
+        names = ("prune_fraction", "latency_target", "prune_steps", "importance", "rearrange", "refit", "score_samples",
+                 "refit_samples")  # fmt: skip
         asked = {name: getattr(self, name) for name in names}
         return asked | self.selection() | {"importance_options": self.scoring.options}
 
@@ -138,7 +140,9 @@ def main() -> None:
     if pruning.importance == "random":
         pruning.scoring.options.setdefault("seed", training.seed)
     run = GlueRun(arguments, training)
-    batches = list(run.calibration_batches(pruning.score_samples))
+    batches, refit_batches = (
+        list(run.calibration_batches(size)) for size in (pruning.score_samples, pruning.refit_samples)
+    )
     pruner = Pruner(run.model, pruning, batches)
     run.model.to(training.device)
     run.evaluate("baseline")
@@ -147,7 +151,7 @@ def main() -> None:
         scores, gradients = pruning.scoring.scores(run.model, batches)
         removed = pruner.choose(run.model, scores, gradients, step)
         if removed:
-            prune(run.model, removed, pruning.refit, batches)
+            prune(run.model, removed, pruning.refit, refit_batches)
         rounds.append({"round": step, "scores": scores, "removed": removed})
         facts = {"round": step, "removed": removed}
         if pruning.latency_target is not None:

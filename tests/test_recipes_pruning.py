@@ -68,7 +68,18 @@ def test_rounds_reach_the_fraction_together(checkpoint, tmp_path, monkeypatch) -
 @only_bert
 def test_what_remains_is_the_models_that_the_library_prunes(checkpoint, tokenizer, tmp_path, monkeypatch) -> None:
     """Scores by Fisher, rearranged, outputs refitted: the saved weights are those of the calls one by one."""
-    more = ("--prune_fraction", "0.5", "--importance", "fisher", "--rearrange", "--score_samples", "16", "--do_eval")
+    more = (
+        "--prune_fraction",
+        "0.5",
+        "--importance",
+        "fisher",
+        "--rearrange",
+        "--score_samples",
+        "16",
+        "--refit_samples",
+        "16",
+        "--do_eval",
+    )
     results = run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more, "--refit", "scale"))
     model = hf_attnkit.load_pretrained(checkpoint).eval()
     inputs = first_sentences(checkpoint, tokenizer, 16)
@@ -130,6 +141,7 @@ BAD = [
     ([*HALF, "--prune_steps", "9"], "first of 9 rounds"),
     ([*HALF, "--prune_steps", "0"], "prune_steps 0"),
     ([*HALF, "--score_samples", "0"], "score_samples 0"),
+    ([*HALF, "--refit_samples", "0"], "refit_samples 0"),
     ([*HALF, "--importance_options", "seed"], "name=value"),
     ([*HALF, "--importance_options", "speed=1"], "no option speed"),
     ([*HALF, "--importance", "entropy", "--rearrange"], "rearranging belongs to the scores of 'fisher'"),
@@ -175,7 +187,8 @@ def test_prunings_compared(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     assert list(results["scores"]) == list(variants) and list((tmp_path / "compared").iterdir()) == [
         tmp_path / "compared" / "results.json"
     ]
-    more = (*HALF, "--importance", "entropy", "--importance_options", "direction=diffuse", "--score_samples", "16")
+    more = (*HALF, "--importance", "entropy", "--importance_options", "direction=diffuse", "--score_samples", "16",
+            "--refit_samples", "16")  # fmt: skip
     alone = run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / "alone", *more, "--seed", "3"))
     [same] = [stage for stage in changed if stage["variant"] == variants[2] and stage["prune_fraction"] == 0.5
               and stage["refit"] == "output"]  # fmt: skip

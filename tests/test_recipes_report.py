@@ -84,6 +84,17 @@ def test_every_stage_tells_what_it_costs(finished) -> None:
     assert "CPU" in results["device"]
 
 
+@only_bert
+def test_timing_and_entropies_leave_training_as_it_is(checkpoint, tmp_path, monkeypatch) -> None:
+    """Bit for bit: dropout is on, so a random number more or less would show."""
+    more = ("--num_key_value_heads", "2", "--learning_rate", "1e-2", "--entropy_every_n_steps")
+    run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "with", *more, "1"))
+    monkeypatch.setattr(base_run, "time_per_batch", lambda *_: {})
+    run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "without", *more, "0"))
+    states = [hf_attnkit.load_pretrained(tmp_path / name).state_dict() for name in ("with", "without")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
 def test_entropies_are_logged_at_the_interval_asked_for(finished) -> None:
     history = json.loads((finished[0] / "trainer_state_1.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "attention_entropy/layer_1/mean" in entry] == [1, 2, 4]

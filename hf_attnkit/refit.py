@@ -105,7 +105,7 @@ def refit(
             sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
             for batch, walk, target in zip(inputs, changed, targets, strict=True):
                 if stream:
-                    target = target - walk.seen(layer.index, layer.block)[0]
+                    target = target - walk.before(layer.index)
                 heads, _ = walk.seen(layer.index, layer.output)
                 sums.add(real_tokens(heads, batch), real_tokens(target, batch))
             if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
@@ -126,7 +126,7 @@ def refit(
 def _target(walk: Walk, layer: AttentionLayer, stream: bool) -> Tensor:
     """What the untouched model has after the attention: its output, or the residual stream with it."""
     output = walk.seen(layer.index, layer.output)[1]
-    return output + walk.seen(layer.index, layer.block)[0] if stream else output
+    return output + walk.before(layer.index) if stream else output
 
 
 def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:

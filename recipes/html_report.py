@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from report import write_text
-from stage_table import Cell, notes, settings, stage_table
+from stage_table import Cell, command_lines, notes, settings, stage_table
 from svg_chart import Line, heat_map, line_chart
 
 STYLE = Path(__file__).with_name("html_report.css")
@@ -200,7 +200,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _repeat(results: Mapping[str, Any]) -> str:
     facts = {name: results[name] for name in ("seed", "device", "train_samples") if name in results}
     facts |= results["versions"]
-    return f"<pre>{escape(results['command'])}</pre><p></p>{_facts(facts)}"
+    return f"<pre>{escape(command_lines(results['command']))}</pre><p></p>{_facts(facts)}"
 
 
 def _minus(text: str) -> str:

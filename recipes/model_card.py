@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from report import write_text
-from stage_table import heads, notes, settings, stage_table
+from stage_table import command_lines, heads, notes, settings, stage_table
 from transformers import AutoConfig
 
 from hf_attnkit import available_attentions
@@ -123,7 +123,7 @@ def _text(folder: Path, results: Mapping[str, Any], name: str) -> str:
         "## Use",
         _use(folder, results, name),
         "## Reproduce",
-        f"```bash\n{results['command']}\n```",
+        f"```bash\n{command_lines(results['command'])}\n```",
         f"Seed {results['seed']}; {results['train_samples']:,} training examples; {results['device']}; "
         + ", ".join(f"{package} {number}" for package, number in results["versions"].items())
         + ".",

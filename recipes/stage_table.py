@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,16 @@ def notes(stages: Sequence[Stage]) -> str:
     if of := stages[-1].get("peak_memory_of"):
         found.append(f"Peak MiB: {of}.")
     return " ".join(found)
+
+
+def command_lines(command: str) -> str:
+    """A command line with a line for each flag, as a shell reads it."""
+    lines: list[list[str]] = [[]]
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n    ".join(shlex.join(line) for line in lines)
 
 
 # What results.json holds for every run; the rest are the recipe's own settings.

@@ -6,6 +6,7 @@ A recipe is a `Run` and what it does to the model between two evaluations.
 from __future__ import annotations
 
 import argparse
+import atexit
 import itertools
 import shlex
 import sys
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from report import show, write_json
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -27,7 +29,8 @@ from hf_attnkit.families import attention_layers
 def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
     """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
 
-    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that. `--predict`, where a recipe
+    has it, comes on top.
 
     Args:
         trains: whether the recipe can train; one that cannot evaluates.
@@ -40,16 +43,23 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
     for name in ("--do_train", "--do_eval"):
         flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
     asked, _ = flags.parse_known_args(argv)
+    predicts = any(getattr(group, "predict", False) for group in own)
+    if any(getattr(group, "only_predicts", False) for group in own):
+        if asked.do_train or asked.do_eval or not predicts:
+            parser.error("this task has nothing to train on or to measure: give --predict alone")
+        asked.do_train = asked.do_eval = False
     if not trains:
+        if predicts:
+            parser.error("--predict is for recipes that save a model, which this one does not: leave it out")
         if asked.do_train or asked.do_eval is False:
             parser.error("this recipe evaluates and does not train: leave --do_train and --do_eval out")
         asked.do_train, asked.do_eval = False, True
     training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
     training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
-    if not (training.do_train or training.do_eval):
+    if not (training.do_train or training.do_eval or predicts):
         parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
-        parser.error("--do_predict is not supported: recipes measure with --do_eval")
+        parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
     given = sys.argv if argv is None else argv
     if not any(argument.split("=")[0] == "--output_dir" for argument in given):
         parser.error("--output_dir is needed: the folder for results.json and the model")
@@ -119,6 +129,10 @@ class Run(ABC):
             **options,
         )
 
+    def predict(self, trainer: Trainer) -> dict[str, Any]:
+        """Write predictions where a kind of task has them and they are asked for; facts for results.json."""
+        return {}
+
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
@@ -166,19 +180,20 @@ class Run(ABC):
             **facts,
             "train_samples": len(self.train_data),
             "seed": self.training.seed,
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *(getattr(self.arguments, "command", None) or sys.argv)]),
             "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
         }
 
     def finish(self, **facts: Any) -> None:
-        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
+        """Save model and tokenizer, predict, then write `results.json`, which marks a finished run; print the table."""
         trainer = self.trainer()
         trainer.save_model(str(self.output))
-        results = self.results(**facts)
+        results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
             write_json(self.output / "results.json", results)
             print_stages(results)
-        trainer.accelerator.end_training()
+        # Not now: the processes may have more runs before them.
+        atexit.register(PartialState().destroy_process_group)
 
 
 def print_stages(results: Mapping[str, Any]) -> None:

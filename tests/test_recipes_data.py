@@ -30,9 +30,9 @@ import torch  # noqa: E402
 from demo_data import LEXICONS, make_demo_data, make_pairs  # noqa: E402
 from glue_data import load_glue  # noqa: E402
 from glue_metric import GlueMetric  # noqa: E402
-from glue_tasks import TASKS, get_task  # noqa: E402
+from glue_tasks import BENCHMARK, TASKS, get_task  # noqa: E402
 
-GLUE = [name for name in TASKS if name != "demo"]
+GLUE = [name for name in TASKS if name not in ("ax", "demo")]
 REAL = Path(__file__).parents[2] / "shared" / "glue"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no GLUE data at {REAL}")
 
@@ -43,8 +43,9 @@ ODD = 'a "quote \u2028 b \x0b c \x85 d \x1c e  f ,"" '
 # The table of tasks.
 
 
-def test_the_nine_glue_tasks_and_the_demo():
-    assert " ".join(TASKS) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli demo"
+def test_the_nine_glue_tasks_the_diagnostic_set_and_the_demo():
+    assert " ".join(TASKS) == "cola sst2 mrpc stsb qqp mnli qnli rte wnli ax demo"
+    assert list(BENCHMARK) == GLUE
     assert all(TASKS[name].name == name for name in TASKS)
 
 
@@ -60,6 +61,7 @@ def test_the_nine_glue_tasks_and_the_demo():
         ("qnli", "question sentence", "entailment not_entailment", "accuracy"),
         ("rte", "sentence1 sentence2", "entailment not_entailment", "accuracy"),
         ("wnli", "sentence1 sentence2", "not_entailment entailment", "accuracy"),
+        ("ax", "premise hypothesis", "entailment neutral contradiction", ""),
         ("demo", "sentence", "unacceptable acceptable", "matthews_correlation accuracy"),
     ],
 )
@@ -88,8 +90,8 @@ def test_a_task_cannot_be_changed():
 
 @pytest.mark.parametrize("use", [get_task, load_glue, GlueMetric])
 def test_unknown_task_lists_the_known_ones(use):
-    with pytest.raises(ValueError, match=r"'ax'.*cola, sst2, mrpc.*wnli, demo"):
-        use("ax")
+    with pytest.raises(ValueError, match=r"'colla'.*cola, sst2, mrpc.*wnli, ax, demo"):
+        use("colla")
 
 
 # Files in the layout of each task, all made here.

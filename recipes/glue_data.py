@@ -114,7 +114,7 @@ def _features(task: Task, labelled: bool) -> datasets.Features:
 def _from_hub(task: Task) -> datasets.DatasetDict:
     try:
         return datasets.load_dataset(_HUB_NAME, task.name)
-    except (ConnectionError, FileNotFoundError) as error:
+    except (ConnectionError, FileNotFoundError, ValueError) as error:  # the last: a cache without this task, offline
         raise FileNotFoundError(
             f"Task {task.name!r} could not be loaded from the hub's {_HUB_NAME} ({error}): go "
             f"online, or give data_dir, a folder with {_first_file(task)}."

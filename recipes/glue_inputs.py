@@ -76,8 +76,9 @@ def tokenized(
         return encoded | counted
 
     rows = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="tokenizing")
-    if any(rows["empty"]):
-        row = rows["empty"][:].index(True)
+    counted = {column: rows[column][:] for column in ("empty", "truncated", "blank")}
+    if any(counted["empty"]):
+        row = counted["empty"].index(True)
         raise ValueError(
             f"{split}, row {row}: the text has no token, neither of its own nor a special one, so the model has "
             "nothing to read; drop such rows, or take a tokenizer that adds a token at the start"
@@ -86,7 +87,7 @@ def tokenized(
         ("truncated", f"inputs are longer than --max_length {max_length} tokens and truncated"),
         ("blank", "examples have a blank text"),
     ):
-        number = sum(rows[column])
+        number = sum(counted[column])
         if number and warn:
             warnings.warn(f"{split}: {number} of {len(rows)} {what} ({number / len(rows):.1%})", stacklevel=2)
-    return rows.remove_columns(["truncated", "blank", "empty"])
+    return rows.remove_columns(list(counted))

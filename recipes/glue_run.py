@@ -98,6 +98,8 @@ class GlueRun(Run):
             needs_training_data: `False` also takes a task that has nothing to train on or to measure.
         """
         super().__init__(arguments, training, at_least_one=("max_train_samples", "max_eval_samples", "max_length"))
+        if arguments.seeds:
+            raise ValueError("--seeds has no effect on this recipe, which makes one run; give --seed")
         self.task = get_task(arguments.task_name)
         self.task_name, self.data = self.task.name, describe(self.task)
         if not self.task.is_labelled and needs_training_data:

@@ -46,7 +46,7 @@ def flags(checkpoint: Path, task: str, data: Path | None, output: Path, *more: s
     source = [] if data is None else ["--data_dir", str(data)]
     return [
         *("--model_name_or_path", str(checkpoint), "--task_name", task, *source, "--output_dir", str(output)),
-        *("--max_length", "48", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--use_cpu"),
+        *("--max_length", "80", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--use_cpu"),
         *("--per_device_eval_batch_size", "3", "--learning_rate", "1e-3", "--report_to", "none", *more),
         *("--save_strategy", "no", "--disable_tqdm", "true"),
     ]
@@ -65,7 +65,7 @@ def server_file(model_folder: Path, task: str, split: str, count: int = 7) -> st
     lines = ["index\tprediction"]
     for i, texts in enumerate(zip(*texts_of(task, split, count).values(), strict=True)):
         with torch.no_grad():
-            logits = model(**tokenizer(*texts, truncation=True, max_length=48, return_tensors="pt")).logits[0]
+            logits = model(**tokenizer(*texts, truncation=True, max_length=80, return_tensors="pt")).logits[0]
         if task == "stsb":
             answer = f"{min(max(logits.item(), 0.0), 5.0):.3f}"
         else:
@@ -108,7 +108,7 @@ def test_scores_of_stsb_are_measured_as_scores(glue, checkpoint, tmp_path, monke
     assert model.config.num_labels == 1
     tokenizer, rows = AutoTokenizer.from_pretrained(tmp_path), load_glue("stsb", glue)["validation"]
     with torch.no_grad():
-        inputs = tokenizer(rows["sentence1"][:], rows["sentence2"][:], truncation=True, max_length=48, padding=True)
+        inputs = tokenizer(rows["sentence1"][:], rows["sentence2"][:], truncation=True, max_length=80, padding=True)
         answers = model(**inputs.convert_to_tensors("pt")).logits[:, 0].numpy()
     expected = np.corrcoef(answers, rows["label"][:])[0, 1]
     # Both correlations are of float32 answers, whose padding may differ.
@@ -393,7 +393,8 @@ def test_blank_and_long_texts_are_counted_and_used(checkpoint, tmp_path, monkeyp
     # With [CLS] and [SEP]: 48 tokens fit, 49 are one too many.
     data = odd_task(tmp_path / "data", ["a b", "", "   ", "a " * 46, "a " * 47, "a b", "a b", "a b"])
     with pytest.warns(UserWarning) as seen:
-        results = run(finetune_glue, monkeypatch, flags(checkpoint, "cola", data, tmp_path / "out"))
+        length = ("--max_length", "48")
+        results = run(finetune_glue, monkeypatch, flags(checkpoint, "cola", data, tmp_path / "out", *length))
     told = [str(warning.message) for warning in seen]
     assert "train: 1 of 8 inputs are longer than --max_length 48 tokens and truncated (12.5%)" in told
     assert "train: 2 of 8 examples have a blank text (25.0%)" in told

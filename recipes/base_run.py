@@ -26,7 +26,9 @@ from transformers.hf_argparser import string_to_bool
 from hf_attnkit.families import attention_layers
 
 
-def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
+def parse_arguments(
+    *kinds: Any, argv: Sequence[str] | None = None, trains: bool = True, saves: bool = True
+) -> tuple[Any, ...]:
     """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
 
     Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that. `--predict`, where a recipe
@@ -34,6 +36,7 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
 
     Args:
         trains: whether the recipe can train; one that cannot evaluates.
+        saves: whether the recipe ends with one model, which it saves.
     """
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
@@ -48,9 +51,9 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
         if asked.do_train or asked.do_eval or not predicts:
             parser.error("this task has nothing to train on or to measure: give --predict alone")
         asked.do_train = asked.do_eval = False
+    if predicts and not saves:
+        parser.error("--predict is for recipes that save a model, which this one does not: leave it out")
     if not trains:
-        if predicts:
-            parser.error("--predict is for recipes that save a model, which this one does not: leave it out")
         if asked.do_train or asked.do_eval is False:
             parser.error("this recipe evaluates and does not train: leave --do_train and --do_eval out")
         asked.do_train, asked.do_eval = False, True

@@ -39,18 +39,18 @@ class OneRun:
     command: list[str]
 
 
-def runs(*kinds: Any, trains: bool = True) -> Iterator[tuple[Any, ...]]:
+def runs(*kinds: Any, **options: bool) -> Iterator[tuple[Any, ...]]:
     """Parse the command line and give the arguments of each run, as `parse_arguments` does; sum up after the last.
 
     Args:
         kinds: the recipe's kinds of arguments, `GlueArguments` first.
-        trains: whether the recipe can train.
+        options: those of `parse_arguments`.
 
     Raises:
         ValueError: before the first run, for a finished sweep or a run of another command in the folder, or bad data.
         FileNotFoundError, OSError: before the first run, for data or a model that is not there.
     """
-    parsed = parse_arguments(*kinds, trains=trains)
+    parsed = parse_arguments(*kinds, **options)
     arguments, training = parsed[0], parsed[-1]
     tasks = task_names(arguments.task_name)
     if len(tasks) == 1 and arguments.seeds is None:
@@ -70,7 +70,7 @@ def runs(*kinds: Any, trains: bool = True) -> Iterator[tuple[Any, ...]]:
         if arguments.predict:
             load_test(task, arguments.data_dir)
     for run in pending:
-        parsed = parse_arguments(*kinds, argv=run.command[1:], trains=trains)
+        parsed = parse_arguments(*kinds, argv=run.command[1:], **options)
         parsed[0].command = run.command
         yield parsed
         gc.collect()  # a trainer and its model refer to each other
@@ -186,8 +186,10 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def label(stage: Mapping[str, Any]) -> str:
-    """A stage's name, with the conversion where several are compared."""
-    return " ".join(str(stage[name]) for name in ("stage", "variant") if name in stage)
+    """A stage's name, with what tells it from others of that name: a round, or the change that is compared."""
+    parts = [str(stage[name]) for name in ("stage", "variant") if name in stage]
+    parts += [f"{name} {stage[name]}" for name in ("round", "refit", "prune_fraction") if name in stage]
+    return ", ".join(parts)
 
 
 def print_summary(results: Mapping[str, Any]) -> None:

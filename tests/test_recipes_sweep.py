@@ -19,6 +19,7 @@ from glue_tasks import task_names
 from report import write_json
 from sweep import OneRun, summarize
 from test_recipes_tasks import flags, same_predictions, server_file
+from transformers import TrainingArguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -126,6 +127,19 @@ def test_one_seed_has_no_deviation_and_one_task_no_average(tmp_path, capsys) -> 
     sweep.print_summary(results)
     printed = capsys.readouterr().out
     assert "0.2500" in printed and "changed" in printed and "average" not in printed
+
+
+def test_stages_that_are_compared_are_told_apart() -> None:
+    assert sweep.label({"stage": "changed", "metrics": {}}) == "changed"
+    assert sweep.label({"stage": "changed", "round": 2}) == "changed, round 2"
+    compared = {"stage": "recovered", "variant": "entropy", "prune_fraction": 0.5, "refit": "none"}
+    assert sweep.label(compared) == "recovered, entropy, refit none, prune_fraction 0.5"
+
+
+def test_a_recipe_that_makes_one_run_refuses_seeds(tmp_path) -> None:
+    training = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="--seeds has no effect"):
+        GlueRun(GlueArguments("model", "cola", seeds=[0, 1]), training)
 
 
 # Runs.

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import compare_conversions_glue
+import compare_pruning_glue
 import datasets
 import finetune_glue
 import numpy as np
@@ -247,10 +248,15 @@ def test_a_task_without_test_rows_is_refused_before_training(task, message, chec
     assert not (tmp_path / "out").exists()
 
 
-def test_a_recipe_that_saves_no_model_predicts_nothing(glue, checkpoint, tmp_path, monkeypatch, capsys) -> None:
-    more = ("--predict", "--num_key_value_heads", "1")
+@pytest.mark.parametrize(
+    ("module", "needed"),
+    [(compare_conversions_glue, "--num_key_value_heads"), (compare_pruning_glue, "--prune_fractions")],
+)
+def test_a_recipe_that_saves_no_model_predicts_nothing(
+    module, needed, glue, checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
     with pytest.raises(SystemExit):
-        run(compare_conversions_glue, monkeypatch, flags(checkpoint, "cola", glue, tmp_path / "out", *more))
+        run(module, monkeypatch, flags(checkpoint, "cola", glue, tmp_path / "out", "--predict", needed, "1"))
     assert "--predict is for recipes that save a model" in capsys.readouterr().err
 
 

@@ -95,7 +95,7 @@ def write_task(folder: Path, name: str, count: int = 3, **style: str) -> dict[st
     return _write_splits(folder, name, splits, (tsv.train_file, *tsv.dev_files), count, **style)
 
 
-def write_test(folder: Path, name: str, count: int = 7) -> dict[str, dict[str, list]]:
+def write_test(folder: Path, name: str, count: int = 15) -> dict[str, dict[str, list]]:
     """The test files of a task; returns what has to be read from them, by split."""
     return _write_splits(folder, name, TASKS[name].test_splits, TASKS[name].tsv.test_files, count)
 

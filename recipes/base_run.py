@@ -6,6 +6,7 @@ A recipe is a `Run` and what it does to the model between two evaluations.
 from __future__ import annotations
 
 import argparse
+import atexit
 import shlex
 import sys
 import time
@@ -16,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from html_report import write_report
 from model_card import write_card
 from report import show, write_json
@@ -51,13 +53,17 @@ class RunArguments:
     )
 
 
-def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
+def parse_arguments(
+    *kinds: Any, argv: Sequence[str] | None = None, trains: bool = True, saves: bool = True
+) -> tuple[Any, ...]:
     """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
 
-    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that. `--predict`, where a recipe
+    has it, comes on top.
 
     Args:
         trains: whether the recipe can train; one that cannot evaluates.
+        saves: whether the recipe ends with one model, which it saves.
     """
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
@@ -67,16 +73,23 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
     for name in ("--do_train", "--do_eval"):
         flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
     asked, _ = flags.parse_known_args(argv)
+    predicts = any(getattr(group, "predict", False) for group in own)
+    if any(getattr(group, "only_predicts", False) for group in own):
+        if asked.do_train or asked.do_eval or not predicts:
+            parser.error("this task has nothing to train on or to measure: give --predict alone")
+        asked.do_train = asked.do_eval = False
+    if predicts and not saves:
+        parser.error("--predict is for recipes that save a model, which this one does not: leave it out")
     if not trains:
         if asked.do_train or asked.do_eval is False:
             parser.error("this recipe evaluates and does not train: leave --do_train and --do_eval out")
         asked.do_train, asked.do_eval = False, True
     training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
     training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
-    if not (training.do_train or training.do_eval):
+    if not (training.do_train or training.do_eval or predicts):
         parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
-        parser.error("--do_predict is not supported: recipes measure with --do_eval")
+        parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
     given = sys.argv if argv is None else argv
     if not any(argument.split("=")[0] == "--output_dir" for argument in given):
         parser.error("--output_dir is needed: the folder for results.json and the model")
@@ -155,6 +168,10 @@ class Run(ABC):
             **options,
         )
 
+    def predict(self, trainer: Trainer) -> dict[str, Any]:
+        """Write predictions where a kind of task has them and they are asked for; facts for results.json."""
+        return {}
+
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
@@ -228,16 +245,16 @@ class Run(ABC):
             "train_samples": len(self.train_data),
             "seed": self.training.seed,
             "device": machine(self.training),
-            "command": command(sys.argv),
+            "command": command(getattr(self.arguments, "command", None) or sys.argv),
             "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
         }
 
     def finish(self, **facts: Any) -> None:
-        """Save model, tokenizer and model card, then `results.json`, whose presence marks a finished run; print the
-        table. The report comes after: it can be made again from the folder."""
+        """Save model, tokenizer and model card, predict, then write `results.json`, whose presence marks a finished
+        run; print the table. The report comes after: it can be made again from the folder."""
         trainer = self.trainer()
         trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
-        results = self.results(**facts)
+        results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
             write_card(self.output, results, name=self.training.hub_model_id or self.output.resolve().name)
             write_json(self.output / "results.json", results)
@@ -246,7 +263,8 @@ class Run(ABC):
         if self.training.push_to_hub:
             trainer.create_model_card = lambda **_: None  # it would write its own over ours
             trainer.push_to_hub()
-        trainer.accelerator.end_training()
+        # Not now: the processes may have more runs before them.
+        atexit.register(PartialState().destroy_process_group)
 
 
 def command(argv: Sequence[str]) -> str:

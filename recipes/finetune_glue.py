@@ -4,18 +4,25 @@
         --learning_rate 3e-5 --num_train_epochs 3 --per_device_train_batch_size 32 --output_dir outputs/cola
 
 Loads any checkpoint of a supported family, also one that hf_attnkit changed. Writes the model and results.json (one
-stage, "baseline": what the other recipes start from) into --output_dir.
+stage, "baseline": what the other recipes start from) into --output_dir; with --predict also predictions/ in the form
+that the GLUE server takes.
 """
 
 from __future__ import annotations
 
-from base_run import parse_arguments
 from glue_run import GlueArguments, GlueRun
+from sweep import runs
+from transformers import TrainingArguments
 
 
 def main() -> None:
-    arguments, training = parse_arguments(GlueArguments)
-    run = GlueRun(arguments, training)
+    for arguments, training in runs(GlueArguments):
+        finetune(arguments, training)
+
+
+def finetune(arguments: GlueArguments, training: TrainingArguments) -> None:
+    """One run."""
+    run = GlueRun(arguments, training, needs_training_data=False)
     trained = run.train()
     run.evaluate("baseline", **trained)
     run.finish()

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from base_run import parse_arguments
 from distill import DistillationArguments
 from glue_run import GlueArguments, GlueRun
 from lora import LoraArguments
 from prune import parse_options
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from sweep import runs
 from uptrain import recover
 
 import hf_attnkit
@@ -106,10 +106,14 @@ def running(model: PreTrainedModel) -> list[str]:
     return [swap.saved_kind(model, layer.index) for layer in attention_layers(model)]
 
 
-def main() -> None:
-    arguments, swapping, distillation, lora, training = parse_arguments(
-        GlueArguments, SwapArguments, DistillationArguments, LoraArguments
-    )
+def run_one(
+    arguments: GlueArguments,
+    swapping: SwapArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+) -> None:
+    """Evaluate, swap, evaluate, train, evaluate, save."""
     distillation.check(training)
     lora.check(training)
     run = GlueRun(arguments, training)
@@ -126,6 +130,11 @@ def main() -> None:
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}
     run.finish(**facts)
+
+
+def main() -> None:
+    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
+        run_one(*parsed)
 
 
 if __name__ == "__main__":

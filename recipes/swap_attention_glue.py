@@ -24,8 +24,8 @@ from distill import DistillationArguments
 from glue_run import GlueArguments, GlueRun
 from lora import LoraArguments
 from prune import parse_options
-from transformers import PreTrainedModel, TrainingArguments
 from sweep import runs
+from transformers import PreTrainedModel, TrainingArguments
 from uptrain import recover
 
 import hf_attnkit

@@ -7,23 +7,50 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import itertools
 import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from html_report import write_report
+from model_card import write_card
 from report import show, write_json
 from rich.table import Table
+from stage_facts import machine, peak_memory, reset_peak_memory, time_per_batch
+from stage_table import stage_table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging
 
+import hf_attnkit
+from hf_attnkit.cache_size import cache_bytes
 from hf_attnkit.families import attention_layers
+from hf_attnkit.monitoring import core_model
+from hf_attnkit.observe import has_softmax
+
+logger = logging.get_logger(__name__)
+
+ENTROPY_EVERY_N_STEPS = 100
+
+
+@dataclass
+class RunArguments:
+    """What every recipe that trains takes beside `TrainingArguments`."""
+
+    entropy_every_n_steps: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": f"Log every layer's attention entropy each so many training steps; 0: never. "
+            f"{ENTROPY_EVERY_N_STEPS} by default."
+        },
+    )
 
 
 def parse_arguments(
@@ -76,10 +103,12 @@ class Run(ABC):
 
     Attributes:
         task_name, data: what results.json calls the task and the data that were measured.
+        dataset: the same for programs: `id` on the hub or `None`, `name`, `config` and `split` (or `None`), `language`
+            (or `None`), and the hub's `task_type`.
 
     Raises:
-        ValueError: an output folder that holds a finished run, a number below 1, or a checkpoint to resume from that
-            is none; before anything is loaded.
+        ValueError: an output folder that holds a finished run, a number out of range, an option without effect, or a
+            checkpoint to resume from that is none; before anything is loaded.
     """
 
     model: PreTrainedModel
@@ -88,6 +117,7 @@ class Run(ABC):
     eval_data: Any
     task_name: str
     data: str
+    dataset: dict[str, str | None]
 
     def __init__(self, arguments: Any, training: TrainingArguments, *, at_least_one: Sequence[str] = ()) -> None:
         """
@@ -102,11 +132,17 @@ class Run(ABC):
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
+        every = arguments.entropy_every_n_steps
+        if every is not None and every < 0:
+            raise ValueError(f"--entropy_every_n_steps {every} must be at least 1, or 0 for never")
+        if every is not None and not training.do_train:
+            raise ValueError(f"--entropy_every_n_steps {every} has no effect without training; leave it out")
         checkpoint = training.resume_from_checkpoint
         if checkpoint is not None and not Path(checkpoint).is_dir():
             raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder; name one such as .../checkpoint-500")
         set_seed(training.seed)
         self.stages: list[dict[str, Any]] = []
+        self.trainings = 0
 
     @abstractmethod
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
@@ -140,13 +176,19 @@ class Run(ABC):
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
             return
+        trainer, device = self.trainer(), self.training.device
+        reset_peak_memory(device)
         start = time.perf_counter()
-        measured = self.measure(self.trainer())
+        measured = self.measure(trainer)
+        seconds = round(time.perf_counter() - start, 2)
+        costs = peak_memory(device) | time_per_batch(trainer, self.eval_data)
         # accelerate marks a model that it prepared, for evaluation too, and takes it as it is from then on: training
         # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
             vars(self.model).pop(name, None)
-        layers = attention_layers(self.model)
+        core = core_model(self.model)
+        layers = attention_layers(core, adapters=True)
+        heads = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
         self.stages.append(
             {
                 "stage": stage,
@@ -154,8 +196,10 @@ class Run(ABC):
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                 "num_heads": [len(layer.heads) for layer in layers],
                 "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
+                "key_value_bytes_per_token": cache_bytes(heads, core.dtype),
+                **costs,
                 **measured,
-                "evaluation_seconds": round(time.perf_counter() - start, 2),
+                "evaluation_seconds": seconds,
                 **facts,
             }
         )
@@ -163,62 +207,87 @@ class Run(ABC):
     def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
         """Train on the training data; returns what `Trainer` measured, or nothing where it was left out.
 
+        What the trainer logged stands in trainer_state_1.json, and of a second training in trainer_state_2.json.
+
         Args:
             kind, options: another trainer, and what it needs beside.
         """
         if not self.training.do_train:
             return {}
+        self.trainings += 1
         checkpoint = self.training.resume_from_checkpoint
-        result = self.trainer(kind, **options).train(resume_from_checkpoint=checkpoint)
+        trainer = self.trainer(kind, callbacks=self.callbacks(), **options)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_world_process_zero():
+            write_json(self.output / f"trainer_state_{self.trainings}.json", asdict(trainer.state))
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
         return facts | ({"resumed_from": checkpoint} if checkpoint else {})
+
+    def callbacks(self) -> list[hf_attnkit.AttentionEntropyCallback]:
+        """What training is given beside Trainer's own."""
+        asked = self.arguments.entropy_every_n_steps
+        every = ENTROPY_EVERY_N_STEPS if asked is None else asked
+        layers = attention_layers(core_model(self.model), adapters=True)
+        if every and not any(has_softmax(layer.module) for layer in layers):
+            logger.warning("no attention entropies are logged: every layer runs linear attention, which has no weights")
+            every = 0
+        return [hf_attnkit.AttentionEntropyCallback(every)] if every else []
 
     def results(self, **facts: Any) -> dict[str, Any]:
         """What results.json holds: the stages, these facts, and what it takes to repeat them."""
         return {
             "task": self.task_name,
             "data": self.data,
+            "dataset": self.dataset,
             "model": self.arguments.model_name_or_path,
             "stages": self.stages,
             **facts,
             "train_samples": len(self.train_data),
             "seed": self.training.seed,
-            "command": shlex.join(["python", *(getattr(self.arguments, "command", None) or sys.argv)]),
+            "device": machine(self.training),
+            "command": command(getattr(self.arguments, "command", None) or sys.argv),
             "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
         }
 
     def finish(self, **facts: Any) -> None:
-        """Save model and tokenizer, predict, then write `results.json`, which marks a finished run; print the table."""
+        """Save model and tokenizer, predict, write the model card, then `results.json`, whose presence marks a finished
+        run; print the table. The report comes after: it can be made again from the folder."""
         trainer = self.trainer()
-        trainer.save_model(str(self.output))
+        trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
         results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
+            write_card(self.output, results, name=self.training.hub_model_id or self.output.resolve().name)
             write_json(self.output / "results.json", results)
+            write_report(self.output)
             print_stages(results)
+        if self.training.push_to_hub:
+            trainer.create_model_card = lambda **_: None  # it would write its own over ours
+            trainer.push_to_hub()
         # Not now: the processes may have more runs before them.
         atexit.register(PartialState().destroy_process_group)
 
 
+def command(argv: Sequence[str]) -> str:
+    """The command line as one would type it, without secrets: it is saved with the model and may be published."""
+    shown = ["python", *argv]
+    for place, word in enumerate(shown):
+        name, equals, _ = word.partition("=")
+        if name in ("--hub_token", "--hub-token"):
+            shown[place : place + 2 - len(equals)] = [f"{name}=..."]
+    return shlex.join(shown)
+
+
+# A terminal is narrow; the report has them.
+NOT_PRINTED = ("KV bytes/token", "peak MiB", "training s")
+
+
 def print_stages(results: Mapping[str, Any]) -> None:
     """Print the stages of a run as a table."""
-    stages = results["stages"]
+    header, rows = stage_table(results["stages"])
+    shown = [place for place, name in enumerate(header) if name not in NOT_PRINTED]
     table = Table(title=f"{results['task']} ({results['data']}), {Path(results['model']).name}")
-    table.add_column("stage")
-    metrics = list(stages[0]["metrics"]) if stages else []
-    for name in [*metrics, "heads", "key/value heads", "parameters"]:
-        table.add_column(name, justify="right")
-    for stage in stages:
-        table.add_row(
-            stage["stage"],
-            *(f"{stage['metrics'][name]:.4f}" for name in metrics),
-            _heads(stage["num_heads"]),
-            _heads(stage["num_key_value_heads"]),
-            f"{stage['parameters']:,}",
-        )
+    for place in shown:
+        table.add_column(header[place], justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*(row[place].text for place in shown))
     show(table)
-
-
-def _heads(per_layer: Sequence[int]) -> str:
-    """`6 x 12` for equal layers, otherwise each layer's number."""
-    runs = [(number, len(list(run))) for number, run in itertools.groupby(per_layer)]
-    return f"{runs[0][1]} x {runs[0][0]}" if len(runs) == 1 else " ".join(str(number) for number in per_layer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from base_run import Run
+from base_run import Run, RunArguments
 from glue_data import load_glue, load_test
 from glue_inputs import check_max_length, tokenized
 from glue_metric import GlueMetric
@@ -31,7 +31,7 @@ from hf_attnkit.families import attention_layers
 
 
 @dataclass
-class GlueArguments:
+class GlueArguments(RunArguments):
     """Model and data; the names are those of Transformers' run_glue.py."""
 
     model_name_or_path: str = field(
@@ -102,6 +102,14 @@ class GlueRun(Run):
             raise ValueError("--seeds has no effect on this recipe, which makes one run; give --seed")
         self.task = get_task(arguments.task_name)
         self.task_name, self.data = self.task.name, describe(self.task)
+        self.dataset = {
+            "id": "nyu-mll/glue" if self.task.folder else None,
+            "name": f"GLUE {self.task.folder}" if self.task.folder else "demo data, not GLUE",
+            "config": self.task.name,
+            "split": "validation",
+            "language": "en",
+            "task_type": "text-classification",
+        }
         if not self.task.is_labelled and needs_training_data:
             raise ValueError(
                 f"task {self.task_name!r} has no training data, which this recipe needs; see finetune_glue.py"

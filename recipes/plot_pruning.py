@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 
 # (stage, refit) -> variant -> fraction -> the metric in each run
 Curves = dict[tuple[str, str], dict[str, dict[float, list[float]]]]
-DASHES = {"none": (0, (2, 2)), "scale": (0, (5, 1, 1, 1)), "output": "solid"}
+PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b"]  # apart for the colour-blind
+MARKERS = ["o", "^", "s", "v"]
 
 
 def name_of(variant: str) -> str:
@@ -70,40 +71,45 @@ def print_tables(task: str, runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, stage: str) -> None:
-    """Curves of one stage: a panel for each task, a colour for each variant, a dash for each refit."""
+    """Curves of one stage: a column for each task, a row for each refit, a colour and marker for each variant."""
     gathered = {task: gather(runs) for task, runs in tasks.items()}
+    refits = list(dict.fromkeys(refit for curves, _ in gathered.values() for kind, refit in curves if kind == stage))
     names = list(dict.fromkeys(name for curves, _ in gathered.values() for found in curves.values() for name in found))
-    palette = plt.get_cmap("tab20").colors
-    colours = {name: "black" if name == "random" else palette[index % 20] for index, name in enumerate(names)}
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 5.2), squeeze=False, layout="constrained")
-    for axis, (task, (curves, untouched)) in zip(axes[0], gathered.items(), strict=True):
-        for (kind, refit), variants in curves.items():
-            if kind != stage:
-                continue
-            for name, values in variants.items():
+    coloured = [name for name in names if name != "random"]
+    styles = {name: {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n // len(PALETTE) % len(MARKERS)]}
+              for n, name in enumerate(coloured)}  # fmt: skip
+    styles["random"] = {"color": "black", "linewidth": 2.6}
+    rows, columns = len(refits), len(tasks)
+    size = (max(5.0 * columns, 7.0), 3.9 * rows + 1.6)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, layout="constrained", sharex=True, sharey="col"
+    )
+    for column, (task, (curves, untouched)) in enumerate(gathered.items()):
+        for row, refit in enumerate(refits):
+            axis = axes[row][column]
+            for name, values in curves.get((stage, refit), {}).items():
                 x = sorted(values)
                 y = [mean(values[fraction]) for fraction in x]
-                errors = [stdev(values[fraction]) if len(values[fraction]) > 1 else 0.0 for fraction in x]
-                low, high = ([a + sign * e for a, e in zip(y, errors, strict=True)] for sign in (-1, 1))
                 percent = [100 * fraction for fraction in x]
-                width = 2.6 if name == "random" else 1.5
-                axis.plot(percent, y, color=colours[name], linestyle=DASHES[refit], linewidth=width)
-                if refit != "none":
-                    axis.fill_between(percent, low, high, color=colours[name], alpha=0.1, linewidth=0)
-        if untouched[stage]:
-            axis.axhline(mean(untouched[stage]), color="grey", linewidth=1)
-        metric = metric_of(tasks[task][0])
-        if metric == "perplexity":
-            axis.set_yscale("log")
-        axis.set(title=task, xlabel="% of the heads removed", ylabel=metric)
-        axis.grid(alpha=0.25)
-    lines = [plt.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    refits = dict.fromkeys(refit for curves, _ in gathered.values() for kind, refit in curves if kind == stage)
-    lines += [plt.Line2D([], [], color="grey", linestyle=DASHES[refit], label=f"refit {refit}") for refit in refits]
-    lines += [plt.Line2D([], [], color="grey", linewidth=1, label="untouched model")]
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 3 * len(tasks)), frameon=False)
+                axis.plot(percent, y, **{"linewidth": 1.3, "markersize": 4} | styles[name])
+                if name == "random" and len(values[x[0]]) > 1:
+                    errors = [stdev(values[fraction]) for fraction in x]
+                    low, high = ([a + sign * e for a, e in zip(y, errors, strict=True)] for sign in (-1, 1))
+                    axis.fill_between(percent, low, high, color="black", alpha=0.12, linewidth=0)
+            if untouched[stage]:
+                axis.axhline(mean(untouched[stage]), color="grey", linestyle="dashed")
+            metric = metric_of(tasks[task][0])
+            if metric == "perplexity":
+                axis.set_yscale("log")
+            axis.set(title=f"{task}, refit {refit}", ylabel=metric)
+            axis.grid(alpha=0.25)
+            if row == rows - 1:
+                axis.set_xlabel("% of the heads removed")
+    lines = [plt.Line2D([], [], label=name, **styles[name]) for name in names]
+    lines += [plt.Line2D([], [], color="grey", linestyle="dashed", label="untouched model")]
+    figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

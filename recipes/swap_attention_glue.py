@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from base_run import parse_arguments
 from distill import DistillationArguments
 from glue_run import GlueArguments, GlueRun
 from lora import LoraArguments
 from prune import parse_options
-from transformers import PreTrainedModel
+from sweep import runs
+from transformers import PreTrainedModel, TrainingArguments
 from uptrain import recover
 
 import hf_attnkit
@@ -107,9 +107,18 @@ def running(model: PreTrainedModel) -> list[str]:
 
 
 def main() -> None:
-    arguments, swapping, distillation, lora, training = parse_arguments(
-        GlueArguments, SwapArguments, DistillationArguments, LoraArguments
-    )
+    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
+        swap_and_recover(*parsed)
+
+
+def swap_and_recover(
+    arguments: GlueArguments,
+    swapping: SwapArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+) -> None:
+    """One run."""
     distillation.check(training)
     lora.check(training)
     run = GlueRun(arguments, training)

@@ -250,7 +250,7 @@ class Run(ABC):
         }
 
     def finish(self, **facts: Any) -> None:
-        """Save model, tokenizer and model card, predict, then write `results.json`, whose presence marks a finished
+        """Save model and tokenizer, predict, write the model card, then `results.json`, whose presence marks a finished
         run; print the table. The report comes after: it can be made again from the folder."""
         trainer = self.trainer()
         trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there

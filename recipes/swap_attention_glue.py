@@ -106,14 +106,19 @@ def running(model: PreTrainedModel) -> list[str]:
     return [swap.saved_kind(model, layer.index) for layer in attention_layers(model)]
 
 
-def run_one(
+def main() -> None:
+    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
+        swap_and_recover(*parsed)
+
+
+def swap_and_recover(
     arguments: GlueArguments,
     swapping: SwapArguments,
     distillation: DistillationArguments,
     lora: LoraArguments,
     training: TrainingArguments,
 ) -> None:
-    """Evaluate, swap, evaluate, train, evaluate, save."""
+    """One run."""
     distillation.check(training)
     lora.check(training)
     run = GlueRun(arguments, training)
@@ -130,11 +135,6 @@ def run_one(
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}
     run.finish(**facts)
-
-
-def main() -> None:
-    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
-        run_one(*parsed)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from base_run import parse_arguments
+from base_run import command, parse_arguments
 from glue_data import load_glue, load_test
 from glue_tasks import get_task, task_names
 from report import show, write_json
@@ -89,6 +89,8 @@ def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
     given, rest = own.parse_known_args(sys.argv[1:])
     if given.seeds and given.seed:
         raise ValueError(f"--seed {given.seed} has no effect beside --seeds; leave one of them out")
+    if training.push_to_hub:
+        raise ValueError("--push_to_hub pushes one model, and this command makes several; push the one that you choose")
     resume = given.resume_from_checkpoint
     if resume and Path(resume).exists():
         raise ValueError(f"--resume_from_checkpoint {resume} is the checkpoint of one run; this command makes several")
@@ -97,10 +99,10 @@ def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
         model = _fill(arguments.model_name_or_path, task, seed)
         folder = Path(training.output_dir) / task / f"seed-{seed}"
         options = {"model_name_or_path": model, "task_name": task, "seed": str(seed), "output_dir": str(folder)}
-        command = [sys.argv[0], *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
+        argv = [sys.argv[0], *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
         if resume and folder.is_dir() and any(folder.iterdir()):
-            command += ["--resume_from_checkpoint", resume]
-        planned.append(OneRun(task, seed, model, folder, command + rest))
+            argv += ["--resume_from_checkpoint", resume]
+        planned.append(OneRun(task, seed, model, folder, argv + rest))
     return planned
 
 
@@ -118,9 +120,10 @@ def _is_finished(run: OneRun) -> bool:
     if not file.exists():
         return False
     found = shlex.split(json.loads(file.read_text())["command"])[1:]  # without "python"
-    if _what(found) != _what(run.command):
+    wanted = shlex.split(command(run.command))[1:]
+    if _what(found) != _what(wanted):
         raise ValueError(
-            f"{file} is of another command, {shlex.join(found)}, and not of {shlex.join(run.command)}; name another "
+            f"{file} is of another command, {shlex.join(found)}, and not of {shlex.join(wanted)}; name another "
             "--output_dir, or move that folder away"
         )
     return True
@@ -161,7 +164,7 @@ def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
         "runs": [str(run.folder.relative_to(output)) for run in planned],
         "stages": stages,
         "averages": averages,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
     }
 

@@ -226,6 +226,7 @@ def note(parsed: tuple) -> bool:
     ("task", "more", "message"),
     [
         ("cola", ("--seeds", "0", "1", "--seed", "3"), "--seed 3 has no effect beside --seeds"),
+        ("cola,mrpc", ("--push_to_hub",), "--push_to_hub pushes one model"),
         ("cola,rte", (), "RTE"),
         ("cola,mrpc", ("--predict",), r"needs test\.tsv"),
         ("cola,mrpc", ("--model_name_or_path", "TMP/{task}"), "mrpc"),

@@ -6,22 +6,26 @@ A recipe is a `Run` and what it does to the model between two evaluations.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import sharded
 from report import show, write_json
+from restart import Progress, WholeCheckpoints, check_weights, identity, with_value, writing
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
 
 from hf_attnkit.families import attention_layers
+from hf_attnkit.monitoring import core_model
 
 
 def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
@@ -32,6 +36,7 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
     Args:
         trains: whether the recipe can train; one that cannot evaluates.
     """
+    argv = with_value(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
     # TrainingArguments sets do_eval by itself for --eval_strategy, so what the user asked for is read
@@ -50,8 +55,7 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
         parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
         parser.error("--do_predict is not supported: recipes measure with --do_eval")
-    given = sys.argv if argv is None else argv
-    if not any(argument.split("=")[0] == "--output_dir" for argument in given):
+    if not any(argument.split("=")[0] == "--output_dir" for argument in argv):
         parser.error("--output_dir is needed: the folder for results.json and the model")
     return *own, training
 
@@ -59,14 +63,15 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
 class Run(ABC):
     """One task, one model, a list of measured stages.
 
-    A kind of task sets `model`, `tokenizer`, `train_data` and `eval_data` in its `__init__`, after this one.
+    A kind of task sets `model`, `tokenizer`, `train_data` and `eval_data` in its `__init__`, after this one. What a
+    run that was killed had done is taken over step by step, as the recipe comes to `evaluate`, `change` and `train`.
 
     Attributes:
         task_name, data: what results.json calls the task and the data that were measured.
 
     Raises:
-        ValueError: an output folder that holds a finished run, a number below 1, or a checkpoint to resume from that
-            is none; before anything is loaded.
+        ValueError: an output folder that holds a run which this one does not go on with, a number below 1, or a
+            checkpoint to resume from that is none; before anything is loaded.
     """
 
     model: PreTrainedModel
@@ -76,24 +81,31 @@ class Run(ABC):
     task_name: str
     data: str
 
-    def __init__(self, arguments: Any, training: TrainingArguments, *, at_least_one: Sequence[str] = ()) -> None:
+    def __init__(
+        self, arguments: Any, training: TrainingArguments, *others: Any, at_least_one: Sequence[str] = ()
+    ) -> None:
         """
         Args:
+            others: the recipe's other arguments: a run is gone on with under the same ones only.
             at_least_one: the names of arguments that must be `None` or at least 1.
         """
         self.arguments, self.training = arguments, training
         self.output = Path(str(training.output_dir))
-        if (self.output / "results.json").exists():
-            raise ValueError(f"--output_dir {self.output} holds a finished run (results.json); name another folder")
         for name in at_least_one:
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
-        checkpoint = training.resume_from_checkpoint
-        if checkpoint is not None and not Path(checkpoint).is_dir():
-            raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder; name one such as .../checkpoint-500")
+        self.progress = Progress(self.output, identity(training, arguments, *others), training)
+        # No process writes before all have read.
+        training.distributed_state.wait_for_everyone()
         set_seed(training.seed)
         self.stages: list[dict[str, Any]] = []
+        self.changes = 0
+        self.sharded = sharded.is_asked_for(training)
+
+    @abstractmethod
+    def load_model(self, path: str) -> PreTrainedModel:
+        """The model of a checkpoint, as this kind of task wants it."""
 
     @abstractmethod
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
@@ -109,8 +121,8 @@ class Run(ABC):
 
     def trainer(self, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
         """A new one each time: an optimizer made before a change of heads holds the old parameters."""
-        return kind(
-            model=self.model,
+        trainer = kind(
+            model=copy.deepcopy(self.model) if self.sharded else self.model,
             args=self.training,
             train_dataset=self.train_data,
             eval_dataset=self.eval_data,
@@ -118,10 +130,16 @@ class Run(ABC):
             **self.trainer_options(),
             **options,
         )
+        if self.sharded:
+            sharded.check(trainer)
+        return trainer
 
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
+            return
+        if len(self.stages) < len(self.progress.stages):
+            self.stages.append(self.progress.stages[len(self.stages)])
             return
         start = time.perf_counter()
         measured = self.measure(self.trainer())
@@ -129,7 +147,7 @@ class Run(ABC):
         # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
             vars(self.model).pop(name, None)
-        layers = attention_layers(self.model)
+        layers = attention_layers(core_model(self.model), adapters=True)
         self.stages.append(
             {
                 "stage": stage,
@@ -142,19 +160,49 @@ class Run(ABC):
                 **facts,
             }
         )
+        self.progress.stages = list(self.stages)
+        self.progress.write()
+
+    def change(self, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Change the model, or take over what a run that was killed had changed; returns what `make` did.
+
+        Args:
+            make: changes `model` and returns what the recipe needs to know of it, as JSON holds it, or nothing.
+        """
+        self.changes += 1
+        if self.changes > len(self.progress.changes):
+            facts = make() or {}
+            if self.training.do_train:  # which is what takes long enough to be killed
+                self.progress.add_change(facts, self.model)
+            return facts
+        if self.changes == len(self.progress.changes):
+            self.model = self.load_model(str(self.progress.changed)).to(self.training.device)
+        return self.progress.changes[self.changes - 1]
 
     def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
-        """Train on the training data; returns what `Trainer` measured, or nothing where it was left out.
+        """Train on the training data; returns what `Trainer` measured, or nothing where it was left out or is over.
 
         Args:
             kind, options: another trainer, and what it needs beside.
         """
-        if not self.training.do_train:
+        if not self.training.do_train or self.changes < len(self.progress.changes):
             return {}
-        checkpoint = self.training.resume_from_checkpoint
-        result = self.trainer(kind, **options).train(resume_from_checkpoint=checkpoint)
-        facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
-        return facts | ({"resumed_from": checkpoint} if checkpoint else {})
+        # What was measured after this training is measured again: the weights are those of this process.
+        del self.progress.stages[len(self.stages) :]
+        checkpoint = self.progress.checkpoint
+        if checkpoint is not None:
+            check_weights(checkpoint, self.model)
+        trainer = self.trainer(kind, **options)
+        trainer.add_callback(WholeCheckpoints(self.progress, self.training.save_total_limit))
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.save_total_limit = None
+        with writing(self.output):
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.sharded:
+            sharded.gather(trainer.model, self.model)
+        facts = {"training_seconds": round(result.metrics["train_runtime"], 2)}
+        # After a checkpoint Trainer knows the loss of the rest alone.
+        return facts | ({"resumed_from": str(checkpoint)} if checkpoint else {"training_loss": result.training_loss})
 
     def results(self, **facts: Any) -> dict[str, Any]:
         """What results.json holds: the stages, these facts, and what it takes to repeat them."""
@@ -173,10 +221,16 @@ class Run(ABC):
     def finish(self, **facts: Any) -> None:
         """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
         trainer = self.trainer()
-        trainer.save_model(str(self.output))
+        with writing(self.output):
+            if not self.sharded:
+                trainer.save_model(str(self.output))
+            elif self.training.should_save:  # Trainer would gather what is whole
+                self.model.save_pretrained(self.output)
+                self.tokenizer.save_pretrained(self.output)
         results = self.results(**facts)
         if trainer.is_world_process_zero():
             write_json(self.output / "results.json", results)
+            self.progress.remove()
             print_stages(results)
         trainer.accelerator.end_training()
 

@@ -3,22 +3,27 @@
     accelerate launch recipes/finetune_glue.py --model_name_or_path bert-base-uncased --task_name cola \\
         --learning_rate 3e-5 --num_train_epochs 3 --per_device_train_batch_size 32 --output_dir outputs/cola
 
-Loads any checkpoint of a supported family, also one that hf_attnkit changed. Writes the model and results.json (one
-stage, "baseline": what the other recipes start from) into --output_dir.
+Loads any checkpoint of a supported family, also one that hf_attnkit changed. `--lora` trains adapters and merges
+them; with `--load_in_8bit` or `--load_in_4bit` the base model is quantized and the adapters are what is saved. Writes
+the model and results.json (one stage, "baseline": what the other recipes start from) into --output_dir.
 """
 
 from __future__ import annotations
 
 from base_run import parse_arguments
 from glue_run import GlueArguments, GlueRun
+from lora import LoraArguments, train_adapters
+from quantized import QuantizationArguments
 
 
 def main() -> None:
-    arguments, training = parse_arguments(GlueArguments)
-    run = GlueRun(arguments, training)
-    trained = run.train()
+    arguments, lora, quantization, training = parse_arguments(GlueArguments, LoraArguments, QuantizationArguments)
+    lora.check(training)
+    quantization.check(lora, training)
+    run = GlueRun(arguments, training, lora, quantization, **quantization.load_options())
+    trained = train_adapters(run, lora, merge=not quantization.is_asked_for) if lora.lora else run.train()
     run.evaluate("baseline", **trained)
-    run.finish()
+    run.finish(**(vars(lora) if lora.lora else {}), **(vars(quantization) if quantization.is_asked_for else {}))
 
 
 if __name__ == "__main__":

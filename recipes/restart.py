@@ -255,8 +255,10 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not (full or isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error)):
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # torch.save has no error of its own: it names the source file of its writer.
+        of_writer = isinstance(error, SafetensorError) or "inline_container" in str(error)
+        if not (is_full or of_writer):
             raise
         raise OSError(
             f"{folder} could not be written to the end ({error}): free some space and go on with {FLAG}. What was "

@@ -121,17 +121,17 @@ class Run(ABC):
 
     def trainer(self, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
         """A new one each time: an optimizer made before a change of heads holds the old parameters."""
-        trainer = kind(
-            model=copy.deepcopy(self.model) if self.sharded else self.model,
-            args=self.training,
-            train_dataset=self.train_data,
-            eval_dataset=self.eval_data,
-            processing_class=self.tokenizer,
+        made = {
+            "model": self.model,
+            "args": self.training,
+            "train_dataset": self.train_data,
+            "eval_dataset": self.eval_data,
+            "processing_class": self.tokenizer,
             **self.trainer_options(),
-            **options,
-        )
+        }
+        trainer = kind(**(made | options))
         if self.sharded:
-            sharded.check(trainer)
+            sharded.keep_whole(trainer)
         return trainer
 
     def evaluate(self, stage: str, **facts: Any) -> None:
@@ -192,14 +192,18 @@ class Run(ABC):
         checkpoint = self.progress.checkpoint
         if checkpoint is not None:
             check_weights(checkpoint, self.model)
+        if self.sharded:
+            options["model"] = copy.deepcopy(self.model.cpu())
         trainer = self.trainer(kind, **options)
+        if self.sharded:
+            sharded.shard(trainer)
         trainer.add_callback(WholeCheckpoints(self.progress, self.training.save_total_limit))
         trainer.args = copy.copy(trainer.args)
         trainer.args.save_total_limit = None
         with writing(self.output):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.sharded:
-            sharded.gather(trainer.model, self.model)
+            sharded.gather(trainer.model, self.model.to(self.training.device))
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2)}
         # After a checkpoint Trainer knows the loss of the rest alone.
         return facts | ({"resumed_from": str(checkpoint)} if checkpoint else {"training_loss": result.training_loss})
@@ -222,11 +226,7 @@ class Run(ABC):
         """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
         trainer = self.trainer()
         with writing(self.output):
-            if not self.sharded:
-                trainer.save_model(str(self.output))
-            elif self.training.should_save:  # Trainer would gather what is whole
-                self.model.save_pretrained(self.output)
-                self.tokenizer.save_pretrained(self.output)
+            trainer.save_model(str(self.output))
         results = self.results(**facts)
         if trainer.is_world_process_zero():
             write_json(self.output / "results.json", results)

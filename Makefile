@@ -9,7 +9,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipes,demo,dev]'
 	touch $@
 
-# MiniLM on demo data: fine-tune, convert to GQA, prune by entropy and at random, recover each.
+# MiniLM on demo data: fine-tune, convert to GQA, prune by entropy and gradient and at random, recover each.
 demo: .venv/installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
 

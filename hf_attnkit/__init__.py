@@ -8,7 +8,7 @@ from .cache_size import cache_bytes_per_token
 from .choice import attention_backends
 from .conversion import convert_to_gqa, convert_to_mqa, plan_gqa
 from .head_statistics import HeadStatistics, head_statistics
-from .importance import attention_entropy, head_importance
+from .importance import attention_entropy, head_gradients, head_importance
 from .loading import load_pretrained
 from .mask_search import rearrange_heads
 from .monitoring import AttentionEntropyCallback
@@ -28,6 +28,7 @@ __all__ = [
     "cache_bytes_per_token",
     "convert_to_gqa",
     "convert_to_mqa",
+    "head_gradients",
     "head_importance",
     "head_statistics",
     "load_pretrained",

@@ -27,12 +27,13 @@ def rearrange_heads(
 ) -> dict[int, list[int]]:
     """A selection with as many heads in each layer, and in grouped layers of the same kind, that costs less.
 
+        gradients = head_gradients(model, batches)
         selection = select_heads(gradients.square().sum(0), fraction=0.5)
         selection = rearrange_heads(gradients, selection)
 
     Args:
-        gradients: `(num_examples, num_layers, num_heads)`, of each example's loss with respect to a gate on each head's
-            output; NaN marks places without a head.
+        gradients: `(num_examples, num_layers, num_heads)`, as from `head_gradients`: of each example's loss with
+            respect to a gate on each head's output; NaN marks places without a head.
         heads: `{layer: [head, ...]}` to remove, as from `select_heads`.
         num_key_value_heads: for grouped models, the number of key/value heads (per layer, if they differ). Heads then
             change places with heads of their group, and groups with groups.

@@ -45,8 +45,9 @@ def prune_heads(
         heads: `{layer: [query head, ...]}` to remove, as from `select_heads`. Of a layer whose heads are all named
             only the bias of the output projection is left; in place of its heads it keeps one of zeros, without which
             Transformers' classes do not run.
-        calibration: batches of model inputs, on which the output projections of what is left are then fitted to the
-            untouched model, see `hf_attnkit.refit`; no labels, no training.
+        calibration: batches of model inputs, on which the output projections of what is left are then fitted, so that
+            the residual stream is after each attention what it is in the untouched model, see `hf_attnkit.refit`; no
+            labels, no training.
         refit: "output" (the default, where calibration is given) fits the output projections; "scale" fits one factor
             per head (Kwon et al. 2022), the published baseline, and multiplies it into the output projection.
 
@@ -92,7 +93,7 @@ def prune_heads(
     change = Change(model, edits, numbers, empty)
     change.apply()
     if calibration is not None:
-        refits.refit(change, calibration, method=refit or "output")
+        refits.refit(change, calibration, method=refit or "output", stream=True)
     return model
 
 

@@ -8,6 +8,10 @@ untouched model's attention output for the same token:
 A bias, where there is one, is free: the sums are then of a_t and y_t less their means. It generalises
 the rescaling of heads by Kwon et al. 2022 (arXiv 2204.09656) and takes no labels and no gradients.
 
+After pruning y_t is, as theirs, what brings the residual stream to where the untouched model has it behind the
+attention, so that a layer also makes up for what those below it lost: with x_t the stream before the attention and a
+prime for the untouched model, y_t = (x'_t + y'_t) - x_t.
+
 Layer by layer from the bottom, each on what the refitted layers below give it: all layers in one
 pass measured more than twice the perplexity (see docs/conversion.md). The models do not start anew for each layer
 (see `walk`), so the whole refit takes about three forward passes of each. Kept for one layer at a time: sum a a^T and
@@ -59,6 +63,7 @@ def refit(
     *,
     order: Sequence[Sequence[int]] | None = None,
     method: str = "output",
+    stream: bool = False,
     ridge: float = RIDGE,
 ) -> None:
     """Refit the output projections of all layers after `change`, which was applied.
@@ -70,11 +75,13 @@ def refit(
             `attention_match`: per layer, which key head of the untouched model stands where now. Layers stay out
             whose queries are normed, or whose attention is no softmax (linear).
         method: "output" solves for the whole projection, "scale" for one factor per head (see `rescale`).
+        stream: fit the residual stream after the attention, and not what the attention alone puts out; without `order`.
         ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
 
     Raises:
         ValueError: for no batches or activations that are not finite; the model is then as before the change.
     """
+    assert order is None or not stream
     model = change.model
     try:
         device = input_device(model)
@@ -94,11 +101,11 @@ def refit(
                 targets = [call.output for call in calls]
             else:
                 with change.undone():
-                    targets = [_target(walk, layer, method) for walk in untouched]
+                    targets = [_target(walk, layer, stream) for walk in untouched]
             sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
             for batch, walk, target in zip(inputs, changed, targets, strict=True):
-                if method == "scale":
-                    target = target - walk.seen(layer.index, layer.block)[0]
+                if stream:
+                    target = target - walk.before(layer.index)
                 heads, _ = walk.seen(layer.index, layer.output)
                 sums.add(real_tokens(heads, batch), real_tokens(target, batch))
             if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
@@ -116,10 +123,10 @@ def refit(
         raise
 
 
-def _target(walk: Walk, layer: AttentionLayer, method: str) -> Tensor:
-    """What the untouched model has after the attention: its output, and for "scale" the residual stream with it."""
+def _target(walk: Walk, layer: AttentionLayer, stream: bool) -> Tensor:
+    """What the untouched model has after the attention: its output, or the residual stream with it."""
     output = walk.seen(layer.index, layer.output)[1]
-    return output + walk.seen(layer.index, layer.block)[0] if method == "scale" else output
+    return output + walk.before(layer.index) if stream else output
 
 
 def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:

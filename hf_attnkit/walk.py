@@ -13,12 +13,13 @@ token of the batch, and nothing else of the layers passed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .change import evaluation_mode
@@ -49,15 +50,32 @@ class Walk:
         Args:
             index: the layer asked for last, or the next one; a layer that was passed must not change any more.
         """
-        if index == self._index + 1:
-            self._index, self._before, self._last = index, self._last, None
-        elif index != self._index:
-            raise ValueError(f"layer {index} was asked for after layer {self._index}")
         found: list[tuple[Tensor, Tensor]] = []
 
         def look(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
             found.append((args[0], output))
             raise _Reached
+
+        self._run(index, lambda: module.register_forward_hook(look))
+        return found[0]
+
+    def before(self, index: int) -> Tensor:
+        """What layer `index` gets, the residual stream; nothing of the layer runs for it."""
+        found: list[Tensor] = []
+
+        def look(block: nn.Module, args: Sequence[Tensor]) -> None:
+            found.append(args[0])
+            raise _Reached
+
+        self._run(index, lambda: self._blocks[index].register_forward_pre_hook(look))
+        return found[0]
+
+    def _run(self, index: int, watch: Callable[[], RemovableHandle]) -> None:
+        """Run the model up to where a hook raises `_Reached`."""
+        if index == self._index + 1:
+            self._index, self._before, self._last = index, self._last, None
+        elif index != self._index:
+            raise ValueError(f"layer {index} was asked for after layer {self._index}")
 
         def keep(block: nn.Module, args: Sequence[Any], output: Any) -> None:
             self._last = output
@@ -68,14 +86,13 @@ class Walk:
                 stack.enter_context(_returning(block, output))
             if skipped < index:
                 stack.callback(self._blocks[index - 1].register_forward_hook(keep).remove)
-            stack.callback(module.register_forward_hook(look).remove)
+            stack.callback(watch().remove)
             stack.enter_context(evaluation_mode(self._model))
             try:
                 with torch.no_grad():
                     self._model(**self._inputs)
             except _Reached:
                 pass
-        return found[0]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import json
 import shlex
 import sys
 import time
@@ -171,7 +172,8 @@ class Run(ABC):
         """
         self.changes += 1
         if self.changes > len(self.progress.changes):
-            facts = make() or {}
+            # As a later process would read it.
+            facts = json.loads(json.dumps(make() or {}))
             if self.training.do_train:  # which is what takes long enough to be killed
                 self.progress.add_change(facts, self.model)
             return facts

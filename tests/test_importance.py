@@ -174,7 +174,7 @@ def test_joint_score_of_gradient_and_entropy() -> None:
     parts = [head_importance(model, inputs, method="gradient"), head_importance(model, inputs)]
     scaled = [(part - part.min()) / (part.max() - part.min()) for part in parts]
     for alpha in (None, 0, 0.3, 1):
-        share = 0.5 if alpha is None else alpha
+        share = 0.9 if alpha is None else alpha
         expected = share * scaled[0] + (1 - share) * scaled[1]
         actual = head_importance(model, iter(inputs), method="entropy_contribution", joint="hies", alpha=alpha)
         assert (actual - expected).abs().max() <= 16 * torch.finfo(torch.float32).eps / float(parts[1].std())

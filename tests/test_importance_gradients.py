@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from unchanged import unchanged
 
-from hf_attnkit import head_importance, swap_attention
+from hf_attnkit import head_gradients, head_importance, prune_heads, swap_attention
 from hf_attnkit.families import attention_layers
 from hf_attnkit.importance import l0
 
@@ -109,6 +110,19 @@ def test_definition(method: str, case: tuple, implementation: str) -> None:
         assert_close(head_importance(model, [inputs], method=method), expected)
         assert_close(head_importance(model, halves, method=method), expected)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradient_and_fisher_are_sums_of_head_gradients() -> None:
+    """Also where batches are of several sizes and a layer has fewer heads, whose places hold NaN."""
+    model, inputs = problem("bert", "sequence", None)
+    prune_heads(model, {1: [0]})
+    batches = [{name: value[rows] for name, value in inputs.items()} for rows in (slice(0, 2), slice(2, 3))]
+    with unchanged(model):
+        gradients = head_gradients(model, batches)
+    assert gradients.shape == (3, *head_importance(model, method="random").shape)
+    assert gradients[:, 1, -1].isnan().all() and gradients.isnan().sum() == 3
+    for method, expected in (("gradient", gradients.abs().mean(0)), ("fisher", gradients.square().sum(0))):
+        torch.testing.assert_close(head_importance(model, batches, method=method), expected, equal_nan=True)
 
 
 def test_taylor_is_at_least_gradient() -> None:
@@ -204,8 +218,9 @@ def test_labels_are_missing(method: str) -> None:
 def test_labels_that_are_all_ignored() -> None:
     model, inputs = problem("bert", "sequence", None)
     inputs["labels"] = torch.full((3,), -100)
-    with unchanged(model), pytest.raises(ValueError, match="no example of the batches has a label"):
-        head_importance(model, [inputs], method="gradient")
+    for score in (head_gradients, functools.partial(head_importance, method="gradient")):
+        with unchanged(model), pytest.raises(ValueError, match="no example of the batches has a label"):
+            score(model, [inputs])
 
 
 def test_hard_concrete_gates() -> None:
@@ -259,7 +274,7 @@ def test_options_of_l0(option: dict, message: str) -> None:
 PROCESS = """
     import sys, torch, torch.distributed as dist
     from transformers import BertConfig, BertForSequenceClassification
-    from hf_attnkit import head_importance
+    from hf_attnkit import head_gradients, head_importance
     from hf_attnkit.importance import METHODS
 
     rank, count, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -275,6 +290,8 @@ PROCESS = """
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     found = {method: head_importance(model, batches, method=method, **({"steps": 5} if method == "l0" else {}))
              for method in METHODS}
+    # The same examples, each once, whatever their order.
+    found["head_gradients"] = head_gradients(model, batches).sort(0).values
     torch.save(found, f"{folder}/{count}-{rank}.pt")
     if count > 1:
         dist.barrier()

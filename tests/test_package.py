@@ -20,6 +20,7 @@ PUBLIC = [
     "cache_bytes_per_token",
     "convert_to_gqa",
     "convert_to_mqa",
+    "head_gradients",
     "head_importance",
     "head_statistics",
     "load_pretrained",

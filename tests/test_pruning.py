@@ -382,17 +382,20 @@ def test_gradient_checkpointing(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])
 def test_refit_after_pruning_by_definition(family: str) -> None:
-    """Every output projection solves least squares for what the untouched model's gave, also where no head went."""
+    """Every output projection solves least squares for what brings the residual stream to where the untouched model has
+    it behind the attention, also where no head went."""
     original = build(family, num_hidden_layers=3).double()
     batches = [batch(original, seed=seed) for seed in range(16)]
     selection = {0: [1, 2, 5], 2: [0, 7]}
     fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches))
     assert [layer.num_heads for layer in attention_layers(fitted)] == [5, 8, 6]
     for layer, old in zip(attention_layers(fitted), attention_layers(original), strict=True):
-        seen: dict[str, list[Tensor]] = {"a": [], "y": []}
+        seen: dict[str, list[Tensor]] = {"a": [], "x": [], "y": [], "x'": []}
         handles = [
             layer.output.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach())),
+            layer.block.register_forward_hook(lambda _, args, out, s=seen["x"]: s.append(args[0].detach())),
             old.output.register_forward_hook(lambda _, args, out, s=seen["y"]: s.append(out.detach())),
+            old.block.register_forward_hook(lambda _, args, out, s=seen["x'"]: s.append(args[0].detach())),
         ]
         for inputs in batches:
             fitted(**inputs)
@@ -402,7 +405,8 @@ def test_refit_after_pruning_by_definition(family: str) -> None:
         masks = [
             i.get("attention_mask", torch.ones(y.shape[:2])).bool() for i, y in zip(batches, seen["y"], strict=True)
         ]
-        a, y = (torch.cat([x[m] for x, m in zip(seen[name], masks, strict=True)]) for name in "ay")
+        a, x, y, x_old = (torch.cat([t[m] for t, m in zip(seen[name], masks, strict=True)]) for name in seen)
+        y = x_old + y - x
         kept = [head for head in range(8) if head not in selection.get(layer.index, [])]
         before = old.output.weight.detach().unflatten(1, (8, -1))[:, kept].flatten(1)
         if layer.output.bias is not None:

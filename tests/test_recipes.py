@@ -10,7 +10,6 @@ from pathlib import Path
 
 import compare_conversions_glue
 import finetune_glue
-import prune_heads_glue
 import pytest
 import torch
 import uptrain_gqa_glue
@@ -19,7 +18,6 @@ from compare import VARIANTS, ComparisonArguments
 from demo_data import make_demo_data
 from glue_metric import GlueMetric
 from glue_run import GlueArguments
-from prune_heads_glue import parse_options
 from report import write_json
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -131,28 +129,6 @@ def test_recovery_with_a_teacher_and_with_adapters_leaves_a_plain_checkpoint(
     assert again["stages"][0]["metrics"] == pytest.approx(results["stages"][-1]["metrics"])
 
 
-def test_prune_writes_scores_picture_and_a_smaller_model(checkpoint, tmp_path, monkeypatch) -> None:
-    output = tmp_path / "out"
-    more = ("--prune_fraction", "0.5", "--importance", "random", "--importance_options", "seed=3")
-    results = run(prune_heads_glue, monkeypatch, flags(checkpoint, output, *more))
-    stages = {stage["stage"]: stage for stage in results["stages"]}
-    assert sum(stages["recovered"]["num_heads"]) == sum(stages["changed"]["num_heads"]) == 4
-    saved = json.loads((output / "head_importance.json").read_text())
-    expected = hf_attnkit.head_importance(hf_attnkit.load_pretrained(checkpoint), method="random", seed=3)
-    assert torch.equal(torch.tensor(saved["scores"]), expected)
-    assert (output / "head_importance.png").read_bytes().startswith(b"\x89PNG")
-    model = hf_attnkit.load_pretrained(output)
-    assert [layer.num_heads for layer in hf_attnkit.families.attention_layers(model)] == stages["changed"]["num_heads"]
-
-
-def test_a_converted_checkpoint_can_be_pruned(checkpoint, tmp_path, monkeypatch) -> None:
-    run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, tmp_path / "gqa", "--num_key_value_heads", "2"))
-    arguments = flags(tmp_path / "gqa", tmp_path / "pruned", "--prune_fraction", "0.5", "--do_eval")
-    results = run(prune_heads_glue, monkeypatch, arguments)
-    assert [stage["stage"] for stage in results["stages"]] == ["baseline", "changed"]  # --do_eval: no training
-    assert sum(results["stages"][1]["num_key_value_heads"]) == 2  # whole groups
-
-
 @pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 def test_recipe_runs_under_accelerate_launch(checkpoint, tmp_path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu"]
@@ -195,13 +171,7 @@ BAD = [
     (uptrain_gqa_glue, ["--lora"], "--lora has no effect without training"),
     (uptrain_gqa_glue, ["--lora_alpha", "8"], "without --lora"),
     (uptrain_gqa_glue, ["--method", "random", "--grouping", "best"], "grouping='best'"),
-    (prune_heads_glue, ["--prune_fraction", "1.5"], "prune_fraction 1.5"),
-    (prune_heads_glue, ["--prune_fraction", "0.9"], "cannot be removed"),
-    (prune_heads_glue, ["--prune_fraction", "0.05"], "prune_fraction 0.05 removes no head"),
     (finetune_glue, ["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint nowhere"),
-    (prune_heads_glue, ["--prune_fraction", "0.5", "--score_samples", "0"], "score_samples 0"),
-    (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "seed"], "name=value"),
-    (prune_heads_glue, ["--prune_fraction", "0.5", "--importance_options", "speed=1"], "no option speed"),
 ]
 
 
@@ -228,12 +198,6 @@ def test_a_folder_with_a_finished_run_is_refused(checkpoint, tmp_path, monkeypat
     assert json.loads((tmp_path / "results.json").read_text()) == {"old": True}
 
 
-def test_options_are_read() -> None:
-    assert parse_options(["seed=-1", "direction=focused", "normalize=false"]) == {
-        "seed": -1, "direction": "focused", "normalize": False,
-    }  # fmt: skip
-
-
 def test_a_checkpoint_that_numbers_its_classes_otherwise_is_measured_right(
     checkpoint, tokenizer, tmp_path, monkeypatch
 ) -> None:
@@ -251,14 +215,6 @@ def test_a_checkpoint_that_numbers_its_classes_otherwise_is_measured_right(
     second = run(finetune_glue, monkeypatch, flags(tmp_path / "b", tmp_path / "c", "--do_eval"))
     assert second["stages"][0]["metrics"] == first["stages"][0]["metrics"]
     assert hf_attnkit.load_pretrained(tmp_path / "c").config.label2id["acceptable"] == 0
-
-
-@pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
-def test_random_pruning_follows_the_seed(checkpoint, tmp_path, monkeypatch) -> None:
-    more = ("--prune_fraction", "0.5", "--importance", "random", "--do_eval", "--seed")
-    runs = [run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / s, *more, s)) for s in ("1", "2")]
-    assert runs[0]["removed"] != runs[1]["removed"]
-    assert [result["importance_options"] for result in runs] == [{"seed": 1}, {"seed": 2}]
 
 
 def test_conversions_compared(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune_glue
+import prune_heads_glue
 import pytest
 import restart
 import test_recipes_lm as lm
@@ -386,3 +387,36 @@ def test_a_full_disk_is_said_and_costs_nothing_that_was_written(
     assert (done["checkpoints"], len(done["changes"])) == (([1, 2], 1) if steps else ([], 0))
     run(uptrain_gqa_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
     assert_same(tmp_path, whole)
+
+
+ROUNDS = ("--prune_fraction", "0.5", "--prune_steps", "2", "--score_samples", "32", "--refit_samples", "32")
+
+
+@pytest.fixture(scope="module")
+def whole_rounds(checkpoint: Path, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("rounds") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(prune_heads_glue, monkeypatch, flags(checkpoint, output, *EACH_STEP, *ROUNDS))
+    return output
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (Trainer, "training_step", 4, None),  # in the first round
+        (Trainer, "evaluate", 4, None),  # with the second round's heads gone
+        (Trainer, "training_step", 9, None),  # with checkpoints of the first round alone
+        (Trainer, "training_step", 12, None),
+    ],
+    ids=["first training", "second pruning", "second training", "its checkpoints"],
+)
+def test_pruning_in_rounds_goes_on_in_its_round(moment, checkpoint, whole_rounds, tmp_path, monkeypatch) -> None:
+    owner, name, number, half = moment
+    arguments = flags(checkpoint, tmp_path, *EACH_STEP, *ROUNDS)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dies(patched, owner, name, number, half=half)
+        run(prune_heads_glue, monkeypatch, arguments)
+    run(prune_heads_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
+    assert_same(tmp_path, whole_rounds)
+    scores = [(folder / "head_importance.json").read_text() for folder in (tmp_path, whole_rounds)]
+    assert scores[0] == scores[1]

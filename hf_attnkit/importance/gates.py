@@ -24,6 +24,8 @@ from ..forward import on_device, real_mask
 from .loss import batch_loss, same_config, with_labels
 from .processes import over_processes
 
+NO_LABELS = "no example of the batches has a label that counts; labels of -100 are ignored by the loss"
+
 
 @contextmanager
 def gated(
@@ -132,5 +134,5 @@ def sum_over_examples(
             total[-1] += len(gradient)
     added = over_processes(layers, sums, "gradients of the loss by the heads' gates")
     if not added[0][-1]:
-        raise ValueError("no example of the batches has a label that counts; labels of -100 are ignored by the loss")
+        raise ValueError(NO_LABELS)
     return [total[:-1] for total in added], float(added[0][-1])

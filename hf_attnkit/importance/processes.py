@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,13 +33,31 @@ def over_processes(layers: Sequence[AttentionLayer], sums: Sequence[Tensor], wha
         dist.all_reduce(flat)
         parts = flat.cpu().split([tensor.numel() for tensor in added])
         added = [part.view(tensor.shape) for part, tensor in zip(parts, added, strict=True)]
-    for layer, tensor in zip(layers, added, strict=True):
+    all_finite(layers, added, what)
+    return added
+
+
+def from_processes(rows: Tensor) -> Tensor:
+    """The rows of all processes, in their order, on the CPU; every process calls it and gets the same.
+
+    Args:
+        rows: `(number, ...)`, on the CPU; numbers may differ, also be 0.
+    """
+    if num_processes() == 1:
+        return rows
+    found: list[Any] = [None] * num_processes()
+    dist.all_gather_object(found, rows)
+    return torch.cat(found)
+
+
+def all_finite(layers: Sequence[AttentionLayer], tensors: Sequence[Tensor], what: str) -> None:
+    """Raise `ValueError` if a layer's tensor is not finite."""
+    for layer, tensor in zip(layers, tensors, strict=True):
         if not tensor.isfinite().all():
             raise ValueError(
                 f"layer {layer.index}: {what} contain NaN or infinity; run the model in bfloat16 or float32 and look "
                 "for a batch that breaks it"
             )
-    return added
 
 
 def num_processes() -> int:

@@ -1,0 +1,41 @@
+"""Compare ways to prune a fine-tuned model's heads on a GLUE task's dev set, without training and after it.
+
+    python recipes/compare_pruning_glue.py --model_name_or_path outputs/cola --task_name cola --do_eval \\
+        --prune_fractions 0.3 0.5 0.7 --variants random entropy gradient --output_dir outputs/cola-pruned
+
+Scores and refit look at training sentences only. Without --do_eval every pruned model is trained too. Writes
+results.json; saves no model. `python recipes/plot_pruning.py` draws the curves of one or several of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from base_run import parse_arguments
+from compare_pruning import PruningComparisonArguments, compare
+from glue_run import GlueArguments, GlueRun
+
+
+@dataclass
+class GluePruningComparisonArguments(PruningComparisonArguments):
+    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
+    refit_samples: int | None = field(default=None, metadata={"help": "Training sentences for the refit; as many."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refit_samples is None:
+            self.refit_samples = self.score_samples
+        for name in ("score_samples", "refit_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
+
+def main() -> None:
+    arguments, comparison, training = parse_arguments(GlueArguments, GluePruningComparisonArguments)
+    run = GlueRun(arguments, training)
+    names, available = ("score_samples", "refit_samples"), len(run.train_data)
+    compare(run, comparison, {name: min(getattr(comparison, name), available) for name in names})
+
+
+if __name__ == "__main__":
+    main()

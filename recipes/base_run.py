@@ -191,7 +191,7 @@ class Run(ABC):
             return {}
         # What was measured after this training is measured again: the weights are those of this process.
         del self.progress.stages[len(self.stages) :]
-        checkpoint = self.progress.checkpoint
+        checkpoint, self.progress.checkpoint = self.progress.checkpoint, None
         if checkpoint is not None:
             check_weights(checkpoint, self.model)
         if self.sharded:

@@ -56,7 +56,7 @@ class Progress:
             or for what is done without one; without it the folder must hold no run.
 
     Attributes:
-        checkpoint: the folder that training goes on from, or `None` for its first step.
+        checkpoint: the folder that the next training goes on from, or `None` for its first step.
 
     Raises:
         ValueError: a folder that holds a run, finished or another one or one that was not to be gone on with; or
@@ -110,7 +110,7 @@ class Progress:
             shutil.rmtree(self.changed, ignore_errors=True)  # of a run that was killed while it wrote it
             with writing(self.changed):
                 model.save_pretrained(self.changed)
-        self.checkpoints, self.checkpoint = [], None
+        self.checkpoints = []
         self.write()
         if self.is_main and len(self.changes) > 1:
             shutil.rmtree(self.output / f"changed-{len(self.changes) - 1}", ignore_errors=True)

@@ -239,6 +239,16 @@ def test_a_named_checkpoint_is_gone_on_from(checkpoint, whole, tmp_path, monkeyp
     assert_same(tmp_path, whole)
 
 
+def test_a_checkpoint_of_another_folder_is_gone_on_from(
+    checkpoint, interrupted, whole, tmp_path, monkeypatch
+) -> None:  # fmt: skip
+    """After the same evaluation and conversion, which that folder's run had done."""
+    named = str(interrupted / "checkpoint-2")
+    arguments = flags(checkpoint, tmp_path, *EACH_STEP, *CONVERTED, "--resume_from_checkpoint", named)
+    assert run(uptrain_gqa_glue, monkeypatch, arguments)["stages"][-1]["resumed_from"] == named
+    assert_same(tmp_path, whole)
+
+
 def test_with_nothing_to_go_on_from_a_run_starts(checkpoint, tmp_path, monkeypatch) -> None:
     results = run(finetune_glue, monkeypatch, [*flags(checkpoint, tmp_path), "--resume_from_checkpoint"])
     assert "resumed_from" not in results["stages"][0] and "training_loss" in results["stages"][0]

@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def identity(training: TrainingArguments, *others: Any) -> dict[str, Any]:
         for name, value in training.to_dict().items()
         if name not in _FREE and not name.startswith(_FREE_PREFIXES)
     }
-    named = {name: value for part in others for name, value in vars(part).items()} | kept
+    named = {field.name: getattr(part, field.name) for part in others for field in fields(part)} | kept
     for name, value in named.items():
         if name.endswith(("_path", "_dir", "_file")) and isinstance(value, str) and Path(value).exists():
             named[name] = str(Path(value).resolve())

@@ -25,6 +25,7 @@ from base_run import parse_arguments
 from glue_run import GlueArguments
 from test_recipes import flags, run, tokenizer  # noqa: F401, a fixture
 from test_recipes_lm import text  # noqa: F401, fixtures
+from test_recipes_lm import tokenizer as byte_tokenizer  # noqa: F401
 from transformers import (
     BertConfig,
     BertForSequenceClassification,

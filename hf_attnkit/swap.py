@@ -65,19 +65,7 @@ def swap_attention(
             is then unchanged.
     """
     model_layers = attention_layers(model)
-    kinds = _plan(model, model_layers, implementation, layers, options)
-    for index, kind in kinds.items():
-        _check(kind, model_layers[index])
-    require_consistent(model, model_layers)
-    base = model.config._attn_implementation
-    if is_swapped(model):
-        base = model.config.hf_attnkit["base"]
-    elif base not in STOCK and len(kinds) < len(model_layers):
-        raise ValueError(
-            f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
-            f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
-            "attn_implementation='sdpa'"
-        )
+    base, kinds = _checked(model, model_layers, implementation, layers, options)
     _install(model, model_layers, base, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if hasattr(IMPLEMENTATIONS[kind.name], "NEEDS_TRANSFER")})
@@ -88,6 +76,21 @@ def swap_attention(
             stacklevel=2,
         )
     return model
+
+
+def check(
+    model: PreTrainedModel,
+    implementation: Spec | Mapping[int, Spec],
+    *,
+    layers: Iterable[int] | None = None,
+    **options: Any,
+) -> dict[int, Kind]:
+    """The kind that `swap_attention` would give to each layer; changes nothing and runs nothing.
+
+    Raises:
+        TypeError, ValueError: as `swap_attention`, but for its proof.
+    """
+    return _checked(model, attention_layers(model), implementation, layers, options)[1]
 
 
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -143,6 +146,30 @@ def saved_kind(model: PreTrainedModel, index: int) -> str:
     if not is_swapped(model):
         return model.config._attn_implementation
     return model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
+
+
+def _checked(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    implementation: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> tuple[str, dict[int, Kind]]:
+    """What the model ran before its first swap, and the kind of each layer to swap, all of it possible."""
+    kinds = _plan(model, model_layers, implementation, layers, options)
+    for index, kind in kinds.items():
+        _check(kind, model_layers[index])
+    require_consistent(model, model_layers)
+    base = model.config._attn_implementation
+    if is_swapped(model):
+        base = model.config.hf_attnkit["base"]
+    elif base not in STOCK and len(kinds) < len(model_layers):
+        raise ValueError(
+            f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
+            f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return base, kinds
 
 
 def _plan(

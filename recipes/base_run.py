@@ -6,36 +6,68 @@ A recipe is a `Run` and what it does to the model between two evaluations.
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
-import itertools
 import json
 import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import sharded
+from accelerate import PartialState
+from html_report import write_report
+from model_card import write_card
 from report import show, write_json
 from restart import Progress, WholeCheckpoints, check_weights, identity, with_value, writing
 from rich.table import Table
+from stage_facts import machine, peak_memory, reset_peak_memory, time_per_batch
+from stage_table import stage_table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging
 
+import hf_attnkit
+from hf_attnkit.cache_size import cache_bytes
 from hf_attnkit.families import attention_layers
 from hf_attnkit.monitoring import core_model
+from hf_attnkit.observe import has_softmax
+
+logger = logging.get_logger(__name__)
+
+ENTROPY_EVERY_N_STEPS = 100
 
 
-def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool = True) -> tuple[Any, ...]:
+@dataclass
+class RunArguments:
+    """What every recipe that trains takes beside `TrainingArguments`."""
+
+    entropy_every_n_steps: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata={
+            "help": f"Log every layer's attention entropy each so many training steps; 0: never. "
+            f"{ENTROPY_EVERY_N_STEPS} by default."
+        },
+    )
+
+
+def parse_arguments(
+    *kinds: Any, argv: Sequence[str] | None = None, trains: bool = True, saves: bool = True
+) -> tuple[Any, ...]:
     """Parse the command line into `kinds` and `TrainingArguments`; refuses what no recipe does.
 
-    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that.
+    Without `--do_train` and `--do_eval` a recipe does both; with one of them, only that. `--predict`, where a recipe
+    has it, comes on top.
 
     Args:
         trains: whether the recipe can train; one that cannot evaluates.
+        saves: whether the recipe ends with one model, which it saves.
     """
     argv = with_value(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((*kinds, TrainingArguments))
@@ -46,16 +78,23 @@ def parse_arguments(*kinds: Any, argv: Sequence[str] | None = None, trains: bool
     for name in ("--do_train", "--do_eval"):
         flags.add_argument(name, nargs="?", type=string_to_bool, const=True)
     asked, _ = flags.parse_known_args(argv)
+    predicts = any(getattr(group, "predict", False) for group in own)
+    if any(getattr(group, "only_predicts", False) for group in own):
+        if asked.do_train or asked.do_eval or not predicts:
+            parser.error("this task has nothing to train on or to measure: give --predict alone")
+        asked.do_train = asked.do_eval = False
+    if predicts and not saves:
+        parser.error("--predict is for recipes that save a model, which this one does not: leave it out")
     if not trains:
         if asked.do_train or asked.do_eval is False:
             parser.error("this recipe evaluates and does not train: leave --do_train and --do_eval out")
         asked.do_train, asked.do_eval = False, True
     training.do_train = asked.do_train if asked.do_train is not None else not asked.do_eval
     training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
-    if not (training.do_train or training.do_eval):
+    if not (training.do_train or training.do_eval or predicts):
         parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
-        parser.error("--do_predict is not supported: recipes measure with --do_eval")
+        parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
     if not any(argument.split("=")[0] == "--output_dir" for argument in argv):
         parser.error("--output_dir is needed: the folder for results.json and the model")
     return *own, training
@@ -69,10 +108,12 @@ class Run(ABC):
 
     Attributes:
         task_name, data: what results.json calls the task and the data that were measured.
+        dataset: the same for programs: `id` on the hub or `None`, `name`, `config` and `split` (or `None`), `language`
+            (or `None`), and the hub's `task_type`.
 
     Raises:
-        ValueError: an output folder that holds a run which this one does not go on with, a number below 1, or a
-            checkpoint to resume from that is none; before anything is loaded.
+        ValueError: an output folder that holds a run which this one does not go on with, a number out of range, an
+            option without effect, or a checkpoint to resume from that is none; before anything is loaded.
     """
 
     model: PreTrainedModel
@@ -81,6 +122,7 @@ class Run(ABC):
     eval_data: Any
     task_name: str
     data: str
+    dataset: dict[str, str | None]
 
     def __init__(
         self, arguments: Any, training: TrainingArguments, *others: Any, at_least_one: Sequence[str] = ()
@@ -96,12 +138,17 @@ class Run(ABC):
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1")
+        every = arguments.entropy_every_n_steps
+        if every is not None and every < 0:
+            raise ValueError(f"--entropy_every_n_steps {every} must be at least 1, or 0 for never")
+        if every is not None and not training.do_train:
+            raise ValueError(f"--entropy_every_n_steps {every} has no effect without training; leave it out")
         self.progress = Progress(self.output, identity(training, arguments, *others), training)
         # No process writes before all have read.
         training.distributed_state.wait_for_everyone()
         set_seed(training.seed)
         self.stages: list[dict[str, Any]] = []
-        self.changes = 0
+        self.changes = self.trainings = 0
         self.sharded = sharded.is_asked_for(training)
 
     @abstractmethod
@@ -135,6 +182,10 @@ class Run(ABC):
             sharded.keep_whole(trainer)
         return trainer
 
+    def predict(self, trainer: Trainer) -> dict[str, Any]:
+        """Write predictions where a kind of task has them and they are asked for; facts for results.json."""
+        return {}
+
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
@@ -142,13 +193,19 @@ class Run(ABC):
         if len(self.stages) < len(self.progress.stages):
             self.stages.append(self.progress.stages[len(self.stages)])
             return
+        trainer, device = self.trainer(), self.training.device
+        reset_peak_memory(device)
         start = time.perf_counter()
-        measured = self.measure(self.trainer())
+        measured = self.measure(trainer)
+        seconds = round(time.perf_counter() - start, 2)
+        costs = peak_memory(device) | time_per_batch(trainer, self.eval_data)
         # accelerate marks a model that it prepared, for evaluation too, and takes it as it is from then on: training
         # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
             vars(self.model).pop(name, None)
-        layers = attention_layers(core_model(self.model), adapters=True)
+        core = core_model(self.model)
+        layers = attention_layers(core, adapters=True)
+        heads = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
         self.stages.append(
             {
                 "stage": stage,
@@ -156,8 +213,10 @@ class Run(ABC):
                 "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                 "num_heads": [len(layer.heads) for layer in layers],
                 "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
+                "key_value_bytes_per_token": cache_bytes(heads, core.dtype),
+                **costs,
                 **measured,
-                "evaluation_seconds": round(time.perf_counter() - start, 2),
+                "evaluation_seconds": seconds,
                 **facts,
             }
         )
@@ -184,10 +243,15 @@ class Run(ABC):
     def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
         """Train on the training data; returns what `Trainer` measured, or nothing where it was left out or is over.
 
+        What the trainer logged stands in trainer_state_1.json, and of a second training in trainer_state_2.json.
+
         Args:
             kind, options: another trainer, and what it needs beside.
         """
-        if not self.training.do_train or self.changes < len(self.progress.changes):
+        if not self.training.do_train:
+            return {}
+        self.trainings += 1
+        if self.changes < len(self.progress.changes):
             return {}
         # What was measured after this training is measured again: the weights are those of this process.
         del self.progress.stages[len(self.stages) :]
@@ -196,7 +260,7 @@ class Run(ABC):
             check_weights(checkpoint, self.model)
         if self.sharded:
             options["model"] = copy.deepcopy(self.model.cpu())
-        trainer = self.trainer(kind, **options)
+        trainer = self.trainer(kind, callbacks=self.callbacks(), **options)
         if self.sharded:
             sharded.shard(trainer)
         trainer.add_callback(WholeCheckpoints(self.progress, self.training.save_total_limit))
@@ -206,57 +270,79 @@ class Run(ABC):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.sharded:
             sharded.gather(trainer.model, self.model.to(self.training.device))
+        if trainer.is_world_process_zero():
+            write_json(self.output / f"trainer_state_{self.trainings}.json", asdict(trainer.state))
         facts = {"training_seconds": round(result.metrics["train_runtime"], 2)}
         # After a checkpoint Trainer knows the loss of the rest alone.
         return facts | ({"resumed_from": str(checkpoint)} if checkpoint else {"training_loss": result.training_loss})
+
+    def callbacks(self) -> list[hf_attnkit.AttentionEntropyCallback]:
+        """What training is given beside Trainer's own."""
+        asked = self.arguments.entropy_every_n_steps
+        every = ENTROPY_EVERY_N_STEPS if asked is None else asked
+        layers = attention_layers(core_model(self.model), adapters=True)
+        if every and not any(has_softmax(layer.module) for layer in layers):
+            logger.warning("no attention entropies are logged: every layer runs linear attention, which has no weights")
+            every = 0
+        return [hf_attnkit.AttentionEntropyCallback(every)] if every else []
 
     def results(self, **facts: Any) -> dict[str, Any]:
         """What results.json holds: the stages, these facts, and what it takes to repeat them."""
         return {
             "task": self.task_name,
             "data": self.data,
+            "dataset": self.dataset,
             "model": self.arguments.model_name_or_path,
             "stages": self.stages,
             **facts,
             "train_samples": len(self.train_data),
             "seed": self.training.seed,
-            "command": shlex.join(["python", *sys.argv]),
+            "device": machine(self.training),
+            "command": command(getattr(self.arguments, "command", None) or sys.argv),
             "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
         }
 
     def finish(self, **facts: Any) -> None:
-        """Save model and tokenizer, then `results.json`, whose presence marks a finished run; print the table."""
+        """Save model, tokenizer and model card, predict, then write `results.json`, whose presence marks a finished
+        run; print the table. The report comes after: it can be made again from the folder."""
         trainer = self.trainer()
         with writing(self.output):
-            trainer.save_model(str(self.output))
-        results = self.results(**facts)
+            trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
+        results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
+            write_card(self.output, results, name=self.training.hub_model_id or self.output.resolve().name)
             write_json(self.output / "results.json", results)
             self.progress.remove()
+            write_report(self.output)
             print_stages(results)
-        trainer.accelerator.end_training()
+        if self.training.push_to_hub:
+            trainer.create_model_card = lambda **_: None  # it would write its own over ours
+            trainer.push_to_hub()
+        # Not now: the processes may have more runs before them.
+        atexit.register(PartialState().destroy_process_group)
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line as one would type it, without secrets: it is saved with the model and may be published."""
+    shown = ["python", *argv]
+    for place, word in enumerate(shown):
+        name, equals, _ = word.partition("=")
+        if name in ("--hub_token", "--hub-token"):
+            shown[place : place + 2 - len(equals)] = [f"{name}=..."]
+    return shlex.join(shown)
+
+
+# A terminal is narrow; the report has them.
+NOT_PRINTED = ("KV bytes/token", "peak MiB", "training s")
 
 
 def print_stages(results: Mapping[str, Any]) -> None:
     """Print the stages of a run as a table."""
-    stages = results["stages"]
+    header, rows = stage_table(results["stages"])
+    shown = [place for place, name in enumerate(header) if name not in NOT_PRINTED]
     table = Table(title=f"{results['task']} ({results['data']}), {Path(results['model']).name}")
-    table.add_column("stage")
-    metrics = list(stages[0]["metrics"]) if stages else []
-    for name in [*metrics, "heads", "key/value heads", "parameters"]:
-        table.add_column(name, justify="right")
-    for stage in stages:
-        table.add_row(
-            stage["stage"],
-            *(f"{stage['metrics'][name]:.4f}" for name in metrics),
-            _heads(stage["num_heads"]),
-            _heads(stage["num_key_value_heads"]),
-            f"{stage['parameters']:,}",
-        )
+    for place in shown:
+        table.add_column(header[place], justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*(row[place].text for place in shown))
     show(table)
-
-
-def _heads(per_layer: Sequence[int]) -> str:
-    """`6 x 12` for equal layers, otherwise each layer's number."""
-    runs = [(number, len(list(run))) for number, run in itertools.groupby(per_layer)]
-    return f"{runs[0][1]} x {runs[0][0]}" if len(runs) == 1 else " ".join(str(number) for number in per_layer)

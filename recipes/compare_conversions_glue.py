@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from base_run import parse_arguments
 from compare import ComparisonArguments, compare
 from glue_run import GlueArguments, GlueRun
+from sweep import runs
 
 
 @dataclass
@@ -21,9 +21,9 @@ class GlueComparisonArguments(ComparisonArguments):
 
 
 def main() -> None:
-    arguments, comparison, training = parse_arguments(GlueArguments, GlueComparisonArguments, trains=False)
-    run = GlueRun(arguments, training)
-    compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
+    for arguments, comparison, training in runs(GlueArguments, GlueComparisonArguments, trains=False, saves=False):
+        run = GlueRun(arguments, training)
+        compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from base_run import parse_arguments
 from compare_pruning import PruningComparisonArguments, compare
 from glue_run import GlueArguments, GlueRun
+from sweep import runs
 
 
 @dataclass
@@ -31,10 +31,10 @@ class GluePruningComparisonArguments(PruningComparisonArguments):
 
 
 def main() -> None:
-    arguments, comparison, training = parse_arguments(GlueArguments, GluePruningComparisonArguments)
-    run = GlueRun(arguments, training)
-    names, available = ("score_samples", "refit_samples"), len(run.train_data)
-    compare(run, comparison, {name: min(getattr(comparison, name), available) for name in names})
+    names = ("score_samples", "refit_samples")
+    for arguments, comparison, training in runs(GlueArguments, GluePruningComparisonArguments, saves=False):
+        run = GlueRun(arguments, training)
+        compare(run, comparison, {name: min(getattr(comparison, name), len(run.train_data)) for name in names})
 
 
 if __name__ == "__main__":

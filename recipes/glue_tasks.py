@@ -5,7 +5,9 @@ A new task is one row of `TASKS`. Names and label orders are those of the hub's 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 
@@ -23,6 +25,9 @@ class TsvLayout:
             header, and every row has as many columns as it.
         train_file: File name of the training split.
         dev_files: File names of the development splits, in the order of `Task.dev_splits`.
+        test_files: Those of the test splits, in the order of `Task.test_splits`.
+        test_fields: Header names of the texts in the test files, which all have a header and no
+            label; `None`: `text_fields`.
     """
 
     text_fields: tuple[str, ...] | tuple[int, ...]
@@ -31,6 +36,8 @@ class TsvLayout:
     columns: int | None = None
     train_file: str = "train.tsv"
     dev_files: tuple[str, ...] = ("dev.tsv",)
+    test_files: tuple[str, ...] = ("test.tsv",)
+    test_fields: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class Task:
         label_names: Class names, the position is the class id; empty for regression.
         metrics: What `GlueMetric` returns, higher = better; the first is the headline.
         tsv: Layout of the TSV files; `None` if the task has none.
-        dev_splits: Names of the development splits in the loaded dataset.
+        dev_splits: Names of the development splits in the loaded dataset; none if nothing of the
+            task is labelled.
+        test_splits: Names of the splits whose labels GLUE keeps.
+        score_metrics: The metrics whose mean is the task's score in GLUE's average.
     """
 
     name: str
@@ -54,6 +64,23 @@ class Task:
     metrics: tuple[str, ...]
     tsv: TsvLayout | None
     dev_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+    score_metrics: tuple[str, ...] = ("accuracy", "f1", "pearson", "spearmanr")
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is anything to train on and to measure; not for the diagnostic set AX."""
+        return bool(self.dev_splits)
+
+    @property
+    def prediction_files(self) -> tuple[str, ...]:
+        """Names that the GLUE server wants for the predictions of each of `test_splits`."""
+        ends = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
+        return tuple(f"{self.folder}{ends[split]}.tsv" for split in self.test_splits)
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """What counts in GLUE's average: the mean of the task's measured metrics, those of both dev sets for mnli."""
+        return fmean(value for name, value in metrics.items() if name.startswith(self.score_metrics))
 
     @property
     def is_regression(self) -> bool:
@@ -81,7 +108,8 @@ TASKS: dict[str, Task] = {
             text_columns=_SENTENCE,
             label_names=_ACCEPTABLE,
             metrics=("matthews_correlation", "accuracy"),
-            tsv=TsvLayout(text_fields=(3,), label_field=1, columns=4),
+            tsv=TsvLayout(text_fields=(3,), label_field=1, columns=4, test_fields=_SENTENCE),
+            score_metrics=("matthews_correlation",),
         ),
         Task(
             name="sst2",
@@ -126,8 +154,10 @@ TASKS: dict[str, Task] = {
                 label_field="gold_label",
                 label_kind="word",
                 dev_files=("dev_matched.tsv", "dev_mismatched.tsv"),
+                test_files=("test_matched.tsv", "test_mismatched.tsv"),
             ),
             dev_splits=("validation_matched", "validation_mismatched"),
+            test_splits=("test_matched", "test_mismatched"),
         ),
         Task(
             name="qnli",
@@ -157,6 +187,22 @@ TASKS: dict[str, Task] = {
             metrics=("accuracy",),
             tsv=TsvLayout(text_fields=_SENTENCES, label_field="label"),
         ),
+        # The diagnostic set: for a model of mnli, and without labels.
+        Task(
+            name="ax",
+            folder="AX",
+            text_columns=("premise", "hypothesis"),
+            label_names=("entailment", "neutral", "contradiction"),
+            metrics=(),
+            tsv=TsvLayout(
+                text_fields=_SENTENCES,
+                label_field="label",
+                label_kind="word",
+                dev_files=(),
+                test_files=("diagnostic.tsv",),
+            ),
+            dev_splits=(),
+        ),
         # Not GLUE: this project's own sentences (demo_data.py), for runs without data or network.
         Task(
             name="demo",
@@ -165,9 +211,14 @@ TASKS: dict[str, Task] = {
             label_names=_ACCEPTABLE,
             metrics=("matthews_correlation", "accuracy"),
             tsv=None,
+            test_splits=(),
+            score_metrics=("matthews_correlation",),
         ),
     )
 }
+
+# The nine that GLUE's average counts.
+BENCHMARK = tuple(name for name, task in TASKS.items() if task.folder and task.is_labelled)
 
 
 def get_task(name: str) -> Task:
@@ -179,3 +230,22 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: use one of {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def task_names(written: str) -> list[str]:
+    """The tasks that `--task_name` names: one, several with commas between, or `all` for the nine of GLUE.
+
+    Raises:
+        ValueError: A name that is unknown, comes twice or cannot stand beside others.
+    """
+    names = list(BENCHMARK) if written == "all" else written.split(",")
+    for name in names:
+        get_task(name)
+        if names.count(name) > 1:
+            raise ValueError(f"--task_name {written} names {name} twice: name each task once.")
+        if len(names) > 1 and name not in BENCHMARK:
+            raise ValueError(
+                f"--task_name {written}: {name} is no part of GLUE's average; run it alone"
+                f"{', or give --predict, with which mnli writes AX.tsv' * (name == 'ax')}."
+            )
+    return names

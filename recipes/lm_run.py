@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from base_run import Run
-from lm_data import Blocks, TextArguments, load_text
+from base_run import Run, RunArguments
+from lm_data import DATASET, Blocks, TextArguments, load_text
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
@@ -28,7 +28,7 @@ from hf_attnkit.families import attention_layers
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(RunArguments):
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
     gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file in it, which is dequantized."})
     dtype: str = field(
@@ -72,6 +72,14 @@ class LanguageModelRun(Run):
         super().__init__(arguments, training, text, *others)
         documents = load_text(text)
         self.task_name, self.data = "language modelling", documents.data
+        self.dataset = {
+            "id": text.dataset_name,
+            "name": text.dataset_name or documents.data,
+            "config": text.dataset_config_name,
+            "split": "validation" if text.dataset_name else None,
+            "language": "en" if text.dataset_name == DATASET[0] else None,
+            "task_type": "text-generation",
+        }
         self.block_size = text.block_size
         located = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **located)

@@ -15,7 +15,7 @@ def write_text(path: Path, content: str) -> None:
     """Write in one step: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(content)
+    partial.write_text(content, encoding="utf-8")
     os.replace(partial, path)
 
 

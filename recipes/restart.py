@@ -34,7 +34,8 @@ FLAG = "--resume_from_checkpoint"
 _FREE_PREFIXES = ("log", "save_", "push_", "hub_", "report_", "ddp_", "trackio_")
 _FREE = {"output_dir", "resume_from_checkpoint", "run_name", "project", "disable_tqdm", "use_cpu", "local_rank",
          "ignore_data_skip", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-         "dataloader_prefetch_factor", "per_device_eval_batch_size", "eval_accumulation_steps"}  # fmt: skip
+         "dataloader_prefetch_factor", "per_device_eval_batch_size", "eval_accumulation_steps",
+         "command", "seeds", "predict", "entropy_every_n_steps"}  # fmt: skip
 
 
 def with_value(argv: Sequence[str]) -> list[str]:
@@ -172,12 +173,9 @@ def _has_state(folder: Path) -> bool:
 
 def identity(training: TrainingArguments, *others: Any) -> dict[str, Any]:
     """The arguments that a run must be gone on with, by name: these dataclasses' and most of `training`'s."""
-    kept = {
-        name: value
-        for name, value in training.to_dict().items()
-        if name not in _FREE and not name.startswith(_FREE_PREFIXES)
-    }
+    kept = {name: value for name, value in training.to_dict().items() if not name.startswith(_FREE_PREFIXES)}
     named = {field.name: getattr(part, field.name) for part in others for field in fields(part)} | kept
+    named = {name: value for name, value in named.items() if name not in _FREE}
     for name, value in named.items():
         if name.endswith(("_path", "_dir", "_file")) and isinstance(value, str) and Path(value).exists():
             named[name] = str(Path(value).resolve())

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from base_run import parse_arguments
 from distill import DistillationArguments
 from glue_run import GlueArguments, GlueRun
 from lora import LoraArguments
+from sweep import runs
+from transformers import TrainingArguments
 from uptrain import ConversionArguments, uptrain
 
 
@@ -34,9 +35,18 @@ class GlueConversionArguments(ConversionArguments):
 
 
 def main() -> None:
-    arguments, conversion, distillation, lora, training = parse_arguments(
-        GlueArguments, GlueConversionArguments, DistillationArguments, LoraArguments
-    )
+    for parsed in runs(GlueArguments, GlueConversionArguments, DistillationArguments, LoraArguments):
+        convert_and_recover(*parsed)
+
+
+def convert_and_recover(
+    arguments: GlueArguments,
+    conversion: GlueConversionArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+) -> None:
+    """One run."""
     distillation.check(training)
     lora.check(training)
     run = GlueRun(arguments, training, conversion, distillation, lora)

@@ -222,6 +222,7 @@ def test_conversions_compared(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     output = tmp_path / "compared"
     command = ["x", "--model_name_or_path", str(checkpoint), "--task_name", "demo", "--output_dir", str(output)]
     command += ["--num_key_value_heads", "2", "1", "--max_eval_samples", "40", "--calibration_samples", "80"]
+    command += ["--max_length", "24"]
     monkeypatch.setattr(sys, "argv", [*command, "--report_to", "none", "--use_cpu"])
     compare_conversions_glue.main()
     results = json.loads((output / "results.json").read_text())

@@ -31,7 +31,8 @@ from accelerate.utils import DistributedType
 start = AcceleratorState.__init__
 
 def passed_off(self, *arguments, **options):
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     start(self, *arguments, **options)
 
 if "--fsdp" in sys.argv:

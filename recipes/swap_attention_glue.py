@@ -1,0 +1,145 @@
+"""Swap the attention of a fine-tuned model and recover it: evaluate, swap, evaluate, train, evaluate.
+
+    accelerate launch recipes/swap_attention_glue.py --model_name_or_path outputs/cola --task_name cola \\
+        --attention sliding_window --attention_options window=64 --learning_rate 3e-5 --num_train_epochs 1 \\
+        --per_device_train_batch_size 32 --output_dir outputs/cola-window
+
+`--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
+{"window": 64}]}`; layers that it leaves out keep what they run. `--distill` trains towards the model as it was, and
+`--lora` trains adapters and merges them. `linear` is useless before it is trained.
+
+Writes the recovered model, which `hf_attnkit.load_pretrained` loads, and results.json (stages "baseline", "changed",
+"recovered") into --output_dir.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill import DistillationArguments
+from glue_run import GlueArguments, GlueRun
+from lora import LoraArguments
+from prune import parse_options
+from sweep import runs
+from transformers import PreTrainedModel, TrainingArguments
+from uptrain import recover
+
+import hf_attnkit
+from hf_attnkit import swap
+from hf_attnkit.attention.registry import IMPLEMENTATIONS, Kind
+from hf_attnkit.families import AttentionLayer, attention_layers, editable_layers
+
+
+@dataclass
+class SwapArguments:
+    attention: str = field(
+        metadata={"help": f"One of {', '.join(hf_attnkit.available_attentions())}, or a .json file of layers."}
+    )
+    attention_options: list[str] = field(
+        default_factory=list, metadata={"help": "Its options, such as window=64 num_sink_tokens=4."}
+    )
+
+    def __post_init__(self) -> None:
+        self.options: dict[Any, Any] = parse_options(self.attention_options, "--attention_options")
+        self.specification: Any = (self.attention, self.options)
+        if self.attention.endswith(".json"):
+            if self.options:
+                raise ValueError(
+                    f"--attention_options {' '.join(self.attention_options)} has no effect beside --attention "
+                    f"{self.attention}; write [name, options] in the file"
+                )
+            self.specification = read_mapping(Path(self.attention))
+            self.options = {layer: spec[1] for layer, spec in self.specification.items() if isinstance(spec, tuple)}
+
+
+def read_mapping(path: Path) -> dict[int, str | tuple[str, dict[str, Any]]]:
+    """The layers of a JSON file, as `swap_attention` takes them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not `{"layer": name or [name, options]}`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--attention {path} does not exist; give a JSON file, or a name without .json")
+    form = 'must be JSON such as {"0": "flash", "5": ["sliding_window", {"window": 64}]}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = {int(layer): tuple(spec) if isinstance(spec, list) else spec for layer, spec in content.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"--attention {path} {form} ({error})") from error
+    for layer, spec in found.items():
+        pair = isinstance(spec, tuple) and [type(part) for part in spec] == [str, dict]
+        if not (pair or isinstance(spec, str)):
+            raise ValueError(f"--attention {path}, layer {layer}: {spec!r} {form}")
+    return found
+
+
+def check(model: PreTrainedModel, arguments: SwapArguments, lora: LoraArguments) -> None:
+    """Refuse what cannot be done before the first evaluation, which may take long.
+
+    Raises:
+        ValueError: an attention or option that does not fit the model, or adapters that would leave it untrained.
+    """
+    kinds = swap.check(model, arguments.specification)
+    if lora.lora:
+        layers = editable_layers(model)  # refuses a model that cannot have adapters
+        learning = [index for index, kind in kinds.items() if _learns(kind, layers[index])]
+        if learning:
+            raise ValueError(
+                f"--lora trains adapters of the projections, and the features that layers {learning} learn would stay "
+                "as they start; leave --lora out"
+            )
+
+
+def _learns(kind: Kind, layer: AttentionLayer) -> bool:
+    create = getattr(IMPLEMENTATIONS[kind.name], "create_parameters", None)
+    heads = (layer.num_heads, layer.num_key_value_heads, layer.head_dim)
+    return create is not None and create(*heads, **kind.options) is not None
+
+
+def running(model: PreTrainedModel) -> list[str]:
+    """The attention of each layer, by name."""
+    return [swap.saved_kind(model, layer.index) for layer in attention_layers(model)]
+
+
+def run_one(
+    arguments: GlueArguments,
+    swapping: SwapArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+) -> None:
+    """Evaluate, swap, evaluate, train, evaluate, save."""
+    distillation.check(training)
+    lora.check(training)
+    run = GlueRun(arguments, training, swapping, distillation, lora)
+    check(run.model, swapping, lora)
+    # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
+    teacher = copy.deepcopy(run.model) if distillation.distill else None
+    run.model.to(training.device)
+    run.evaluate("baseline", attention=running(run.model))
+
+    def swap_all() -> None:
+        hf_attnkit.swap_attention(run.model, swapping.specification)
+
+    run.change(swap_all)
+    run.evaluate("changed", attention=running(run.model))
+    if training.do_train:
+        run.evaluate("recovered", attention=running(run.model), **recover(run, teacher, distillation, lora))
+    facts: dict[str, Any] = {"attention": running(run.model), "attention_options": swapping.options}
+    for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
+        facts |= vars(flags) if asked else {}
+    run.finish(**facts)
+
+
+def main() -> None:
+    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
+        run_one(*parsed)
+
+
+if __name__ == "__main__":
+    main()

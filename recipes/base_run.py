@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import copy
+import json
 import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import sharded
 from accelerate import PartialState
 from html_report import write_report
 from model_card import write_card
 from report import show, write_json
+from restart import Progress, WholeCheckpoints, check_weights, identity, with_value, writing
 from rich.table import Table
 from stage_facts import machine, peak_memory, reset_peak_memory, time_per_batch
 from stage_table import stage_table
@@ -65,6 +69,7 @@ def parse_arguments(
         trains: whether the recipe can train; one that cannot evaluates.
         saves: whether the recipe ends with one model, which it saves.
     """
+    argv = with_value(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
     # TrainingArguments sets do_eval by itself for --eval_strategy, so what the user asked for is read
@@ -90,8 +95,7 @@ def parse_arguments(
         parser.error("--do_train False --do_eval False leaves nothing to do")
     if training.do_predict:
         parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
-    given = sys.argv if argv is None else argv
-    if not any(argument.split("=")[0] == "--output_dir" for argument in given):
+    if not any(argument.split("=")[0] == "--output_dir" for argument in argv):
         parser.error("--output_dir is needed: the folder for results.json and the model")
     return *own, training
 
@@ -99,7 +103,8 @@ def parse_arguments(
 class Run(ABC):
     """One task, one model, a list of measured stages.
 
-    A kind of task sets `model`, `tokenizer`, `train_data` and `eval_data` in its `__init__`, after this one.
+    A kind of task sets `model`, `tokenizer`, `train_data` and `eval_data` in its `__init__`, after this one. What a
+    run that was killed had done is taken over step by step, as the recipe comes to `evaluate`, `change` and `train`.
 
     Attributes:
         task_name, data: what results.json calls the task and the data that were measured.
@@ -107,8 +112,8 @@ class Run(ABC):
             (or `None`), and the hub's `task_type`.
 
     Raises:
-        ValueError: an output folder that holds a finished run, a number out of range, an option without effect, or a
-            checkpoint to resume from that is none; before anything is loaded.
+        ValueError: an output folder that holds a run which this one does not go on with, a number out of range, an
+            option without effect, or a checkpoint to resume from that is none; before anything is loaded.
     """
 
     model: PreTrainedModel
@@ -119,15 +124,16 @@ class Run(ABC):
     data: str
     dataset: dict[str, str | None]
 
-    def __init__(self, arguments: Any, training: TrainingArguments, *, at_least_one: Sequence[str] = ()) -> None:
+    def __init__(
+        self, arguments: Any, training: TrainingArguments, *others: Any, at_least_one: Sequence[str] = ()
+    ) -> None:
         """
         Args:
+            others: the recipe's other arguments: a run is gone on with under the same ones only.
             at_least_one: the names of arguments that must be `None` or at least 1.
         """
         self.arguments, self.training = arguments, training
         self.output = Path(str(training.output_dir))
-        if (self.output / "results.json").exists():
-            raise ValueError(f"--output_dir {self.output} holds a finished run (results.json); name another folder")
         for name in at_least_one:
             value = getattr(arguments, name)
             if value is not None and value < 1:
@@ -137,12 +143,17 @@ class Run(ABC):
             raise ValueError(f"--entropy_every_n_steps {every} must be at least 1, or 0 for never")
         if every is not None and not training.do_train:
             raise ValueError(f"--entropy_every_n_steps {every} has no effect without training; leave it out")
-        checkpoint = training.resume_from_checkpoint
-        if checkpoint is not None and not Path(checkpoint).is_dir():
-            raise ValueError(f"--resume_from_checkpoint {checkpoint} is no folder; name one such as .../checkpoint-500")
+        self.progress = Progress(self.output, identity(training, arguments, *others), training)
+        # No process writes before all have read.
+        training.distributed_state.wait_for_everyone()
         set_seed(training.seed)
         self.stages: list[dict[str, Any]] = []
-        self.trainings = 0
+        self.changes = self.trainings = 0
+        self.sharded = sharded.is_asked_for(training)
+
+    @abstractmethod
+    def load_model(self, path: str) -> PreTrainedModel:
+        """The model of a checkpoint, as this kind of task wants it."""
 
     @abstractmethod
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
@@ -158,15 +169,18 @@ class Run(ABC):
 
     def trainer(self, kind: type[Trainer] = Trainer, **options: Any) -> Trainer:
         """A new one each time: an optimizer made before a change of heads holds the old parameters."""
-        return kind(
-            model=self.model,
-            args=self.training,
-            train_dataset=self.train_data,
-            eval_dataset=self.eval_data,
-            processing_class=self.tokenizer,
+        made = {
+            "model": self.model,
+            "args": self.training,
+            "train_dataset": self.train_data,
+            "eval_dataset": self.eval_data,
+            "processing_class": self.tokenizer,
             **self.trainer_options(),
-            **options,
-        )
+        }
+        trainer = kind(**(made | options))
+        if self.sharded:
+            sharded.keep_whole(trainer)
+        return trainer
 
     def predict(self, trainer: Trainer) -> dict[str, Any]:
         """Write predictions where a kind of task has them and they are asked for; facts for results.json."""
@@ -175,6 +189,9 @@ class Run(ABC):
     def evaluate(self, stage: str, **facts: Any) -> None:
         """Measure the model and add a stage: "baseline", "changed" or "recovered"."""
         if not self.training.do_eval:
+            return
+        if len(self.stages) < len(self.progress.stages):
+            self.stages.append(self.progress.stages[len(self.stages)])
             return
         trainer, device = self.trainer(), self.training.device
         reset_peak_memory(device)
@@ -203,9 +220,28 @@ class Run(ABC):
                 **facts,
             }
         )
+        self.progress.stages = list(self.stages)
+        self.progress.write()
+
+    def change(self, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Change the model, or take over what a run that was killed had changed; returns what `make` did.
+
+        Args:
+            make: changes `model` and returns what the recipe needs to know of it, as JSON holds it, or nothing.
+        """
+        self.changes += 1
+        if self.changes > len(self.progress.changes):
+            # As a later process would read it.
+            facts = json.loads(json.dumps(make() or {}))
+            if self.training.do_train:  # which is what takes long enough to be killed
+                self.progress.add_change(facts, self.model)
+            return facts
+        if self.changes == len(self.progress.changes):
+            self.model = self.load_model(str(self.progress.changed)).to(self.training.device)
+        return self.progress.changes[self.changes - 1]
 
     def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
-        """Train on the training data; returns what `Trainer` measured, or nothing where it was left out.
+        """Train on the training data; returns what `Trainer` measured, or nothing where it was left out or is over.
 
         What the trainer logged stands in trainer_state_1.json, and of a second training in trainer_state_2.json.
 
@@ -215,13 +251,30 @@ class Run(ABC):
         if not self.training.do_train:
             return {}
         self.trainings += 1
-        checkpoint = self.training.resume_from_checkpoint
+        if self.changes < len(self.progress.changes):
+            return {}
+        # What was measured after this training is measured again: the weights are those of this process.
+        del self.progress.stages[len(self.stages) :]
+        checkpoint, self.progress.checkpoint = self.progress.checkpoint, None
+        if checkpoint is not None:
+            check_weights(checkpoint, self.model)
+        if self.sharded:
+            options["model"] = copy.deepcopy(self.model.cpu())
         trainer = self.trainer(kind, callbacks=self.callbacks(), **options)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if self.sharded:
+            sharded.shard(trainer)
+        trainer.add_callback(WholeCheckpoints(self.progress, self.training.save_total_limit))
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.save_total_limit = None
+        with writing(self.output):
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.sharded:
+            sharded.gather(trainer.model, self.model.to(self.training.device))
         if trainer.is_world_process_zero():
             write_json(self.output / f"trainer_state_{self.trainings}.json", asdict(trainer.state))
-        facts = {"training_seconds": round(result.metrics["train_runtime"], 2), "training_loss": result.training_loss}
-        return facts | ({"resumed_from": checkpoint} if checkpoint else {})
+        facts = {"training_seconds": round(result.metrics["train_runtime"], 2)}
+        # After a checkpoint Trainer knows the loss of the rest alone.
+        return facts | ({"resumed_from": str(checkpoint)} if checkpoint else {"training_loss": result.training_loss})
 
     def callbacks(self) -> list[hf_attnkit.AttentionEntropyCallback]:
         """What training is given beside Trainer's own."""
@@ -253,11 +306,13 @@ class Run(ABC):
         """Save model and tokenizer, predict, write the model card, then `results.json`, whose presence marks a finished
         run; print the table. The report comes after: it can be made again from the folder."""
         trainer = self.trainer()
-        trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
+        with writing(self.output):
+            trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
         results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
             write_card(self.output, results, name=self.training.hub_model_id or self.output.resolve().name)
             write_json(self.output / "results.json", results)
+            self.progress.remove()
             write_report(self.output)
             print_stages(results)
         if self.training.push_to_hub:

@@ -82,6 +82,27 @@ def describe(task: Task) -> str:
     return "GLUE dev set" if task.is_labelled else "GLUE diagnostic set"
 
 
+def prepare_padding(tokenizer: Any) -> None:
+    """Pad at the end, with a token that is none of a text's own.
+
+    A decoder is asked at its last token that is not padding, so the padding token must not be the one that texts
+    end in; and at the end, padding moves no position.
+
+    Raises:
+        ValueError: if the tokenizer has no such token.
+    """
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is not None:
+        return
+    ends_in_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    tokenizer.pad_token = tokenizer.unk_token if ends_in_eos else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "the tokenizer has no padding token, and none that could serve (the end of text, where texts do not end in "
+            "it, or the unknown token): give it one (tokenizer.pad_token = ...) and save it"
+        )
+
+
 class GlueRun(Run):
     """A GLUE task; measured on its dev set(s).
 
@@ -91,13 +112,22 @@ class GlueRun(Run):
     """
 
     def __init__(
-        self, arguments: GlueArguments, training: TrainingArguments, *, needs_training_data: bool = True
+        self,
+        arguments: GlueArguments,
+        training: TrainingArguments,
+        *others: Any,
+        needs_training_data: bool = True,
+        load_options: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
+            others: as `Run`.
             needs_training_data: `False` also takes a task that has nothing to train on or to measure.
+            load_options: of `load_pretrained`.
         """
-        super().__init__(arguments, training, at_least_one=("max_train_samples", "max_eval_samples", "max_length"))
+        limits = ("max_train_samples", "max_eval_samples", "max_length")
+        super().__init__(arguments, training, *others, at_least_one=limits)
+        self.load_options = load_options or {}
         if arguments.seeds:
             raise ValueError("--seeds has no effect on this recipe, which makes one run; give --seed")
         self.task = get_task(arguments.task_name)
@@ -118,11 +148,10 @@ class GlueRun(Run):
         data = load_glue(*source) if self.task.is_labelled else {}
         tests = load_test(*source) if arguments.predict else {}
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        prepare_padding(self.tokenizer)
         self.collator = DataCollatorWithPadding(self.tokenizer)
         self.label_ids = list(range(self.task.num_labels))  # GLUE's class id -> the model's
-        self.model = self._load_model()
+        self.model = self.load_model(arguments.model_name_or_path)
         check_max_length(arguments.max_length, self.task, self.tokenizer, self.model)
         with training.main_process_first(desc="tokenizing"):
             self.train_data = self._tokenized("train", data, arguments.max_train_samples)
@@ -132,10 +161,11 @@ class GlueRun(Run):
             self.test_data = {name: self._tokenized(name, tests) for name in tests}
         self.eval_data = next(iter(self.dev_data.values()), None)
 
-    def _load_model(self) -> PreTrainedModel:
-        path, names = self.arguments.model_name_or_path, self.task.label_names
+    def load_model(self, path: str) -> PreTrainedModel:
+        """A classifier with the task's classes."""
+        names = self.task.label_names
         own = AutoConfig.from_pretrained(path).label2id or {}
-        options: dict[str, Any] = {"num_labels": self.task.num_labels}
+        options: dict[str, Any] = self.load_options | {"num_labels": self.task.num_labels}
         own = {name.lower(): number for name, number in own.items()}
         if names and set(own) == set(names):
             # A checkpoint of this task that numbers the classes its own way keeps doing so.
@@ -150,8 +180,14 @@ class GlueRun(Run):
             options["label2id"] = {name: index for index, name in enumerate(names)}
         model = hf_attnkit.load_pretrained(path, AutoModelForSequenceClassification, **options)
         attention_layers(model)  # refuses a family that cannot be reported on before hours of training
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        embeddings = model.get_input_embeddings().num_embeddings
+        if len(self.tokenizer) > embeddings:
+            raise ValueError(
+                f"the tokenizer of {path} has {len(self.tokenizer)} tokens and the model {embeddings} embeddings: give "
+                "the model's own tokenizer, or resize_token_embeddings"
+            )
+        # A decoder looks for the last token that is not this one, whatever its config said.
+        model.config.pad_token_id = self.tokenizer.pad_token_id
         # These losses are means over a batch and ignore `num_items_in_batch`; told so, Trainer divides them by the
         # number of accumulated batches and does not multiply them by the number of processes.
         model.accepts_loss_kwargs = False

@@ -66,8 +66,10 @@ class LanguageModelRun(Run):
             than its positions, and as `Run`.
     """
 
-    def __init__(self, arguments: ModelArguments, text: TextArguments, training: TrainingArguments) -> None:
-        super().__init__(arguments, training)
+    def __init__(
+        self, arguments: ModelArguments, text: TextArguments, training: TrainingArguments, *others: Any
+    ) -> None:
+        super().__init__(arguments, training, text, *others)
         documents = load_text(text)
         self.task_name, self.data = "language modelling", documents.data
         self.dataset = {
@@ -88,6 +90,10 @@ class LanguageModelRun(Run):
         options = (self.tokenizer, text.block_size)
         self.train_data = Blocks(documents.train, *options, text.max_train_samples, "training")
         self.eval_data = Blocks(documents.validation, *options, text.max_eval_samples, "held-out")
+
+    def load_model(self, path: str) -> PreTrainedModel:
+        """In the precision that it was saved in."""
+        return load_causal_model(path, dtype="auto")
 
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
         """Batches of the first training blocks, `size` tokens or up to a block more."""

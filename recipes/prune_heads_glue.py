@@ -16,9 +16,12 @@ and removed heads of each round (head_importance.json) and their heat maps (head
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from base_run import parse_arguments
 from compare_pruning import rows_of
 from glue_run import GlueArguments, GlueRun
@@ -135,34 +138,45 @@ def number_of_heads(model: PreTrainedModel) -> int:
     return sum(len(layer.heads) for layer in attention_layers(model))
 
 
+def scores_and_heads(entry: dict[str, Any]) -> tuple[Tensor, Heads]:
+    """What a round noted as JSON, as the library has it: NaN where a layer has no such head."""
+    scores = [[math.nan if score is None else score for score in row] for row in entry["scores"]]
+    return torch.tensor(scores), {int(layer): heads for layer, heads in entry["removed"].items()}
+
+
 def main() -> None:
     arguments, pruning, training = parse_arguments(GlueArguments, PruningArguments)
     if pruning.importance == "random":
         pruning.scoring.options.setdefault("seed", training.seed)
-    run = GlueRun(arguments, training)
+    run = GlueRun(arguments, training, pruning)
     batches, refit_batches = (
         list(run.calibration_batches(size)) for size in (pruning.score_samples, pruning.refit_samples)
     )
     pruner = Pruner(run.model, pruning, batches)
     run.model.to(training.device)
     run.evaluate("baseline")
-    rounds: list[dict[str, Any]] = []
-    for step in range(1, pruning.prune_steps + 1):
+
+    def prune_round(step: int) -> dict[str, Any]:
         scores, gradients = pruning.scoring.scores(run.model, batches)
         removed = pruner.choose(run.model, scores, gradients, step)
         if removed:
             prune(run.model, removed, pruning.refit, refit_batches)
-        rounds.append({"round": step, "scores": scores, "removed": removed})
-        facts = {"round": step, "removed": removed}
-        if pruning.latency_target is not None:
-            facts["latency"] = round(pruner.latency(run.model), 3)
-        run.evaluate("changed", **facts)
+        facts = {"round": step, "scores": rows_of(scores), "removed": removed}
+        timed = {"latency": round(pruner.latency(run.model), 3)} if pruning.latency_target is not None else {}
+        return facts | timed
+
+    rounds: list[dict[str, Any]] = []
+    for step in range(1, pruning.prune_steps + 1):
+        rounds.append(run.change(partial(prune_round, step)))
+        run.evaluate("changed", **{name: value for name, value in rounds[-1].items() if name != "scores"})
         if training.do_train:
             run.evaluate("recovered", round=step, **run.train())
     if training.should_save:
-        maps = {f"round {entry['round']}" if len(rounds) > 1 else "heads removed": (entry["scores"], entry["removed"])
-                for entry in rounds}  # fmt: skip
-        saved = [entry | {"scores": rows_of(entry["scores"])} for entry in rounds]
+        maps = {
+            f"round {entry['round']}" if len(rounds) > 1 else "heads removed": scores_and_heads(entry)
+            for entry in rounds
+        }
+        saved = [{name: value for name, value in entry.items() if name != "latency"} for entry in rounds]
         facts = {"importance": pruning.importance, "importance_options": pruning.scoring.options}
         write_json(run.output / "head_importance.json", {**facts, "rounds": saved})
         draw_importance(maps, run.output / "head_importance.png", f"{pruning.importance}, {run.task_name} ({run.data})")

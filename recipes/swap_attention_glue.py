@@ -121,13 +121,17 @@ def swap_and_recover(
     """One run."""
     distillation.check(training)
     lora.check(training)
-    run = GlueRun(arguments, training)
+    run = GlueRun(arguments, training, swapping, distillation, lora)
     check(run.model, swapping, lora)
     # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(training.device)
     run.evaluate("baseline", attention=running(run.model))
-    hf_attnkit.swap_attention(run.model, swapping.specification)
+
+    def swap_all() -> None:
+        hf_attnkit.swap_attention(run.model, swapping.specification)
+
+    run.change(swap_all)
     run.evaluate("changed", attention=running(run.model))
     if training.do_train:
         run.evaluate("recovered", attention=running(run.model), **recover(run, teacher, distillation, lora))

@@ -9,8 +9,8 @@ from typing import Any
 
 from base_run import Run
 from distill import DistillationArguments, DistillationTrainer
-from lora import LoraArguments, add_adapters, merge_adapters
-from transformers import PreTrainedModel, set_seed
+from lora import LoraArguments, train_adapters
+from transformers import PreTrainedModel
 
 import hf_attnkit
 from hf_attnkit.conversion import METHODS, plan, targets
@@ -66,14 +66,7 @@ def recover(
             "temperature": distillation.distill_temperature,
             "attention_weight": distillation.distill_attention_weight,
         }
-    if not lora.lora:
-        return run.train(**options)
-    set_seed(run.training.seed)
-    run.model = add_adapters(run.model, lora)
-    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    trained = run.train(**options)
-    run.model = merge_adapters(run.model)
-    return trained | {"trained_parameters": trainable}
+    return train_adapters(run, lora, **options) if lora.lora else run.train(**options)
 
 
 def check(conversion: ConversionArguments, run: Run) -> int:
@@ -106,7 +99,7 @@ def uptrain(
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(run.training.device)
     run.evaluate("baseline")
-    convert(run, conversion, number, calibration[1])
+    run.change(lambda: convert(run, conversion, number, calibration[1]))
     run.evaluate("changed")
     if run.training.do_train:
         run.evaluate("recovered", **recover(run, teacher, distillation, lora))

@@ -49,7 +49,7 @@ def convert_and_recover(
     """One run."""
     distillation.check(training)
     lora.check(training)
-    run = GlueRun(arguments, training)
+    run = GlueRun(arguments, training, conversion, distillation, lora)
     used = min(conversion.calibration_samples, len(run.train_data))
     uptrain(run, conversion, distillation, lora, calibration=("calibration_samples", used))
 

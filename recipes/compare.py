@@ -85,8 +85,10 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
         calibration[0]: calibration[1],
     }
     results = run.results(**facts)
-    write_json(run.output / "results.json", results)
-    print_comparison(results)
+    if run.training.should_save:
+        write_json(run.output / "results.json", results)
+        run.progress.remove()
+        print_comparison(results)
 
 
 def print_comparison(results: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ class GlueComparisonArguments(ComparisonArguments):
 
 def main() -> None:
     for arguments, comparison, training in runs(GlueArguments, GlueComparisonArguments, trains=False, saves=False):
-        run = GlueRun(arguments, training)
+        run = GlueRun(arguments, training, comparison)
         compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
 
 

@@ -25,7 +25,7 @@ def main() -> None:
     arguments, text, comparison, training = parse_arguments(
         ModelArguments, TextArguments, TextComparisonArguments, trains=False
     )
-    run = LanguageModelRun(arguments, text, training)
+    run = LanguageModelRun(arguments, text, training, comparison)
     tokens = min(comparison.calibration_tokens, run.train_data.tokens.numel())
     compare(run, comparison, ("calibration_tokens", tokens))
 

@@ -100,8 +100,10 @@ def compare(run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str,
     run.model = original
     compared = {name: getattr(arguments, name) for name in ("prune_fractions", "variants", "refits")}
     results = run.results(**compared, **arguments.selection(), **sizes, scores=maps)
-    write_json(run.output / "results.json", results)
-    print_comparison(results)
+    if run.training.should_save:
+        write_json(run.output / "results.json", results)
+        run.progress.remove()
+        print_comparison(results)
 
 
 def _recover(run: Run, model: Any, **facts: Any) -> None:

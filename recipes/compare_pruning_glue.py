@@ -33,7 +33,7 @@ class GluePruningComparisonArguments(PruningComparisonArguments):
 def main() -> None:
     names = ("score_samples", "refit_samples")
     for arguments, comparison, training in runs(GlueArguments, GluePruningComparisonArguments, saves=False):
-        run = GlueRun(arguments, training)
+        run = GlueRun(arguments, training, comparison)
         compare(run, comparison, {name: min(getattr(comparison, name), len(run.train_data)) for name in names})
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     arguments, text, comparison, training = parse_arguments(
         ModelArguments, TextArguments, TextPruningComparisonArguments
     )
-    run = LanguageModelRun(arguments, text, training)
+    run = LanguageModelRun(arguments, text, training, comparison)
     names, available = ("score_tokens", "refit_tokens"), run.train_data.tokens.numel()
     compare(run, comparison, {name: min(getattr(comparison, name), available) for name in names})
 

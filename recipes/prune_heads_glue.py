@@ -22,14 +22,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from base_run import parse_arguments
 from compare_pruning import rows_of
 from glue_run import GlueArguments, GlueRun
 from heat_map import draw_importance
 from prune import REFITS, Heads, Scoring, SelectionArguments, parse_options, prune
 from report import write_json
+from sweep import runs
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 import hf_attnkit
 from hf_attnkit.families import attention_layers
@@ -145,7 +145,12 @@ def scores_and_heads(entry: dict[str, Any]) -> tuple[Tensor, Heads]:
 
 
 def main() -> None:
-    arguments, pruning, training = parse_arguments(GlueArguments, PruningArguments)
+    for parsed in runs(GlueArguments, PruningArguments):
+        prune_and_recover(*parsed)
+
+
+def prune_and_recover(arguments: GlueArguments, pruning: PruningArguments, training: TrainingArguments) -> None:
+    """One run."""
     if pruning.importance == "random":
         pruning.scoring.options.setdefault("seed", training.seed)
     run = GlueRun(arguments, training, pruning)

@@ -243,6 +243,9 @@ class Run(ABC):
     def train(self, kind: type[Trainer] = Trainer, **options: Any) -> dict[str, Any]:
         """Train on the training data; returns what `Trainer` measured, or nothing where it was left out or is over.
 
+        A run that is gone on with leaves out the trainings before the last: what follows one must be measured, and
+        then either change its model or start from another.
+
         What the trainer logged stands in trainer_state_1.json, and of a second training in trainer_state_2.json.
 
         Args:
@@ -251,7 +254,7 @@ class Run(ABC):
         if not self.training.do_train:
             return {}
         self.trainings += 1
-        if self.changes < len(self.progress.changes):
+        if self.progress.is_over(self.trainings, self.changes):
             return {}
         # What was measured after this training is measured again: the weights are those of this process.
         del self.progress.stages[len(self.stages) :]
@@ -263,7 +266,7 @@ class Run(ABC):
         trainer = self.trainer(kind, callbacks=self.callbacks(), **options)
         if self.sharded:
             sharded.shard(trainer)
-        trainer.add_callback(WholeCheckpoints(self.progress, self.training.save_total_limit))
+        trainer.add_callback(WholeCheckpoints(self.progress, self.trainings, self.training.save_total_limit))
         trainer.args = copy.copy(trainer.args)
         trainer.args.save_total_limit = None
         with writing(self.output):

@@ -65,6 +65,9 @@ class RandomRun(Run):
         super().__init__(arguments, training)
         self.model, self.tokenizer, self.train_data, self.eval_data = model, None, data, data
 
+    def load_model(self, path: str) -> Any:
+        raise NotImplementedError("this benchmark changes no model")
+
     def calibration_batches(self, size: int) -> list:
         return []
 
@@ -121,6 +124,7 @@ def turn(
     own = [timed(callback, measurements) for callback in run.callbacks()]
     run.callbacks = lambda: [*own, clock]
     run.train()
+    run.progress.remove()  # the next turn is a run of its own
     return clock.seconds
 
 

@@ -6,7 +6,8 @@ stage, a changed model or a checkpoint counts if it stands there, and whatever e
     run          the arguments that make the run what it is
     stages       the measured stages, as in results.json
     changes      what each change of the model returned; the model after the last one is in changed-<number of them>
-    checkpoints  the steps of the whole checkpoints of the training that follows the last change
+    training     the number of the training that began last, from 1; 0 before
+    checkpoints  the steps of its whole checkpoints
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Progress:
         self.is_main = training.process_index == 0
         self.stages: list[dict[str, Any]] = []
         self.changes: list[dict[str, Any]] = []
-        self.checkpoints: list[int] = []
+        self.training, self.checkpoints = 0, list[int]()
         asked = str(training.resume_from_checkpoint or "false")
         named = None if asked.lower() in ("true", "false") else Path(asked)
         if asked.lower() != "false" and not self.trains:
@@ -102,7 +103,7 @@ class Progress:
     def write(self) -> None:
         """Replace the file."""
         if self.is_main and self.trains:
-            names = ("run", "stages", "changes", "checkpoints")
+            names = ("run", "stages", "changes", "training", "checkpoints")
             write_json(self.file, {name: getattr(self, name) for name in names})
 
     def add_change(self, facts: dict[str, Any], model: PreTrainedModel) -> None:
@@ -116,6 +117,16 @@ class Progress:
         self.write()
         if self.is_main and len(self.changes) > 1:
             shutil.rmtree(self.output / f"changed-{len(self.changes) - 1}", ignore_errors=True)
+
+    def is_over(self, training: int, changes: int) -> bool:
+        """Whether the training of this number, after so many changes, was followed by another or by a change."""
+        return training < self.training or changes < len(self.changes)
+
+    def begin(self, training: int, step: int) -> None:
+        """Note that a training begins or goes on, at a step. Later checkpoints will be written over: none is whole."""
+        goes_on = training == self.training
+        self.training, self.checkpoints = training, [at for at in self.checkpoints if goes_on and at <= step]
+        self.write()
 
     def remove(self) -> None:
         """Remove what only going on needs, after the run has ended."""
@@ -136,7 +147,7 @@ class Progress:
                 "folder"
             )
         self.stages, self.changes = held["stages"], held["changes"]
-        self.checkpoints = held["checkpoints"]
+        self.training, self.checkpoints = held["training"], held["checkpoints"]
 
     def _folders(self) -> list[Path]:
         found = [path for path in self.output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
@@ -188,18 +199,18 @@ class WholeCheckpoints(TrainerCallback):
     `Trainer` removes them before other processes have written theirs, so it must be told of no limit.
 
     Args:
+        training: its number in the run, from 1.
         limit: `save_total_limit`; the newest and the best stay in any case.
     """
 
-    def __init__(self, progress: Progress, limit: int | None) -> None:
-        self.progress, self.limit = progress, limit
+    def __init__(self, progress: Progress, training: int, limit: int | None) -> None:
+        self.progress, self.training, self.limit = progress, training, limit
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Later checkpoints will be written over, so from now on they are not whole."""
-        self.progress.checkpoints = [step for step in self.progress.checkpoints if step <= state.global_step]
-        self.progress.write()
+        """Note the training."""
+        self.progress.begin(self.training, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note it; then remove what is too many."""

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import shlex
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -334,3 +335,11 @@ def test_the_benchmark_runs_each_kind_and_times_every_step_but_the_first(tmp_pat
     monkeypatch.setattr("sys.argv", ["x", "--steps", "2"])
     with pytest.raises(SystemExit):
         benchmark_overhead.main()
+
+
+def test_the_benchmark_of_overheads_runs(tmp_path, monkeypatch) -> None:
+    small = ("--rounds", "2", "--batch_size", "1", "--length", "4", "--layers", "1", "--hidden_size", "8")
+    output = tmp_path / "overhead.json"
+    monkeypatch.setattr(sys, "argv", ["x", *small, "--heads", "2", "--output_file", str(output)])
+    benchmark_overhead.main()
+    assert [len(turns) for turns in json.loads(output.read_text())["seconds"].values()] == [2, 2, 2]

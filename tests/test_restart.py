@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_pruning_glue
 import finetune_glue
 import prune_heads_glue
 import pytest
@@ -432,3 +433,17 @@ def test_pruning_in_rounds_goes_on_in_its_round(moment, checkpoint, whole_rounds
     assert_same(tmp_path, whole_rounds)
     scores = [(folder / "head_importance.json").read_text() for folder in (tmp_path, whole_rounds)]
     assert scores[0] == scores[1]
+
+
+def test_a_comparison_goes_on_in_its_training(checkpoint, tmp_path, monkeypatch) -> None:
+    """Each training of a comparison starts from the untouched model, none from another's checkpoint."""
+    options = ("--prune_fractions", "0.5", "--variants", "random", "entropy", "--refits", "none")
+    options += ("--score_samples", "16", "--refit_samples", "16")
+    arguments = flags(checkpoint, tmp_path / "killed", *EACH_STEP, *options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dies(patched, Trainer, "training_step", 19)  # the third training's
+        run(compare_pruning_glue, monkeypatch, arguments)
+    results = run(compare_pruning_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
+    assert [stage.get("resumed_from") for stage in results["stages"]][-1] == str(tmp_path / "killed" / "checkpoint-2")
+    whole = run(compare_pruning_glue, monkeypatch, flags(checkpoint, tmp_path / "whole", *EACH_STEP, *options))
+    assert outcome(results) == outcome(whole)

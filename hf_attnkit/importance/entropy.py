@@ -103,7 +103,7 @@ def score(
     Args:
         direction: "focused" keeps heads of low entropy (score = -entropy), "diffuse" those of high
             entropy (score = entropy). The literature has not settled which are the ones to keep; the
-            default is what measured better after recovery (docs/results.md).
+            default is what measured better with a refit (docs/results.md), where neither beats random heads.
         normalize: divide each query's entropy by ln(number of keys it may see), so that lengths and
             causal positions compare; a query that sees one key only counts nothing then.
 

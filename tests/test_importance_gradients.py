@@ -223,6 +223,14 @@ def test_labels_that_are_all_ignored() -> None:
             score(model, [inputs])
 
 
+def test_labels_that_are_no_class() -> None:
+    model, inputs = problem("bert", "sequence", None)
+    for wrong in (-1, model.config.num_labels):
+        inputs["labels"] = torch.tensor([0, wrong, -100])
+        with unchanged(model), pytest.raises(ValueError, match=f"label {wrong} is none of the"):
+            head_importance(model, [inputs], method="gradient")
+
+
 def test_hard_concrete_gates() -> None:
     """P(z != 0) by counting draws: 100,000 of them have a standard error of at most 0.0016."""
     uniform = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

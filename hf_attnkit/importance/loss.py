@@ -59,6 +59,7 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
     given, tokens = inputs["labels"], inputs.get("input_ids")
     if given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
+    _require_classes(model, given)
     if isinstance(tokens, Tensor) and given.shape == tokens.shape:
         return _per_token(model, inputs)
     return inputs, (given != IGNORED).float().flatten()
@@ -112,6 +113,20 @@ def _question(inputs: Mapping[str, Any], names: Sequence[str]) -> Tensor:
     if positions.min() < 0 or positions.max() >= length:
         raise ValueError(f"{' and '.join(names)} lie outside the {length} tokens of a batch; leave such examples out")
     return torch.ones_like(positions[0], dtype=torch.float32)
+
+
+def _require_classes(model: PreTrainedModel, labels: Tensor) -> None:
+    """Raise `ValueError` for the number of a class that a classifier does not have; on a GPU the loss would only say
+    that the device failed."""
+    classes = model.config.num_labels
+    if "Classification" not in type(model).__name__ or classes == 1:
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0].item()} is none of the {classes} classes of this {type(model).__name__} (0 to "
+            f"{classes - 1}; {IGNORED} for none); correct the labels, or load the model with num_labels"
+        )
 
 
 def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:

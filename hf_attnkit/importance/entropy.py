@@ -103,7 +103,9 @@ def score(
     Args:
         direction: "focused" keeps heads of low entropy (score = -entropy), "diffuse" those of high
             entropy (score = entropy). The literature has not settled which are the ones to keep; the
-            default is what measured better with a refit (docs/results.md), where neither beats random heads.
+            default is what measured better on fine-tuned encoders with a refit (docs/results.md), where neither
+            beats random heads. On a decoder "diffuse" measured far better: heads that rest on the first token count
+            as focused.
         normalize: divide each query's entropy by ln(number of keys it may see), so that lengths and
             causal positions compare; a query that sees one key only counts nothing then.
 

@@ -93,6 +93,8 @@ def parse_arguments(
     training.do_eval = asked.do_eval if asked.do_eval is not None else not asked.do_train
     if not (training.do_train or training.do_eval or predicts):
         parser.error("--do_train False --do_eval False leaves nothing to do")
+    if not (saves or training.do_eval):
+        parser.error("this recipe compares what it measures: leave --do_train out, or add --do_eval")
     if training.do_predict:
         parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
     if not any(argument.split("=")[0] == "--output_dir" for argument in argv):

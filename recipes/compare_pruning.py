@@ -51,6 +51,23 @@ class PruningComparisonArguments(SelectionArguments):
                 raise ValueError(f"--refits {refit!r} must be one of {', '.join(REFITS)}")
         self.scorings = {variant: parse_variant(variant) for variant in self.variants}
 
+    def check_sizes(self, score: str, refit: str) -> None:
+        """Give the refit as much data as the scores where nothing else was asked for.
+
+        Args:
+            score, refit: the names of the two arguments, in sentences or tokens.
+
+        Raises:
+            ValueError: a size below 1, or one for a refit that there is none of.
+        """
+        if getattr(self, refit) is not None and self.refits == ["none"]:
+            raise ValueError(f"--{refit} {getattr(self, refit)} has no effect with --refits none; leave it out")
+        if getattr(self, refit) is None:
+            setattr(self, refit, getattr(self, score))
+        for name in (score, refit):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
 
 def parse_variant(variant: str) -> Scoring:
     """Raises `ValueError` for anything but a method, options that it has, and +rearrange after fisher."""

@@ -23,11 +23,7 @@ class GluePruningComparisonArguments(PruningComparisonArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.refit_samples is None:
-            self.refit_samples = self.score_samples
-        for name in ("score_samples", "refit_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        self.check_sizes("score_samples", "refit_samples")
 
 
 def main() -> None:

@@ -25,16 +25,12 @@ class TextPruningComparisonArguments(PruningComparisonArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.refit_tokens is None:
-            self.refit_tokens = self.score_tokens
-        for name in ("score_tokens", "refit_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        self.check_sizes("score_tokens", "refit_tokens")
 
 
 def main() -> None:
     arguments, text, comparison, training = parse_arguments(
-        ModelArguments, TextArguments, TextPruningComparisonArguments
+        ModelArguments, TextArguments, TextPruningComparisonArguments, saves=False
     )
     run = LanguageModelRun(arguments, text, training, comparison)
     names, available = ("score_tokens", "refit_tokens"), run.train_data.tokens.numel()

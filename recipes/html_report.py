@@ -175,14 +175,14 @@ def _spread(number: int) -> set[int]:
 
 def _importance(saved: Mapping[str, Any]) -> str:
     """One heat map for each round of pruning."""
-    rounds = saved.get("rounds", [saved])
+    rounds = saved["rounds"]
     maps = []
     for number, entry in enumerate(rounds, 1):
         removed = {int(layer): heads for layer, heads in entry["removed"].items()}
         gone = sum(len(heads) for heads in removed.values())
         title = f"{f'Round {number}: ' if len(rounds) > 1 else ''}{gone} heads removed"
         maps.append(heat_map(title, entry["scores"], removed))
-    scored = f"Scores: {saved['importance']}. " if "importance" in saved else ""
+    scored = f"Scores: {saved['importance']}. "
     more = "Each round scores and numbers the heads that the round before left. " if len(rounds) > 1 else ""
     return f"<div class='heats'>{''.join(maps)}</div><p class='note'>{escape(scored + more)}</p>"
 

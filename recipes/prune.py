@@ -14,6 +14,7 @@ from hf_attnkit.families import attention_layers
 from hf_attnkit.importance import check_method
 
 REFITS = ("none", "output", "scale")
+Heads = dict[int, list[int]]  # layer -> heads
 
 
 @dataclass
@@ -69,9 +70,6 @@ class SelectionArguments:
         if gradients is None:
             return removed
         return hf_attnkit.rearrange_heads(gradients, removed, num_key_value_heads=key_value_heads(model))
-
-
-Heads = dict[int, list[int]]
 
 
 def key_value_heads(model: PreTrainedModel) -> list[int]:

@@ -35,6 +35,8 @@ import hf_attnkit
 from hf_attnkit.families import attention_layers
 from hf_attnkit.importance import METHODS
 
+REFIT_SAMPLES = 2048
+
 
 @dataclass
 class PruningArguments(SelectionArguments):
@@ -55,8 +57,10 @@ class PruningArguments(SelectionArguments):
         default="output",
         metadata={"help": "Fit outputs to the model before; or one scale per head; or none.", "choices": list(REFITS)},
     )
-    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
-    refit_samples: int = field(default=2048, metadata={"help": "Training sentences for the refit, without labels."})
+    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on, and to time."})
+    refit_samples: int | None = field(
+        default=None, metadata={"help": "Training sentences for the refit, without labels; 2,048."}
+    )
 
     def __post_init__(self) -> None:
         if (self.prune_fraction is None) == (self.latency_target is None):
@@ -65,8 +69,12 @@ class PruningArguments(SelectionArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} {value} must be above 0 and below 1")
+        if self.refit == "none" and self.refit_samples is not None:
+            raise ValueError(f"--refit_samples {self.refit_samples} has no effect with --refit none; leave it out")
+        if self.refit != "none" and self.refit_samples is None:
+            self.refit_samples = REFIT_SAMPLES
         for name in ("score_samples", "refit_samples", "prune_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         self.scoring = Scoring(
             self.importance, parse_options(self.importance_options, "--importance_options"), self.rearrange
@@ -155,7 +163,7 @@ def prune_and_recover(arguments: GlueArguments, pruning: PruningArguments, train
         pruning.scoring.options.setdefault("seed", training.seed)
     run = GlueRun(arguments, training, pruning)
     batches, refit_batches = (
-        list(run.calibration_batches(size)) for size in (pruning.score_samples, pruning.refit_samples)
+        list(run.calibration_batches(size)) if size else [] for size in (pruning.score_samples, pruning.refit_samples)
     )
     pruner = Pruner(run.model, pruning, batches)
     run.model.to(training.device)

@@ -31,10 +31,11 @@ class _Column:
 
 
 def label(stage: Stage) -> str:
-    """The stage's name with what tells it from others of that name."""
-    more = [f"round {stage['round']}"] if "round" in stage else []
-    more += [stage["variant"]] if "variant" in stage else []
-    return ", ".join([stage["stage"], *more])
+    """A stage's name, with what tells it from others of that name: a round, or the change that is compared."""
+    parts = [str(stage[name]) for name in ("stage", "variant") if name in stage]
+    return ", ".join(
+        [*parts, *(f"{name} {stage[name]}" for name in ("round", "refit", "prune_fraction") if name in stage)]
+    )
 
 
 def heads(per_layer: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ from glue_data import load_glue, load_test
 from glue_tasks import get_task, task_names
 from report import show, write_json
 from rich.table import Table
+from stage_table import label
 from transformers import AutoConfig
 
 
@@ -186,13 +187,6 @@ def _average(
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
     """Mean, and standard deviation of a sample (n - 1), which one value does not have."""
     return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
-
-
-def label(stage: Mapping[str, Any]) -> str:
-    """A stage's name, with what tells it from others of that name: a round, or the change that is compared."""
-    parts = [str(stage[name]) for name in ("stage", "variant") if name in stage]
-    parts += [f"{name} {stage[name]}" for name in ("round", "refit", "prune_fraction") if name in stage]
-    return ", ".join(parts)
 
 
 def print_summary(results: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ import prune_heads_glue
 import pytest
 import torch
 import uptrain_gqa_glue
-from compare_pruning import PruningComparisonArguments, parse_variant
+from compare_pruning import parse_variant
+from compare_pruning_glue import GluePruningComparisonArguments
 from demo_data import make_demo_data
 from prune import parse_options
 from test_recipes import checkpoint, flags, run, tokenizer  # noqa: F401
@@ -136,8 +137,10 @@ def test_several_seeds_draw_other_heads_and_are_averaged(checkpoint, tmp_path, m
     results = run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more))
     each = [json.loads((tmp_path / "out" / "demo" / f"seed-{n}" / "results.json").read_text()) for n in (1, 2)]
     assert each[0]["stages"][1]["removed"] != each[1]["stages"][1]["removed"]
-    found = [stage["stages"][1]["metrics"]["accuracy"] for stage in each]
-    assert str(sum(found) / 2)[:6] in json.dumps(results)
+    found = [result["stages"][1]["metrics"]["accuracy"] for result in each]
+    changed = results["stages"][1]
+    assert (changed["task"], changed["stage"], changed["round"]) == ("demo", "changed", 1)
+    assert changed["metrics"]["accuracy"]["mean"] == pytest.approx(sum(found) / 2)
 
 
 HALF = ["--prune_fraction", "0.5"]
@@ -152,6 +155,7 @@ BAD = [
     ([*HALF, "--prune_steps", "0"], "prune_steps 0"),
     ([*HALF, "--score_samples", "0"], "score_samples 0"),
     ([*HALF, "--refit_samples", "0"], "refit_samples 0"),
+    ([*HALF, "--refit", "none", "--refit_samples", "8"], "refit_samples 8 has no effect with --refit none"),
     ([*HALF, "--importance_options", "seed"], "name=value"),
     ([*HALF, "--importance_options", "speed=1"], "no option speed"),
     ([*HALF, "--importance", "entropy", "--rearrange"], "rearranging belongs to the scores of 'fisher'"),
@@ -232,8 +236,15 @@ def test_unknown_variants_are_refused(variant: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"prune_fractions": [0.5, 1.0]}, "prune_fractions 1.0"), ({"refits": ["both"]}, "refits 'both'"),
-     ({"variants": ["random", "random"]}, "more than once")],
+     ({"variants": ["random", "random"]}, "more than once"), ({"score_samples": 0}, "score_samples 0"),
+     ({"refits": ["none"], "refit_samples": 8}, "no effect with --refits none")],
 )  # fmt: skip
 def test_bad_comparisons_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PruningComparisonArguments(**wrong)
+        GluePruningComparisonArguments(**wrong)
+
+
+def test_a_comparison_measures(tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(compare_pruning_glue, monkeypatch, flags(tmp_path / "model", tmp_path / "out", "--do_train"))
+    assert "compares what it measures" in capsys.readouterr().err

@@ -192,8 +192,15 @@ RESULTS = {
 }  # fmt: skip
 
 
+def saved(*rounds: dict) -> dict:
+    """What head_importance.json holds."""
+    return {"importance": "<i>gradient", "rounds": list(rounds)}
+
+
 def test_what_comes_from_outside_is_escaped() -> None:
-    content = html_report.report_page(RESULTS, [[{"step": 1, "eval_<i>": 0.5}]], {"scores": [[1.0]], "removed": {}})
+    content = html_report.report_page(
+        RESULTS, [[{"step": 1, "eval_<i>": 0.5}]], saved({"scores": [[1.0]], "removed": {}})
+    )
     page = Page(content)
     assert not {"script", "b", "i"} & {tag for tag, _ in page.tags}
     assert "--name '<script>alert(1)</script>'" in "".join(page.words)
@@ -235,8 +242,8 @@ SCORES = [[0.5, None, 0.1], [0.2, 0.3, 0.4]]
 @pytest.mark.parametrize(
     ("importance", "maps", "crosses"),
     [
-        ({"scores": SCORES, "removed": {"0": [2], "1": [0, 1]}}, 1, 3),
-        ({"rounds": [{"scores": SCORES, "removed": {"0": [2]}}, {"scores": SCORES, "removed": {}}]}, 2, 1),
+        (saved({"scores": SCORES, "removed": {"0": [2], "1": [0, 1]}}), 1, 3),
+        (saved({"scores": SCORES, "removed": {"0": [2]}}, {"scores": SCORES, "removed": {}}), 2, 1),
     ],
 )
 def test_heat_maps_of_one_round_and_of_several(importance, maps, crosses) -> None:

@@ -17,6 +17,7 @@ from glue_files import tiny_checkpoint, write_glue
 from glue_run import GlueArguments, GlueRun
 from glue_tasks import task_names
 from report import write_json
+from stage_table import label
 from sweep import OneRun, summarize
 from test_recipes_tasks import flags, same_predictions, server_file
 from transformers import TrainingArguments
@@ -130,10 +131,10 @@ def test_one_seed_has_no_deviation_and_one_task_no_average(tmp_path, capsys) -> 
 
 
 def test_stages_that_are_compared_are_told_apart() -> None:
-    assert sweep.label({"stage": "changed", "metrics": {}}) == "changed"
-    assert sweep.label({"stage": "changed", "round": 2}) == "changed, round 2"
+    assert label({"stage": "changed", "metrics": {}}) == "changed"
+    assert label({"stage": "changed", "round": 2}) == "changed, round 2"
     compared = {"stage": "recovered", "variant": "entropy", "prune_fraction": 0.5, "refit": "none"}
-    assert sweep.label(compared) == "recovered, entropy, refit none, prune_fraction 0.5"
+    assert label(compared) == "recovered, entropy, refit none, prune_fraction 0.5"
 
 
 def test_a_recipe_that_makes_one_run_refuses_seeds(tmp_path) -> None:

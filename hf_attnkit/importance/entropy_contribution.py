@@ -46,7 +46,7 @@ def score(
     Args:
         joint: "product" is focus * `contribution`, without labels. "hies" is alpha * gradient + (1 - alpha) * focus,
             both shifted and scaled to [0, 1] over all heads of the model.
-        alpha: share of the gradient in "hies", 0.9 by default: better than equal shares in docs/results.md.
+        alpha: share of the gradient in "hies", 0.9 by default.
         labels: of the gradient in "hies", "given" by default; "predicted" makes a score without labels. See
             `loss.with_labels`.
 

@@ -24,7 +24,7 @@ LABELS = ("given", "predicted")
 IGNORED = -100  # the label that Transformers' losses leave out
 
 
-def check_labels(labels: str) -> None:
+def check_labels(labels: str = "given") -> None:
     """Raises `ValueError` unless `labels` is "given" or "predicted"."""
     if labels not in LABELS:
         raise ValueError(f"labels={labels!r} is unknown; it must be one of {', '.join(LABELS)}")

@@ -438,7 +438,7 @@ def test_pruning_in_rounds_goes_on_in_its_round(moment, checkpoint, whole_rounds
 def test_a_comparison_goes_on_in_its_training(checkpoint, tmp_path, monkeypatch) -> None:
     """Each training of a comparison starts from the untouched model, none from another's checkpoint."""
     options = ("--prune_fractions", "0.5", "--variants", "random", "entropy", "--refits", "none")
-    options += ("--score_samples", "16", "--refit_samples", "16")
+    options += ("--score_samples", "16")
     arguments = flags(checkpoint, tmp_path / "killed", *EACH_STEP, *options)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         dies(patched, Trainer, "training_step", 19)  # the third training's

@@ -11,7 +11,6 @@ import copy
 import json
 import shlex
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from model_card import write_card
 from report import show, write_json
 from restart import Progress, WholeCheckpoints, check_weights, identity, with_value, writing
 from rich.table import Table
-from stage_facts import machine, peak_memory, reset_peak_memory, time_per_batch
+from stage_facts import Laps, machine, time_per_batch
 from stage_table import stage_table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
@@ -152,6 +151,7 @@ class Run(ABC):
         self.stages: list[dict[str, Any]] = []
         self.changes = self.trainings = 0
         self.sharded = sharded.is_asked_for(training)
+        self.laps = Laps(training.device)
 
     @abstractmethod
     def load_model(self, path: str) -> PreTrainedModel:
@@ -195,12 +195,14 @@ class Run(ABC):
         if len(self.stages) < len(self.progress.stages):
             self.stages.append(self.progress.stages[len(self.stages)])
             return
-        trainer, device = self.trainer(), self.training.device
-        reset_peak_memory(device)
-        start = time.perf_counter()
+        trainer = self.trainer()
+        work_seconds, work_memory = self.laps.lap()
         measured = self.measure(trainer)
-        seconds = round(time.perf_counter() - start, 2)
-        costs = peak_memory(device) | time_per_batch(trainer, self.eval_data)
+        seconds, memory = self.laps.lap()
+        costs = {"work_seconds": round(work_seconds, 2), "evaluation_seconds": round(seconds, 2), **memory}
+        if work_memory:
+            costs["work_peak_memory_bytes"] = work_memory["peak_memory_bytes"]
+        costs |= time_per_batch(trainer, self.eval_data)
         # accelerate marks a model that it prepared, for evaluation too, and takes it as it is from then on: training
         # after an evaluation would run without gradients shared among processes. Its forward is wrapped for autocast.
         for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
@@ -218,12 +220,12 @@ class Run(ABC):
                 "key_value_bytes_per_token": cache_bytes(heads, core.dtype),
                 **costs,
                 **measured,
-                "evaluation_seconds": seconds,
                 **facts,
             }
         )
         self.progress.stages = list(self.stages)
         self.progress.write()
+        self.laps.lap()
 
     def change(self, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
         """Change the model, or take over what a run that was killed had changed; returns what `make` did.
@@ -338,7 +340,7 @@ def command(argv: Sequence[str]) -> str:
 
 
 # A terminal is narrow; the report has them.
-NOT_PRINTED = ("KV bytes/token", "peak MiB", "training s")
+NOT_PRINTED = ("KV bytes/token", "peak MiB", "work s", "work peak MiB")
 
 
 def print_stages(results: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -49,27 +50,42 @@ def time_per_batch(trainer: Trainer, data: Dataset) -> dict[str, Any]:
     }
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin anew where the device can: what `peak_memory` gives next is from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+class Laps:
+    """Seconds and peak memory of one thing after another, on the clock from its making on.
+
+    On a GPU the memory is that of tensors, on a CPU the process's resident memory. Linux can begin a peak anew; where
+    that is not so it never falls, and later laps show the most of all so far. `peak_memory_of` says which it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._start = device, time.perf_counter()
+        self.lap()
+
+    def lap(self) -> tuple[float, dict[str, Any]]:
+        """Seconds since the last lap; `peak_memory_bytes` since then and `peak_memory_of`, or nothing of these where
+        they cannot be had."""
+        _finish(self.device)
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return seconds, {"peak_memory_bytes": peak, "peak_memory_of": "tensors on the GPU"}
+        if resource is None:
+            return seconds, {}
+        # Bytes on macOS, KiB elsewhere.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        of = "resident memory of the process" if _forget_peak() else "resident memory of the process, the most so far"
+        return seconds, {"peak_memory_bytes": peak, "peak_memory_of": of}
 
 
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """`peak_memory_bytes`, and `peak_memory_of`: what that number is of. Nothing where it cannot be had."""
-    if device.type == "cuda":
-        return {
-            "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
-            "peak_memory_of": "tensors on the GPU, during the evaluation",
-        }
-    if resource is None:
-        return {}
-    # Bytes on macOS, KiB elsewhere; it never falls, so later stages show the most of all so far.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "peak_memory_of": "resident memory of the process, up to the end of the stage",
-    }
+def _forget_peak() -> bool:
+    """Have Linux count the peak of resident memory from here on (man 5 proc, clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def machine(training: TrainingArguments) -> str:

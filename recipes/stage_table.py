@@ -60,7 +60,8 @@ _COSTS = (
     _Column("KV bytes/token", lambda stage: stage.get("key_value_bytes_per_token"), "{:,}".format, _share),
     _Column("ms/batch", lambda stage: stage.get("seconds_per_batch"), lambda s: f"{1e3 * s:.1f}", _share),
     _Column("peak MiB", lambda stage: stage.get("peak_memory_bytes"), lambda size: f"{size / 2**20:,.0f}"),
-    _Column("training s", lambda stage: stage.get("training_seconds"), "{:,.1f}".format),
+    _Column("work s", lambda stage: stage.get("work_seconds"), "{:,.1f}".format),
+    _Column("work peak MiB", lambda stage: stage.get("work_peak_memory_bytes"), lambda size: f"{size / 2**20:,.0f}"),
 )  # fmt: skip
 
 
@@ -90,7 +91,10 @@ def notes(stages: Sequence[Stage]) -> str:
         shape = " x ".join(map(str, timed["shape"]))
         found.append(f"ms/batch: median forward pass over {timed['number']} batches, the largest of {shape} tokens.")
     if of := stages[-1].get("peak_memory_of"):
-        found.append(f"Peak MiB: {of}.")
+        found.append(
+            f"Peak MiB: {of}, during the evaluation; work is what was done between the one before and it: loading, the "
+            "change, or training."
+        )
     return " ".join(found)
 
 

@@ -96,7 +96,7 @@ def killed(what: str, number: int, recipe: Any, arguments: list[str]) -> None:
 def outcome(results: dict) -> list[dict]:
     """The stages without what depends on the clock or on having been killed."""
     varies = {"evaluation_seconds", "training_seconds", "training_loss", "resumed_from", "peak_memory_bytes",
-              "seconds_per_batch"}  # fmt: skip
+              "work_seconds", "work_peak_memory_bytes", "seconds_per_batch"}  # fmt: skip
     return [{name: value for name, value in stage.items() if name not in varies} for stage in results["stages"]]
 
 

@@ -214,7 +214,7 @@ class Run(ABC):
             {
                 "stage": stage,
                 "metrics": measured.pop("metrics"),
-                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "parameters": core.num_parameters(),  # unlike numel(), of numbers that are packed into bytes too
                 "num_heads": [len(layer.heads) for layer in layers],
                 "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
                 "key_value_bytes_per_token": cache_bytes(heads, core.dtype),

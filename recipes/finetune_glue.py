@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from glue_run import GlueArguments, GlueRun
 from lora import LoraArguments, train_adapters
-from quantized import QuantizationArguments
+from quantized import QuantizationArguments, keep_trainable
 from sweep import runs
 from transformers import TrainingArguments
 
@@ -32,6 +32,7 @@ def finetune(
     run = GlueRun(
         arguments, training, lora, quantization, needs_training_data=False, load_options=quantization.load_options()
     )
+    keep_trainable(run.model)
     trained = train_adapters(run, lora, merge=not quantization.is_asked_for) if lora.lora else run.train()
     run.evaluate("baseline", **trained)
     run.finish(**(vars(lora) if lora.lora else {}), **(vars(quantization) if quantization.is_asked_for else {}))

@@ -55,6 +55,9 @@ class GlueArguments(RunArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_length: int = field(default=128, metadata={"help": "Longer inputs are truncated, in tokens."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start the head anew where the model's has another number of classes."}
+    )
     predict: bool = field(
         default=False, metadata={"help": "Write the final model's test predictions as the GLUE server takes them."}
     )
@@ -165,7 +168,12 @@ class GlueRun(Run):
         """A classifier with the task's classes."""
         names = self.task.label_names
         own = AutoConfig.from_pretrained(path).label2id or {}
-        options: dict[str, Any] = self.load_options | {"num_labels": self.task.num_labels}
+        options: dict[str, Any] = self.load_options | {
+            "num_labels": self.task.num_labels,
+            "ignore_mismatched_sizes": self.arguments.ignore_mismatched_sizes,
+            # A model remembers it from its last task, and a score would train on the loss of a single class.
+            "problem_type": "regression" if self.task.is_regression else "single_label_classification",
+        }
         own = {name.lower(): number for name, number in own.items()}
         if names and set(own) == set(names):
             # A checkpoint of this task that numbers the classes its own way keeps doing so.

@@ -10,6 +10,7 @@ from typing import Any
 
 from lora import LoraArguments
 from sharded import is_asked_for
+from torch import nn
 from transformers import BitsAndBytesConfig, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
@@ -44,7 +45,7 @@ class QuantizationArguments:
         if is_asked_for(training):
             raise ValueError(f"{flag}: the base model is kept whole by each process and not sharded; leave --fsdp out")
         if not is_bitsandbytes_available():
-            raise ImportError(f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+            raise ImportError(f"{flag} needs bitsandbytes, which is not installed: pip install 'hf_attnkit[quantized]'")
 
     def load_options(self) -> dict[str, Any]:
         """What `load_pretrained` gets; nothing without quantization."""
@@ -56,3 +57,11 @@ class QuantizationArguments:
             bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         )  # fmt: skip
         return {"quantization_config": config}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """On a CPU, bitsandbytes lays 4-bit weights out for inference when they are first evaluated, as the entropies while
+    training do; from then on they could not train. This keeps them as they are."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

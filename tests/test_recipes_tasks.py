@@ -116,6 +116,21 @@ def test_scores_of_stsb_are_measured_as_scores(glue, checkpoint, tmp_path, monke
     assert results["stages"][0]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("first", "then"), [("mnli", "rte"), ("cola", "stsb"), ("stsb", "cola")])
+def test_a_task_starts_from_a_model_of_another(first, then, glue, checkpoint, tmp_path, monkeypatch) -> None:
+    """The body stays, the head begins anew, and the loss is the new task's."""
+    rate = ("--learning_rate", "1e-3")
+    run(finetune_glue, monkeypatch, [*flags(checkpoint, first, glue, tmp_path / "first"), *rate])
+    arguments = [*flags(tmp_path / "first", then, glue, tmp_path / "then"), *rate]
+    with pytest.raises(ValueError, match="classifier, pass ignore_mismatched_sizes"):
+        run(finetune_glue, monkeypatch, arguments)
+    results = run(finetune_glue, monkeypatch, [*arguments, "--ignore_mismatched_sizes"])
+    assert results["stages"][0]["training_loss"] > 0.1  # of a single class it would be 0
+    model = hf_attnkit.load_pretrained(tmp_path / "then")
+    assert model.config.num_labels == TASKS[then].num_labels
+    assert (model.config.problem_type == "regression") == TASKS[then].is_regression
+
+
 def test_a_checkpoint_that_numbers_its_classes_otherwise_predicts_the_same_classes(
     glue, checkpoint, tmp_path, monkeypatch
 ) -> None:

@@ -220,9 +220,16 @@ def test_adapters_beside_a_kept_base_are_what_is_saved(converted, tokenizer, tmp
     assert glue.stages[0]["metrics"] == results["stages"][0]["metrics"]
 
 
-@pytest.mark.skipif(not is_bitsandbytes_available(), reason="bitsandbytes is not installed")
+@pytest.mark.skipif(not is_bitsandbytes_available(), reason="pip install 'hf_attnkit[quantized]'")
 @pytest.mark.parametrize("flag", ["--load_in_8bit", "--load_in_4bit"])
 def test_adapters_train_over_a_quantized_base(flag, converted, tmp_path, monkeypatch) -> None:
-    more = ("--lora", "--lora_r", "4", "--learning_rate", "1e-2", flag)
+    """Evaluated while training, too; a 4-bit weight counts as the numbers it holds."""
+    evaluated = ("--entropy_every_n_steps", "2", "--eval_strategy", "steps", "--eval_steps", "2")
+    more = ("--lora", "--lora_r", "4", "--learning_rate", "1e-2", flag, *evaluated)
     results = run(finetune_glue, monkeypatch, flags(converted, tmp_path, *more))
     assert results[flag.removeprefix("--")] and (tmp_path / "adapter_model.safetensors").exists()
+    plain = hf_attnkit.load_pretrained(converted).num_parameters()
+    assert plain < results["stages"][0]["parameters"] < 1.5 * plain  # with the adapters and the original head
+    history = json.loads((tmp_path / "trainer_state_1.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert len(losses) > 1 and losses[0] != losses[-1]

@@ -9,6 +9,7 @@ import argparse
 import atexit
 import copy
 import json
+import os
 import shlex
 import sys
 from abc import ABC, abstractmethod
@@ -71,6 +72,9 @@ def parse_arguments(
     argv = with_value(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((*kinds, TrainingArguments))
     *own, training = parser.parse_args_into_dataclasses(args=argv)
+    if training.hub_token is not None:
+        # Trainer pickles its arguments into every checkpoint and uploads them; the hub's library reads this, too.
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     # TrainingArguments sets do_eval by itself for --eval_strategy, so what the user asked for is read
     # from the flags alone.
     flags = argparse.ArgumentParser(allow_abbrev=False, add_help=False)

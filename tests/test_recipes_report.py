@@ -16,6 +16,7 @@ import base_run
 import benchmark_overhead
 import finetune_glue
 import html_report
+import huggingface_hub
 import model_card
 import pytest
 import torch
@@ -314,11 +315,13 @@ class Hub:
 def test_what_is_pushed_is_the_whole_folder_with_our_card(checkpoint, tmp_path, monkeypatch) -> None:
     hub = Hub()
     monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    monkeypatch.setenv("HF_TOKEN", "another")
     more = ("--do_eval", "--push_to_hub", "--hub_model_id", "someone/cola", "--hub_token", "secret")
     run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more))
     assert {"README.md", "model.safetensors", "results.json", "report.html", "tokenizer.json"} <= set(hub.files)
     assert hub.files["README.md"].startswith(b"---\n") and b"# someone/cola" in hub.files["README.md"]
-    assert not any(b"secret" in content for name, content in hub.files.items() if name != "training_args.bin")
+    assert "training_args.bin" in hub.files and not any(b"secret" in content for content in hub.files.values())
+    assert huggingface_hub.get_token() == "secret"
 
 
 # The benchmark.

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,10 +22,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 import hf_attnkit
 
-# accelerate shards on accelerators alone, PyTorch on the CPU as well. With --fsdp the processes are passed off as a
-# GPU's each, after their devices have been chosen.
+# accelerate shards on accelerators alone, PyTorch on the CPU as well. Where FSDP is asked for the processes are passed
+# off as a GPU's each, after their devices have been chosen. KILL_AT: the training step that they die before.
 LAUNCHED = """
-import os, runpy, sys, torch
+import os, runpy, signal, sys, torch, transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -35,8 +36,16 @@ def passed_off(self, *arguments, **options):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     start(self, *arguments, **options)
 
-if "--fsdp" in sys.argv:
+if "--fsdp" in sys.argv or "ACCELERATE_USE_FSDP" in os.environ:
     AcceleratorState.__init__ = passed_off
+if "KILL_AT" in os.environ:
+    train, seen = transformers.Trainer.training_step, []
+    def killed(*arguments, **options):
+        seen.append(1)
+        if len(seen) == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train(*arguments, **options)
+    transformers.Trainer.training_step = killed
 torch.set_num_threads(1)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -65,16 +74,23 @@ def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:  #
     return folder
 
 
-def launch(recipe: Any, arguments: list[str], folder: Path, *, fails: bool = False) -> str:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+              "--fsdp_state_dict_type", "FULL_STATE_DICT", "--main_process_port", "0")  # fmt: skip
+
+
+def launch(
+    recipe: Any, arguments: list[str], folder: Path, *, by: Sequence[str] = TORCHRUN, kill_at: int | None = None
+) -> str:
     """Run a recipe on two processes; what they wrote to standard error."""
     (folder / "launched.py").write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {} if kill_at is None else {"KILL_AT": str(kill_at)}
     done = subprocess.run(
-        [*command, str(folder / "launched.py"), str(Path(recipe.__file__)), *arguments],
+        [sys.executable, "-m", *by, str(folder / "launched.py"), str(Path(recipe.__file__)), *arguments],
         capture_output=True, text=True, env=environment, timeout=500,
     )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    assert (done.returncode != 0) == (kill_at is not None), done.stderr[-9000:]
     return done.stderr
 
 
@@ -118,6 +134,32 @@ def test_sharded_training_is_training(recipe, more, checkpoint, tmp_path, monkey
     if "--lora" not in more:  # whose checkpoints are adapters
         last, final = (hf_attnkit.load_pretrained(tmp_path / "sharded" / name) for name in ("checkpoint-4", "."))
         assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+def test_sharded_training_on_gpus(checkpoint, tmp_path) -> None:
+    """What is passed off as a GPU's process above, on GPUs."""
+    arguments = flags(checkpoint, tmp_path / "out", *CONVERTED, "--per_device_train_batch_size", "8", "--fsdp")
+    arguments.remove("--use_cpu")
+    launch(uptrain_gqa_glue, arguments, tmp_path)
+    last, final = (hf_attnkit.load_pretrained(tmp_path / "out" / name) for name in ("checkpoint-4", "."))
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
+    before = hf_attnkit.load_pretrained(checkpoint).state_dict()
+    assert not torch.equal(before["classifier.weight"], final.state_dict()["classifier.weight"])
+
+
+def test_a_sharded_run_that_was_killed_goes_on(checkpoint, tmp_path) -> None:
+    """As accelerate launch asks for it, to what it would have been, bit for bit."""
+    arguments = (*CONVERTED, "--optim", "adamw_torch", "--per_device_train_batch_size", "8", "--save_steps", "2")
+    whole, killed = (flags(checkpoint, tmp_path / name, *arguments) for name in ("whole", "killed"))
+    launch(uptrain_gqa_glue, whole, tmp_path, by=ACCELERATE)
+    launch(uptrain_gqa_glue, killed, tmp_path, by=ACCELERATE, kill_at=4)
+    assert not (tmp_path / "killed" / "results.json").exists()
+    launch(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"], tmp_path, by=ACCELERATE)
+    recovered = json.loads((tmp_path / "killed" / "results.json").read_text())["stages"][-1]
+    assert recovered["resumed_from"].endswith("checkpoint-2")
+    found, expected = (hf_attnkit.load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_sharding_that_would_not_happen_is_refused(checkpoint, tmp_path) -> None:

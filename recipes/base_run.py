@@ -27,7 +27,7 @@ from report import show, write_json
 from restart import Progress, WholeCheckpoints, check_weights, identity, with_value, writing
 from rich.table import Table
 from stage_facts import Laps, machine, time_per_batch
-from stage_table import stage_table
+from stage_table import model_name, stage_table
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
@@ -41,6 +41,7 @@ from hf_attnkit.observe import has_softmax
 logger = logging.get_logger(__name__)
 
 ENTROPY_EVERY_N_STEPS = 100
+LOGGING_STEPS = 0.02  # Trainer's own 500 leaves most of GLUE's trainings without a point of the loss's curve
 
 
 @dataclass
@@ -71,6 +72,7 @@ def parse_arguments(
     """
     argv = with_value(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser((*kinds, TrainingArguments))
+    parser.set_defaults(logging_steps=LOGGING_STEPS)
     *own, training = parser.parse_args_into_dataclasses(args=argv)
     if training.hub_token is not None:
         # Trainer pickles its arguments into every checkpoint and uploads them; the hub's library reads this, too.
@@ -321,7 +323,7 @@ class Run(ABC):
             trainer.save_model(str(self.output), _internal_call=True)  # a push comes last, when all is there
         results = self.results(**facts, **self.predict(trainer))
         if trainer.is_world_process_zero():
-            write_card(self.output, results, name=self.training.hub_model_id or self.output.resolve().name)
+            write_card(self.output, results, name=self.training.hub_model_id or model_name(str(self.output.resolve())))
             write_json(self.output / "results.json", results)
             self.progress.remove()
             write_report(self.output)
@@ -344,14 +346,14 @@ def command(argv: Sequence[str]) -> str:
 
 
 # A terminal is narrow; the report has them.
-NOT_PRINTED = ("KV bytes/token", "peak MiB", "work s", "work peak MiB")
+NOT_PRINTED = ("KV bytes/token", "peak MiB", "work seconds", "work peak MiB")
 
 
 def print_stages(results: Mapping[str, Any]) -> None:
     """Print the stages of a run as a table."""
     header, rows = stage_table(results["stages"])
     shown = [place for place, name in enumerate(header) if name not in NOT_PRINTED]
-    table = Table(title=f"{results['task']} ({results['data']}), {Path(results['model']).name}")
+    table = Table(title=f"{results['task']} ({results['data']}), {model_name(results['model'])}")
     for place in shown:
         table.add_column(header[place], justify="left" if place == 0 else "right")
     for row in rows:

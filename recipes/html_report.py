@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from report import write_text
-from stage_table import Cell, command_lines, notes, settings, stage_table
+from stage_table import Cell, command_lines, model_name, notes, settings, stage_table
 from svg_chart import Line, heat_map, line_chart
 
 STYLE = Path(__file__).with_name("html_report.css")
@@ -54,8 +54,7 @@ def report_page(
         histories: `log_history` of each training.
         importance: what head_importance.json holds.
     """
-    name = Path(results["model"]).name
-    title = f"{results['task']}: {name}"
+    title = f"{results['task']}: {model_name(results['model'])}"
     header, rows = stage_table(results["stages"])
     sections = [
         f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(results['data'])}. "
@@ -139,8 +138,8 @@ def _curves(history: Sequence[Mapping[str, float]]) -> str:
         return f"<div class='charts'>{''.join(charts)}</div>"
     steps = max((entry["step"] for entry in history), default=0)
     return (
-        f"<p class='note'>Nothing was logged in {steps:,} steps; <code>--logging_steps</code> (500 by default) says "
-        "how often the loss is, <code>--eval_strategy steps</code> how often the metrics are.</p>"
+        f"<p class='note'>Nothing was logged in {steps:,} steps; <code>--logging_steps</code> says how often the loss "
+        "is, <code>--eval_strategy steps</code> how often the metrics are.</p>"
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from report import write_text
-from stage_table import command_lines, heads, notes, settings, stage_table
+from stage_table import command_lines, heads, model_name, notes, settings, stage_table
 from transformers import AutoConfig
 
 from hf_attnkit import available_attentions
@@ -186,7 +186,9 @@ def main() -> None:
     file = arguments.folder / "results.json"
     if not file.is_file():
         parser.exit(1, f"{parser.prog}: {file} does not exist: name the --output_dir of a finished run\n")
-    write_card(arguments.folder, json.loads(file.read_text()), arguments.name or arguments.folder.resolve().name)
+    write_card(
+        arguments.folder, json.loads(file.read_text()), arguments.name or model_name(str(arguments.folder.resolve()))
+    )
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Stage = Mapping[str, Any]
@@ -38,6 +40,12 @@ def label(stage: Stage) -> str:
     )
 
 
+def model_name(path: str) -> str:
+    """What a title calls a model: its folder's name, and for one seed of several runs also the run's and the task's."""
+    parts = Path(path).parts
+    return "-".join(parts[-3:] if re.fullmatch(r"seed-\d+", parts[-1]) else parts[-1:])
+
+
 def heads(per_layer: Sequence[int]) -> str:
     """`6 x 12` for six equal layers, otherwise each layer's number."""
     runs = [(number, len(list(run))) for number, run in itertools.groupby(per_layer)]
@@ -60,7 +68,7 @@ _COSTS = (
     _Column("KV bytes/token", lambda stage: stage.get("key_value_bytes_per_token"), "{:,}".format, _share),
     _Column("ms/batch", lambda stage: stage.get("seconds_per_batch"), lambda s: f"{1e3 * s:.1f}", _share),
     _Column("peak MiB", lambda stage: stage.get("peak_memory_bytes"), lambda size: f"{size / 2**20:,.0f}"),
-    _Column("work s", lambda stage: stage.get("work_seconds"), "{:,.1f}".format),
+    _Column("work seconds", lambda stage: stage.get("work_seconds"), "{:,.1f}".format),
     _Column("work peak MiB", lambda stage: stage.get("work_peak_memory_bytes"), lambda size: f"{size / 2**20:,.0f}"),
 )  # fmt: skip
 

@@ -28,6 +28,8 @@ from rich.table import Table
 from stage_table import label
 from transformers import AutoConfig
 
+COSTS = ("work_seconds", "work_peak_memory_bytes", "evaluation_seconds", "peak_memory_bytes", "seconds_per_batch")
+
 
 @dataclass(frozen=True)
 class OneRun:
@@ -138,7 +140,8 @@ def _what(command: Sequence[str]) -> list[str]:
 
 
 def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
-    """Means and sample standard deviations over the seeds: of every metric of every stage, and of GLUE's average.
+    """Means and sample standard deviations over the seeds: of every metric and cost of every stage, and of GLUE's
+    average.
 
     Args:
         planned: finished runs, equally many stages each.
@@ -150,7 +153,8 @@ def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
         for same in zip(*(found[task, seed]["stages"] for seed in seeds), strict=True):
             metrics = {name: _spread([stage["metrics"][name] for stage in same]) for name in same[0]["metrics"]}
             equal = {name: value for name, value in same[0].items() if all(stage.get(name) == value for stage in same)}
-            stages.append({"task": task, **equal, "metrics": metrics})
+            costs = {name: _spread([stage[name] for stage in same]) for name in COSTS if name in same[0]}
+            stages.append({"task": task, **equal, "metrics": metrics, **costs})
     groups = {"average": tasks}
     if "wnli" in tasks:
         groups["average without wnli"] = [task for task in tasks if task != "wnli"]

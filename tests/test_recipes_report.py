@@ -25,6 +25,7 @@ import uptrain_gqa_glue
 from huggingface_hub import ModelCard, ModelCardData
 from models import build
 from stage_facts import Laps
+from stage_table import model_name
 from test_recipes import checkpoint, flags, run, tokenizer  # noqa: F401
 from transformers import AutoModelForSequenceClassification
 
@@ -98,6 +99,19 @@ def test_peak_memory_begins_anew_with_each_lap() -> None:
         assert small["peak_memory_bytes"] >= large["peak_memory_bytes"]  # macOS: it cannot be forgotten
     else:
         assert large["peak_memory_bytes"] - small["peak_memory_bytes"] > 0.9 * size
+
+
+def test_a_model_is_called_by_what_tells_it_from_others() -> None:
+    assert model_name("bert-base-uncased") == "bert-base-uncased" and model_name("outputs/cola") == "cola"
+    assert model_name("/x/outputs/gqa/cola/seed-0") == "gqa-cola-seed-0" and model_name("seed-0") == "seed-0"
+
+
+@only_bert
+def test_the_loss_is_a_curve_without_being_asked_for(checkpoint, tmp_path, monkeypatch) -> None:
+    run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path, "--max_train_samples", "16"))
+    assert "<h2>Training</h2><div class='charts'>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (training,) = base_run.parse_arguments(argv=["--output_dir", str(tmp_path), "--logging_steps", "500"])
+    assert training.logging_steps == 500
 
 
 @only_bert

@@ -83,7 +83,10 @@ def test_seeds_that_cannot_be(seeds, message) -> None:
 def finished(folder: Path, task: str, seed: int, *stages: dict) -> OneRun:
     place = folder / task / f"seed-{seed}"
     names = ("baseline", "changed")
-    rows = [{"stage": name, "metrics": metrics, "parameters": 7} for name, metrics in zip(names, stages, strict=False)]
+    rows = [
+        {"stage": name, "metrics": metrics, "parameters": 7, "work_seconds": 10.0 + seed}
+        for name, metrics in zip(names, stages, strict=False)
+    ]
     write_json(place / "results.json", {"stages": rows})
     return OneRun(task, seed, "model", place, [])
 
@@ -109,6 +112,7 @@ def test_means_deviations_and_glues_average_by_hand(tmp_path) -> None:
     assert cola["metrics"]["accuracy"] == {"mean": 0.9, "std": 0.0}
     assert mrpc["metrics"]["f1"] == pytest.approx({"mean": 0.8, "std": 0.2 / 2**0.5})
     assert (cola["task"], cola["stage"], cola["parameters"]) == ("cola", "baseline", 7)
+    assert cola["work_seconds"] == pytest.approx({"mean": 10.5, "std": 0.5**0.5})
     # Scores of seed 0: 0.5, 0.85, 0.85, 0.75, 0.5; of seed 1: 0.7, 0.65, 0.85, 0.75, 0.5.
     (average,) = results["averages"]
     assert average["stage"] == "baseline"

@@ -107,6 +107,15 @@ def parse_arguments(
     return *own, training
 
 
+def require_place(path: str) -> None:
+    """Raise `FileNotFoundError` for what can only be a folder and is none; Transformers speaks of the hub then."""
+    if (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"--model_name_or_path {path} is no folder, nor a name on the hub, which has the form owner/name; name the "
+            "folder of a saved model"
+        )
+
+
 class Run(ABC):
     """One task, one model, a list of measured stages.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from base_run import Run, RunArguments
+from base_run import Run, RunArguments, require_place
 from glue_data import HUB_NAME, load_glue, load_test
 from glue_inputs import check_max_length, tokenized
 from glue_metric import GlueMetric
@@ -130,6 +130,7 @@ class GlueRun(Run):
         """
         limits = ("max_train_samples", "max_eval_samples", "max_length")
         super().__init__(arguments, training, *others, at_least_one=limits)
+        require_place(arguments.model_name_or_path)
         self.load_options = load_options or {}
         if arguments.seeds:
             raise ValueError("--seeds has no effect on this recipe, which makes one run; give --seed")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from base_run import Run, RunArguments
+from base_run import Run, RunArguments, require_place
 from lm_data import DATASET, Blocks, TextArguments, load_text
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,6 +70,7 @@ class LanguageModelRun(Run):
         self, arguments: ModelArguments, text: TextArguments, training: TrainingArguments, *others: Any
     ) -> None:
         super().__init__(arguments, training, text, *others)
+        require_place(arguments.model_name_or_path)
         documents = load_text(text)
         self.task_name, self.data = "language modelling", documents.data
         self.dataset = {

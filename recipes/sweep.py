@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from base_run import command, parse_arguments
+from base_run import command, parse_arguments, require_place
 from glue_data import load_glue, load_test
 from glue_tasks import get_task, task_names
 from report import show, write_json
@@ -66,6 +66,7 @@ def runs(*kinds: Any, **options: bool) -> Iterator[tuple[Any, ...]]:
     planned = _plan(arguments, training, tasks)
     pending = [run for run in planned if not _is_finished(run)]
     for run in pending:
+        require_place(run.model)
         AutoConfig.from_pretrained(run.model)
     for task in dict.fromkeys(run.task for run in pending):
         if get_task(task).is_labelled:

@@ -43,7 +43,7 @@ def glue(tmp_path_factory) -> Path:
     return write_glue(tmp_path_factory.mktemp("glue"), *BENCHMARK)
 
 
-def flags(checkpoint: Path, task: str, data: Path | None, output: Path, *more: str) -> list[str]:
+def flags(checkpoint: Path | str, task: str, data: Path | None, output: Path, *more: str) -> list[str]:
     source = [] if data is None else ["--data_dir", str(data)]
     return [
         *("--model_name_or_path", str(checkpoint), "--task_name", task, *source, "--output_dir", str(output)),
@@ -114,6 +114,13 @@ def test_scores_of_stsb_are_measured_as_scores(glue, checkpoint, tmp_path, monke
     expected = np.corrcoef(answers, rows["label"][:])[0, 1]
     # Both correlations are of float32 answers, whose padding may differ.
     assert results["stages"][0]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["/no/model", "./model", "outputs/glue/cola"])
+def test_a_model_that_is_nowhere_is_named(path, glue, tmp_path, monkeypatch) -> None:
+    with pytest.raises(FileNotFoundError, match=f"--model_name_or_path {path} is no folder"):
+        run(finetune_glue, monkeypatch, flags(path, "cola", glue, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("first", "then"), [("mnli", "rte"), ("cola", "stsb"), ("stsb", "cola")])

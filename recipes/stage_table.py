@@ -74,12 +74,14 @@ _COSTS = (
 
 
 def stage_table(stages: Sequence[Stage]) -> tuple[list[str], list[list[Cell]]]:
-    """Header and rows; what no stage has is no column."""
+    """Header and rows; what no stage has is no column, nor are key/value heads where every head has its own."""
     metrics = list(stages[0]["metrics"]) if stages else []
     columns = [
         _Column(name, lambda stage, name=name: stage["metrics"].get(name), "{:.4f}".format, _by) for name in metrics
     ]
     columns += [column for column in _COSTS if any(column.value(stage) is not None for stage in stages)]
+    if all(stage.get("num_key_value_heads") == stage.get("num_heads") for stage in stages):
+        columns = [column for column in columns if column.name != "key/value heads"]
     rows = [[Cell(label(stage)), *(_cell(column, stage, stages[0]) for column in columns)] for stage in stages]
     return ["stage", *(column.name for column in columns)], rows
 
@@ -97,7 +99,10 @@ def notes(stages: Sequence[Stage]) -> str:
     found = []
     if timed := stages[-1].get("timed_batches"):
         shape = " x ".join(map(str, timed["shape"]))
-        found.append(f"ms/batch: median forward pass over {timed['number']} batches, the largest of {shape} tokens.")
+        found.append(
+            f"ms/batch: median forward pass over {timed['number']} batches, the largest of {shape} tokens; "
+            "stages are timed one after another, so other work on the machine shows."
+        )
     if of := stages[-1].get("peak_memory_of"):
         found.append(
             f"Peak MiB: {of}, during the evaluation; work is what was done between the one before and it: loading, the "

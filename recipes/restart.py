@@ -154,12 +154,14 @@ class Progress:
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
     def _newest(self) -> Path | None:
-        whole = [path for step in self.checkpoints if (path := self.output / f"checkpoint-{step}").is_dir()]
+        noted = [self.output / f"checkpoint-{step}" for step in self.checkpoints]
+        whole = [path for path in noted if path.is_dir() and _has_optimizer(path)]
         newest = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
         for path in self._folders():
             if path not in whole and (newest is None or path.stat().st_mtime > newest.stat().st_mtime):
                 instead = newest.name if newest else "the first step"
-                logger.warning("%s is not whole or of an earlier training; going on from %s", path, instead)
+                reason = "is not whole, of an earlier training or without an optimizer"
+                logger.warning("%s %s; going on from %s", path, reason, instead)
         return newest
 
     def _named(self, folder: Path) -> Path:
@@ -169,6 +171,11 @@ class Progress:
             raise ValueError(
                 f"{FLAG} {folder} is not a whole checkpoint: it lacks what is written last; name an earlier one, or "
                 "none for the newest whole one of --output_dir"
+            )
+        if not _has_optimizer(folder):
+            raise ValueError(
+                f"{FLAG} {folder} holds no state of the optimizer, as --save_only_model leaves it out, so training "
+                "could not go on as it was; name another, or give the folder as --model_name_or_path of a new run"
             )
         return folder
 
@@ -180,6 +187,11 @@ def _has_state(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _has_optimizer(folder: Path) -> bool:
+    """Whether training can go on as it was; without one `Trainer` begins a new one and says nothing."""
+    return any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))  # the latter is DeepSpeed's
 
 
 def identity(training: TrainingArguments, *others: Any) -> dict[str, Any]:

@@ -347,6 +347,20 @@ def test_checkpoints_of_another_program_are_refused(checkpoint, tmp_path, monkey
         run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path, *named))
 
 
+def test_checkpoints_without_an_optimizer_are_not_gone_on_from(checkpoint, whole, tmp_path, monkeypatch) -> None:
+    """Trainer would begin a new optimizer without a word."""
+    arguments = flags(checkpoint, tmp_path / "out", *EACH_STEP, *CONVERTED)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        dies(patched, Trainer, "training_step", 4)
+        run(uptrain_gqa_glue, monkeypatch, [*arguments, "--save_only_model"])
+    left = str(tmp_path / "out" / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"checkpoint-3 holds no state of the optimizer, as --save_only_model"):
+        run(uptrain_gqa_glue, monkeypatch, [*arguments, "--resume_from_checkpoint", left])
+    results = run(uptrain_gqa_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
+    assert "resumed_from" not in results["stages"][-1]
+    assert_same(tmp_path / "out", whole)
+
+
 def other_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> Any:  # noqa: F811
     if kind == "shapes":
         return BertForSequenceClassification(BertConfig(
@@ -365,6 +379,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_training(
 ) -> None:  # fmt: skip
     other_model(kind, tokenizer).save_pretrained(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-9" / "optimizer.pt").touch()
     monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
     named = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-9"), *lora)
     here = "PeftModel" if lora else "BertForSequenceClassification"

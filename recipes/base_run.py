@@ -10,6 +10,7 @@ import atexit
 import copy
 import json
 import os
+import re
 import shlex
 import sys
 from abc import ABC, abstractmethod
@@ -42,6 +43,14 @@ logger = logging.get_logger(__name__)
 
 ENTROPY_EVERY_N_STEPS = 100
 LOGGING_STEPS = 0.02  # Trainer's own 500 leaves most of GLUE's trainings without a point of the loss's curve
+EVAL_STEPS = 500  # Trainer's own is its logging_steps
+_ONLY_BF16 = "turns the model itself to 16 bits, for training and saving as well; --bf16 does so to computations alone"
+REFUSED = {
+    "bf16_full_eval": _ONLY_BF16,
+    "fp16_full_eval": _ONLY_BF16,
+    "dataloader_drop_last": "leaves out dev and test data, too",
+    "prediction_loss_only": "leaves nothing to measure by",
+}
 
 
 @dataclass
@@ -70,9 +79,9 @@ def parse_arguments(
         trains: whether the recipe can train; one that cannot evaluates.
         saves: whether the recipe ends with one model, which it saves.
     """
-    argv = with_value(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser((*kinds, TrainingArguments))
-    parser.set_defaults(logging_steps=LOGGING_STEPS)
+    argv = with_value(underscored(sys.argv[1:] if argv is None else argv))
+    parser = HfArgumentParser((*kinds, TrainingArguments), allow_abbrev=False)
+    parser.set_defaults(logging_steps=LOGGING_STEPS, eval_steps=EVAL_STEPS)
     *own, training = parser.parse_args_into_dataclasses(args=argv)
     if training.hub_token is not None:
         # Trainer pickles its arguments into every checkpoint and uploads them; the hub's library reads this, too.
@@ -102,9 +111,19 @@ def parse_arguments(
         parser.error("this recipe compares what it measures: leave --do_train out, or add --do_eval")
     if training.do_predict:
         parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
+    for name, why in REFUSED.items():
+        if getattr(training, name) not in (None, False):
+            parser.error(f"--{name} {why}: leave it out")
+    if not training.eval_do_concat_batches:
+        parser.error("--eval_do_concat_batches False leaves the metrics without their inputs: leave it out")
     if not any(argument.split("=")[0] == "--output_dir" for argument in argv):
         parser.error("--output_dir is needed: the folder for results.json and the model")
     return *own, training
+
+
+def underscored(argv: Sequence[str]) -> list[str]:
+    """The arguments with flags spelled one way; Transformers' parser takes `--do-eval` for `--do_eval`, too."""
+    return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
 
 
 def require_place(path: str) -> None:

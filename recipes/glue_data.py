@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from demo_data import make_demo_data
 from glue_tasks import Task, get_task
-from glue_tsv import find_files, read_tsv
+from glue_tsv import find_files, read_tsv, require_order
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -166,6 +166,8 @@ def _checked(
         if absent or not rows.num_rows:
             lacks = f"lacks the columns {absent}; it has {rows.column_names}" if absent else "is empty"
             raise ValueError(f"{where} {lacks}: task {task.name!r} needs examples with {list(features)}.")
+        if not labelled and "idx" in rows.column_names:
+            require_order(where, rows["idx"][:])
         rows = rows.select_columns(list(features))
         for column in task.text_columns:
             _refuse(where, column, rows[column][:], lambda text: isinstance(text, str), "a text")

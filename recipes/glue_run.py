@@ -55,6 +55,13 @@ class GlueArguments(RunArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_length: int = field(default=128, metadata={"help": "Longer inputs are truncated, in tokens."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start the head anew where the model's has another number of classes."}
     )
@@ -95,15 +102,16 @@ def prepare_padding(tokenizer: Any) -> None:
         ValueError: if the tokenizer has no such token.
     """
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is not None:
-        return
     ends_in_eos = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    tokenizer.pad_token = tokenizer.unk_token if ends_in_eos else tokenizer.eos_token
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is not None and not (ends_in_eos and tokenizer.pad_token_id == tokenizer.eos_token_id):
+        return
+    ending = None if ends_in_eos else tokenizer.eos_token
+    if (ending or tokenizer.unk_token) is None:
         raise ValueError(
-            "the tokenizer has no padding token, and none that could serve (the end of text, where texts do not end in "
-            "it, or the unknown token): give it one (tokenizer.pad_token = ...) and save it"
+            "the tokenizer has no padding token of its own, and none that could serve (the end of text, where texts do "
+            "not end in it, or the unknown token): give it one (tokenizer.pad_token = ...) and save it"
         )
+    tokenizer.pad_token = ending or tokenizer.unk_token
 
 
 class GlueRun(Run):
@@ -135,6 +143,11 @@ class GlueRun(Run):
         if arguments.seeds:
             raise ValueError("--seeds has no effect on this recipe, which makes one run; give --seed")
         self.task = get_task(arguments.task_name)
+        if self.task.is_regression and training.label_smoothing_factor:
+            raise ValueError(
+                f"--label_smoothing_factor {training.label_smoothing_factor} has no meaning for the scores of "
+                f"{self.task.name!r}; leave it out"
+            )
         self.task_name, self.data = self.task.name, describe(self.task)
         self.dataset = {
             "id": HUB_NAME if self.task.folder else None,
@@ -164,6 +177,9 @@ class GlueRun(Run):
             }
             self.test_data = {name: self._tokenized(name, tests) for name in tests}
         self.eval_data = next(iter(self.dev_data.values()), None)
+        if any(len(rows) < len(data[name]) for name, rows in self.dev_data.items()):
+            self.data += f", the first {arguments.max_eval_samples} examples"
+            self.dataset["split"] = f"validation[:{arguments.max_eval_samples}]"
 
     def load_model(self, path: str) -> PreTrainedModel:
         """A classifier with the task's classes."""
@@ -171,6 +187,8 @@ class GlueRun(Run):
         own = AutoConfig.from_pretrained(path).label2id or {}
         options: dict[str, Any] = self.load_options | {
             "num_labels": self.task.num_labels,
+            # Not as stored: small steps would be lost in the rounding of 16-bit weights.
+            "dtype": self.arguments.dtype,
             "ignore_mismatched_sizes": self.arguments.ignore_mismatched_sizes,
             # A model remembers it from its last task, and a score would train on the loss of a single class.
             "problem_type": "regression" if self.task.is_regression else "single_label_classification",

@@ -50,16 +50,18 @@ def read_tsv(task: Task, path: Path, *, labelled: bool) -> dict[str, list]:
         ValueError: a file that breaks the layout, with its first bad lines.
     """
     lines = _lines(path)
-    where, width = _positions(task, path, lines, labelled)
+    where, width, index = _positions(task, path, lines, labelled)
     parse, allowed = _label_parser(task)
 
     problems = []
     rows = []
+    indices = []
     for number, row in lines:
         if len(row) != width:
             problems.append((number, f"found {len(row)} columns, expected {width}"))
             continue
         values = [row[position] for position in where]
+        indices += [] if index is None else [row[index]]
         if labelled:
             label = parse(values[-1])
             if label is None:
@@ -71,13 +73,25 @@ def read_tsv(task: Task, path: Path, *, labelled: bool) -> dict[str, list]:
         more = f" (as bad: {len(problems) - 1} more, at line {others})" if others else ""
         raise ValueError(
             f"{path}, line {problems[0][0]}: {problems[0][1]}{more}. Columns are split at tabs and "
-            "quotes mean nothing: repair or delete such lines, or leave data_dir out to load from "
-            "the hub."
+            f"quotes mean nothing: repair {'or delete ' if labelled else ''}such lines, or leave data_dir out to load "
+            "from the hub."
         )
+    if not labelled:
+        require_order(path, indices)
     if not rows:
         raise _empty(task, path)
     columns = (*task.text_columns, "label") if labelled else task.text_columns
     return dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def require_order(where: Path | str, indices: Sequence[str | int]) -> None:
+    """Raise `ValueError` unless rows that bear their numbers are all there and in order: the server goes by them."""
+    for row, index in enumerate(indices):
+        if str(index).isdigit() and int(index) != row:
+            raise ValueError(
+                f"{where}: the example in row {row} (from 0) has the index {index}, but the GLUE server counts all "
+                "test examples in order from 0: restore those that are missing or moved"
+            )
 
 
 def _positions(
@@ -85,8 +99,8 @@ def _positions(
     path: Path,
     lines: Iterator[tuple[int, list[str]]],
     labelled: bool,
-) -> tuple[Sequence[int], int]:
-    """Where a row holds the texts and, last, a label; and how many columns it has.
+) -> tuple[Sequence[int], int, int | None]:
+    """Where a row holds the texts and, last, a label; how many columns it has; and where its number is, if there.
 
     Takes the header, if the file has one, off `lines`.
     """
@@ -94,7 +108,7 @@ def _positions(
     if not labelled:
         fields = [*(task.tsv.test_fields or task.tsv.text_fields)]
     elif task.tsv.columns is not None:
-        return fields, task.tsv.columns
+        return fields, task.tsv.columns, None
     _, header = next(lines, (1, None))
     if header is None:
         raise _empty(task, path)
@@ -104,7 +118,8 @@ def _positions(
             f"{path}, line 1: the header lacks {absent}; it has {header}. Task {task.name!r} needs "
             f"{fields}: restore the benchmark's header line."
         )
-    return [header.index(name) for name in fields], len(header)
+    index = 0 if header[0] in ("index", "id") else None
+    return [header.index(name) for name in fields], len(header), index
 
 
 def _empty(task: Task, path: Path) -> ValueError:

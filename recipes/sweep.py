@@ -11,6 +11,7 @@ import argparse
 import gc
 import itertools
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from base_run import command, parse_arguments, require_place
+from base_run import command, parse_arguments, require_place, underscored
 from glue_data import load_glue, load_test
 from glue_tasks import get_task, task_names
 from report import show, write_json
@@ -61,9 +62,8 @@ def runs(*kinds: Any, **options: bool) -> Iterator[tuple[Any, ...]]:
         yield parsed
         return
     output = Path(training.output_dir)
-    if (output / "results.json").exists():
-        raise ValueError(f"--output_dir {output} holds a finished run (results.json); name another folder")
     planned = _plan(arguments, training, tasks)
+    _require_more(output, planned)
     pending = [run for run in planned if not _is_finished(run)]
     for run in pending:
         require_place(run.model)
@@ -84,13 +84,23 @@ def runs(*kinds: Any, **options: bool) -> Iterator[tuple[Any, ...]]:
         print_summary(results)
 
 
+def _require_more(output: Path, planned: Sequence[OneRun]) -> None:
+    """Raise `ValueError` if the folder holds the results of these runs, or of one that is no sweep."""
+    file = output / "results.json"
+    if not file.exists():
+        return
+    done = json.loads(file.read_text()).get("runs", [])
+    if not done or {str(run.folder.relative_to(output)) for run in planned} <= set(done):
+        raise ValueError(f"--output_dir {output} holds a finished run (results.json); name another folder")
+
+
 def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
     own = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("task_name", "model_name_or_path", "output_dir", "seed"):
-        own.add_argument(f"--{flag}", f"--{flag.replace('_', '-')}")
+        own.add_argument(f"--{flag}")
     own.add_argument("--seeds", nargs="+")
-    own.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?", const="true")
-    given, rest = own.parse_known_args(sys.argv[1:])
+    own.add_argument("--resume_from_checkpoint", nargs="?", const="true")
+    given, rest = own.parse_known_args(underscored(sys.argv[1:]))
     if given.seeds and given.seed:
         raise ValueError(f"--seed {given.seed} has no effect beside --seeds; leave one of them out")
     if training.push_to_hub:
@@ -104,8 +114,8 @@ def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
         folder = Path(training.output_dir) / task / f"seed-{seed}"
         options = {"model_name_or_path": model, "task_name": task, "seed": str(seed), "output_dir": str(folder)}
         argv = [sys.argv[0], *itertools.chain.from_iterable((f"--{name}", value) for name, value in options.items())]
-        if resume and folder.is_dir() and any(folder.iterdir()):
-            argv += ["--resume_from_checkpoint", resume]
+        if (folder / "progress.json").is_file() or (resume and folder.is_dir() and any(folder.iterdir())):
+            argv += ["--resume_from_checkpoint", resume or "true"]
         planned.append(OneRun(task, seed, model, folder, argv + rest))
     return planned
 
@@ -190,8 +200,9 @@ def _average(
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, and standard deviation of a sample (n - 1), which one value does not have."""
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
+    """Mean, and standard deviation of a sample (n - 1), which one value does not have, nor do values that are none."""
+    known = len(values) > 1 and all(map(math.isfinite, values))
+    return {"mean": fmean(values), "std": stdev(values) if known else None}
 
 
 def print_summary(results: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def rows_of(name: str, split: str, count: int = 3) -> tuple[list[list[str]], dic
         if header is None:
             rows.append(["src1", written[i % 3], "*", texts["sentence"][i]])
             continue
-        row = [f"other {j}" for j in range(len(header))]
+        row = [str(i) if j == 0 else f"other {j}" for j in range(len(header))]
         for field, column in zip(fields, texts, strict=True):
             row[header.index(field)] = texts[column][i]
         if labelled:

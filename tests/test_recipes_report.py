@@ -299,6 +299,25 @@ def test_the_command_holds_no_token(given) -> None:
     assert base_run.command(["x.py", *given]) == "python x.py --hub_token=... --seed 1"
 
 
+def test_flags_mean_the_same_in_each_spelling(tmp_path) -> None:
+    (training,) = base_run.parse_arguments(argv=["--output-dir", str(tmp_path), "--do-eval", "--learning-rate=1e-3"])
+    assert (training.do_train, training.do_eval, training.learning_rate) == (False, True, 1e-3)
+
+
+def test_shortened_flags_are_refused(tmp_path) -> None:
+    """A shortened --hub_token would stand in the published command."""
+    with pytest.raises(ValueError, match="--hub_to"):
+        base_run.parse_arguments(argv=["--output_dir", str(tmp_path), "--hub_to", "secret"])
+
+
+@pytest.mark.parametrize("name", [*base_run.REFUSED, "eval_do_concat_batches"])
+def test_flags_that_would_spoil_the_run_are_refused(name, tmp_path, capsys) -> None:
+    value = "false" if name == "eval_do_concat_batches" else "true"
+    with pytest.raises(SystemExit):
+        base_run.parse_arguments(argv=["--output_dir", str(tmp_path), "--use_cpu", f"--{name}", value])
+    assert f"--{name}" in capsys.readouterr().err
+
+
 BAD = [
     (("--entropy_every_n_steps", "-1"), "entropy_every_n_steps -1 must be"),
     (("--entropy_every_n_steps", "5", "--do_eval"), "entropy_every_n_steps 5 has no effect"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from report import write_json
 from stage_table import label
 from sweep import OneRun, summarize
 from test_recipes_tasks import flags, same_predictions, server_file
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -134,6 +135,14 @@ def test_one_seed_has_no_deviation_and_one_task_no_average(tmp_path, capsys) -> 
     assert "0.2500" in printed and "changed" in printed and "average" not in printed
 
 
+def test_scores_that_are_no_number_have_no_deviation(tmp_path) -> None:
+    """Spearman's correlation of equal answers; `statistics` raises an AttributeError of its own."""
+    planned = [finished(tmp_path, "stsb", seed, {"pearson": 0.5, "spearmanr": math.nan}) for seed in (0, 1)]
+    (stage,) = summarize(planned, tmp_path)["stages"]
+    assert stage["metrics"]["pearson"] == {"mean": 0.5, "std": 0.0}
+    assert math.isnan(stage["metrics"]["spearmanr"]["mean"]) and stage["metrics"]["spearmanr"]["std"] is None
+
+
 def test_stages_that_are_compared_are_told_apart() -> None:
     assert label({"stage": "changed", "metrics": {}}) == "changed"
     assert label({"stage": "changed", "round": 2}) == "changed, round 2"
@@ -201,7 +210,6 @@ def test_a_killed_sweep_goes_on_and_a_larger_one_takes_over(glue, checkpoint, tm
 
     with pytest.raises(ValueError, match="finished run"):
         run(finetune_glue, monkeypatch, arguments)
-    (tmp_path / "results.json").unlink()
     more = flags(checkpoint, "cola", glue, tmp_path, "--do_eval", "--seeds", "0", "1", "2")
     assert run(finetune_glue, monkeypatch, more)["seeds"] == [0, 1, 2]
     assert done == [tmp_path / "cola/seed-1", tmp_path / "cola/seed-2"]
@@ -210,6 +218,26 @@ def test_a_killed_sweep_goes_on_and_a_larger_one_takes_over(glue, checkpoint, tm
     other = flags(checkpoint, "cola", glue, tmp_path, "--do_eval", "--seeds", "0", "--max_eval_samples", "4")
     with pytest.raises(ValueError, match=r"seed-0/results\.json is of another command.*--output_dir"):
         run(finetune_glue, monkeypatch, other)
+
+
+def test_a_sweep_killed_while_training_goes_on_with_the_same_command(glue, checkpoint, tmp_path, monkeypatch) -> None:
+    arguments = flags(checkpoint, "cola", glue, tmp_path, "--seeds", "0", "1")
+    arguments[arguments.index("--save_strategy") + 1] = "steps"
+    train, steps = Trainer.training_step, []
+
+    def dies(self: Trainer, *given, **options):
+        steps.append(1)
+        if len(steps) == 5:  # three a run
+            raise KeyboardInterrupt
+        return train(self, *given, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "training_step", dies)
+        run(finetune_glue, monkeypatch, [*arguments, "--save_steps", "1"])
+    assert (tmp_path / "cola/seed-1/progress.json").exists()
+    results = run(finetune_glue, monkeypatch, [*arguments, "--save_steps", "1"])
+    second = json.loads((tmp_path / "cola/seed-1/results.json").read_text())
+    assert second["stages"][0]["resumed_from"].endswith("checkpoint-1") and results["seeds"] == [0, 1]
 
 
 def test_a_resumed_sweep_resumes_only_what_was_begun(glue, checkpoint, tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -114,6 +115,45 @@ def test_scores_of_stsb_are_measured_as_scores(glue, checkpoint, tmp_path, monke
     expected = np.corrcoef(answers, rows["label"][:])[0, 1]
     # Both correlations are of float32 answers, whose padding may differ.
     assert results["stages"][0]["metrics"]["pearson"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_test_rows_that_are_missing_or_moved_are_refused(glue, tmp_path) -> None:
+    """The server goes by their number, and a file's own numbers would be lost."""
+    shutil.copytree(glue / "CoLA", tmp_path / "CoLA")
+    lines = (tmp_path / "CoLA/test.tsv").read_text(encoding="utf-8").split("\n")  # texts hold other ends of line
+    (tmp_path / "CoLA/test.tsv").write_text("\n".join([*lines[:4], *lines[5:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"row 3 \(from 0\) has the index 4, but the GLUE server"):
+        load_test("cola", tmp_path)
+    rows = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "idx": [0, 2, 1]})
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "saved/cola"))
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) has the index 2"):
+        load_test("cola", tmp_path / "saved")
+
+
+def test_weights_are_trained_in_32_bits_however_they_are_stored(glue, checkpoint, tmp_path, monkeypatch) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    run(finetune_glue, monkeypatch, flags(tmp_path / "model", "cola", glue, tmp_path / "out"))
+    trained = hf_attnkit.load_pretrained(tmp_path / "out")
+    assert trained.dtype == torch.float32
+    # Adam moves each weight by about the learning rate, 1e-5, of which 16 bits of a weight of 0.02 know nothing.
+    before, after = (m.bert.encoder.layer[0].attention.self.query.weight for m in (model, trained))
+    assert (before.float() != after).float().mean() > 0.9
+    run(finetune_glue, monkeypatch, flags(tmp_path / "model", "cola", glue, tmp_path / "as", "--dtype", "auto"))
+    assert hf_attnkit.load_pretrained(tmp_path / "as").dtype == torch.bfloat16
+
+
+def test_what_was_measured_on_a_part_says_so(glue, checkpoint, tmp_path, monkeypatch) -> None:
+    results = run(finetune_glue, monkeypatch, flags(checkpoint, "cola", glue, tmp_path, "--max_eval_samples", "4"))
+    assert results["data"] == "GLUE dev set, the first 4 examples"
+    assert results["dataset"]["split"] == "validation[:4]"
+    assert "first 4 examples" in (tmp_path / "README.md").read_text()
+
+
+def test_smoothed_labels_are_refused_for_scores(glue, checkpoint, tmp_path, monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"--label_smoothing_factor 0\.1 has no meaning for the scores of 'stsb'"):
+        run(finetune_glue, monkeypatch, flags(checkpoint, "stsb", glue, tmp_path, "--label_smoothing_factor", "0.1"))
 
 
 @pytest.mark.parametrize("path", ["/no/model", "./model", "outputs/glue/cola"])

@@ -153,6 +153,18 @@ def test_decoders_are_asked_at_their_last_real_token(
     assert glue.tokenizer.pad_token_id == glue.model.config.pad_token_id is not None
 
 
+def test_padding_is_no_token_that_texts_end_in(tokenizer) -> None:  # noqa: F811
+    """Told to pad with the end of text, a decoder would be asked one token before it."""
+    used = without_padding(tokenizer, ends_in_eos=True)
+    used.pad_token = used.eos_token
+    prepare_padding(used)
+    assert used.pad_token == used.unk_token != used.eos_token
+    endless = without_padding(tokenizer, ends_in_eos=False)
+    endless.eos_token = None
+    prepare_padding(endless)
+    assert endless.pad_token == endless.unk_token
+
+
 def test_a_tokenizer_that_cannot_pad_is_refused(tokenizer) -> None:  # noqa: F811
     used = without_padding(tokenizer, ends_in_eos=True)
     used.unk_token = None

@@ -57,6 +57,14 @@ REFUSED = {
 class RunArguments:
     """What every recipe that trains takes beside `TrainingArguments`."""
 
+    dtype: str = field(
+        default="float32",
+        kw_only=True,
+        metadata={
+            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
     entropy_every_n_steps: int | None = field(
         default=None,
         kw_only=True,

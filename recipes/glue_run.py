@@ -55,13 +55,6 @@ class GlueArguments(RunArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
     max_length: int = field(default=128, metadata={"help": "Longer inputs are truncated, in tokens."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start the head anew where the model's has another number of classes."}
     )

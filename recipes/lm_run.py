@@ -31,13 +31,6 @@ from hf_attnkit.families import attention_layers
 class ModelArguments(RunArguments):
     model_name_or_path: str = field(metadata={"help": "Folder or hub name of the model and its tokenizer."})
     gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file in it, which is dequantized."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
 
 
 def load_causal_model(path: str, gguf_file: str | None = None, dtype: str = "float32") -> PreTrainedModel:

@@ -120,7 +120,7 @@ def parse_arguments(
     if training.do_predict:
         parser.error("--do_predict is not supported: recipes measure with --do_eval; those for GLUE have --predict")
     for name, why in REFUSED.items():
-        if getattr(training, name) not in (None, False):
+        if getattr(training, name, False):
             parser.error(f"--{name} {why}: leave it out")
     if not training.eval_do_concat_batches:
         parser.error("--eval_do_concat_batches False leaves the metrics without their inputs: leave it out")

@@ -67,7 +67,8 @@ def load_test(task_name: str, data_dir: str | os.PathLike | None = None) -> dict
         task's text columns. Rows keep their order, which is the `index` of the server.
 
     Raises:
-        ValueError, FileNotFoundError: As `load_glue`, or the task has no test split there.
+        ValueError, FileNotFoundError: As `load_glue`, or the task has no test split there, or its rows bear numbers
+            that are not all there or not in order.
     """
     task = get_task(task_name)
     if not task.test_splits:

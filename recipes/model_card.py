@@ -101,7 +101,7 @@ def _result(dataset: Mapping[str, Any], metric: str, value: float) -> EvalResult
         dataset_type=dataset["id"] or dataset["name"],
         dataset_name=dataset["name"],
         dataset_config=dataset["config"],
-        dataset_split=f"{dataset['split']}_{of}" if of else dataset["split"],
+        dataset_split=dataset["split"].replace("validation", f"validation_{of}") if of else dataset["split"],
         metric_type=_HUB_METRICS.get(plain, plain),
         metric_name=metric,
         metric_value=value,

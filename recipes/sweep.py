@@ -164,7 +164,9 @@ def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
         for same in zip(*(found[task, seed]["stages"] for seed in seeds), strict=True):
             metrics = {name: _spread([stage["metrics"][name] for stage in same]) for name in same[0]["metrics"]}
             equal = {name: value for name, value in same[0].items() if all(stage.get(name) == value for stage in same)}
-            costs = {name: _spread([stage[name] for stage in same]) for name in COSTS if name in same[0]}
+            costs = {
+                name: _spread([stage[name] for stage in same]) for name in COSTS if all(name in stage for stage in same)
+            }
             stages.append({"task": task, **equal, "metrics": metrics, **costs})
     groups = {"average": tasks}
     if "wnli" in tasks:

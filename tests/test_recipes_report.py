@@ -262,6 +262,8 @@ def test_both_dev_sets_of_mnli_are_results() -> None:
     assert [(result.metric_type, result.dataset_split) for result in found] == [
         ("accuracy", "validation_matched"), ("accuracy", "validation_mismatched"),
     ]  # fmt: skip
+    part = model_card._result(dataset | {"split": "validation[:4]"}, "accuracy_matched", 0.5)
+    assert part.dataset_split == "validation_matched[:4]"
 
 
 SCORES = [[0.5, None, 0.1], [0.2, 0.3, 0.4]]

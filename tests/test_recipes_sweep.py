@@ -135,6 +135,14 @@ def test_one_seed_has_no_deviation_and_one_task_no_average(tmp_path, capsys) -> 
     assert "0.2500" in printed and "changed" in printed and "average" not in printed
 
 
+def test_costs_that_not_all_runs_tell_are_left_out(tmp_path) -> None:
+    planned = [finished(tmp_path, "cola", seed, {"matthews_correlation": 0.5, "accuracy": 0.9}) for seed in (0, 1)]
+    file = planned[1].folder / "results.json"
+    file.write_text(file.read_text().replace("work_seconds", "of an earlier version"))
+    (stage,) = summarize(planned, tmp_path)["stages"]
+    assert "work_seconds" not in stage and stage["metrics"]["accuracy"] == {"mean": 0.9, "std": 0.0}
+
+
 def test_scores_that_are_no_number_have_no_deviation(tmp_path) -> None:
     """Spearman's correlation of equal answers; `statistics` raises an AttributeError of its own."""
     planned = [finished(tmp_path, "stsb", seed, {"pearson": 0.5, "spearmanr": math.nan}) for seed in (0, 1)]

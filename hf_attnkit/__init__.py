@@ -3,21 +3,21 @@
 Importing registers one attention name of our own with Transformers and changes nothing else.
 """
 
-from .attention.registry import available_attentions, register
-from .cache_size import cache_bytes_per_token
-from .choice import attention_backends
-from .conversion import convert_to_gqa, convert_to_mqa, plan_gqa
-from .head_statistics import HeadStatistics, head_statistics
-from .importance import attention_entropy, head_gradients, head_importance
-from .loading import load_pretrained
-from .mask_search import rearrange_heads
-from .monitoring import AttentionEntropyCallback
-from .pruning import prune_heads
-from .selection import select_heads
-from .swap import restore_attention, swap_attention
-from .targets import select_for_target
-
-__version__ = "0.1.0"
+from hf_attnkit.analysis.entropy_callback import AttentionEntropyCallback
+from hf_attnkit.analysis.head_statistics import HeadStatistics, head_statistics
+from hf_attnkit.attention.attention_backends import attention_backends
+from hf_attnkit.attention.dispatch import register
+from hf_attnkit.attention.swap import restore_attention, swap_attention
+from hf_attnkit.attention.table import available_attentions
+from hf_attnkit.common.version import __version__ as __version__
+from hf_attnkit.conversion import convert_to_gqa, convert_to_mqa, plan_gqa
+from hf_attnkit.importance import attention_entropy, head_gradients, head_importance
+from hf_attnkit.loading import load_pretrained
+from hf_attnkit.models.cache_size import cache_bytes_per_token
+from hf_attnkit.pruning.mask_search import rearrange_heads
+from hf_attnkit.pruning.prune import prune_heads
+from hf_attnkit.pruning.select import select_heads
+from hf_attnkit.pruning.select_for_target import select_for_target
 
 __all__ = [
     "AttentionEntropyCallback",

@@ -16,10 +16,14 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from . import families, surgery
-from .attention.registry import NAME, PARAMETERS
-from .change import require_grouping
-from .swap import add_parameters, install_saved, saved_kind, saved_kinds
+from hf_attnkit.attention.consistency import require_grouping
+from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
+from hf_attnkit.attention.table import NAME, PARAMETERS
+from hf_attnkit.editing import projections
+from hf_attnkit.models.attributes import set_attributes
+from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
+from hf_attnkit.models.families import FAMILIES
+from hf_attnkit.models.layers import attention_layers
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -52,7 +56,7 @@ def load_pretrained(
     if not isinstance(config, PreTrainedConfig):
         config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
-    families.read_pruned_heads(config)
+    read_pruned_heads(config)
     swapped = getattr(config, "hf_attnkit", None) is not None
     if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
@@ -78,8 +82,8 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
-    if config.model_type in families.FAMILIES:
-        layers = families.attention_layers(model)
+    if config.model_type in FAMILIES:
+        layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
@@ -106,9 +110,9 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
             f"the checkpoint lacks {len(absent)} tensors that its swapped attention learned, {absent[0]!r} among them; "
             "it was not saved completely"
         )
-    if model.config.model_type not in families.FAMILIES:
+    if model.config.model_type not in FAMILIES:
         return
-    stacks = families.FAMILIES[model.config.model_type].stacks
+    stacks = FAMILIES[model.config.model_type].stacks
     paths = {getattr(stack, name) for stack in stacks for name in ("query", "key", "value", "output")}
     lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     lost = sorted(key for key in lost if any(f".{path}." in key for path in paths))
@@ -120,9 +124,9 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
 
 
 def _describe(config: PreTrainedConfig) -> str:
-    if config.model_type not in families.FAMILIES:
+    if config.model_type not in FAMILIES:
         return config.model_type
-    heads = {families.config_heads(config, index) for index in range(config.num_hidden_layers)}
+    heads = {config_heads(config, index) for index in range(config.num_hidden_layers)}
     return ", ".join(f"{n} query and {kv} key/value heads" for n, kv in sorted(heads, reverse=True))
 
 
@@ -150,12 +154,12 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass that has the numbers of heads of its config also where the stock class does not."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        families.read_pruned_heads(config)
+        read_pruned_heads(config)
         model_class.__init__(self, config, *args, **kwargs)
-        if config.model_type in families.FAMILIES and not families.FAMILIES[config.model_type].fixed:
+        if config.model_type in FAMILIES and not FAMILIES[config.model_type].fixed:
             _resize(self)
         kinds = saved_kinds(config)
-        for layer in families.attention_layers(self) if kinds else ():
+        for layer in attention_layers(self) if kinds else ():
             if layer.index in kinds:
                 add_parameters(layer, kinds[layer.index])
 
@@ -165,7 +169,7 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _resize(model: PreTrainedModel) -> None:
-    for layer in families.attention_layers(model):
+    for layer in attention_layers(model):
         width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         hidden_in, hidden_out = layer.query.in_features, layer.output.out_features
         inputs = [(layer.query, width), (layer.key, kv_width), (layer.value, kv_width)]
@@ -175,5 +179,5 @@ def _resize(model: PreTrainedModel) -> None:
         for linear, rows, columns in shapes:
             if linear.weight.shape != (rows, columns):
                 bias = None if linear.bias is None else linear.bias.new_empty(rows)
-                surgery.apply(surgery.Edit(linear, linear.weight.new_empty(rows, columns), bias))
-        families.set_attributes(layer.module, layer.num_heads, layer.num_key_value_heads, layer.head_dim)
+                projections.apply(projections.Edit(linear, linear.weight.new_empty(rows, columns), bias))
+        set_attributes(layer.module, layer.num_heads, layer.num_key_value_heads, layer.head_dim)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from hf_attnkit import load_pretrained
 from hf_attnkit.conversion.statistics import collect
-from hf_attnkit.families import editable_layers
+from hf_attnkit.models.layers import editable_layers
 
 
 def batches(tokenizer: Any, path: Path, num_tokens: int, max_length: int) -> Iterator[dict[str, Any]]:

@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 
 import torch
-from heat_map import draw_importance
-from report import show
 from rich.table import Table
+
+from hf_attnkit.experiment.files import show
+from hf_attnkit.experiment.report.heat_map import draw_importance
 
 RECIPES = Path(__file__).parent
 # The best of the entropy-based scores that need no labels (docs/results.md), beside the honest baseline.

@@ -11,11 +11,12 @@ also predictions/ in the form that the GLUE server takes.
 
 from __future__ import annotations
 
-from glue_run import GlueArguments, GlueRun
-from lora import LoraArguments, train_adapters
-from quantized import QuantizationArguments, keep_trainable
-from sweep import runs
 from transformers import TrainingArguments
+
+from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
+from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
+from hf_attnkit.experiment.training.quantized import QuantizationArguments, keep_trainable
 
 
 def main() -> None:

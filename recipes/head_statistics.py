@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from report import write_json
 from transformers import AutoTokenizer
 
 from hf_attnkit import HeadStatistics, head_statistics, load_pretrained
+from hf_attnkit.experiment.files import write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

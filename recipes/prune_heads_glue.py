@@ -22,18 +22,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from compare_pruning import rows_of
-from glue_run import GlueArguments, GlueRun
-from heat_map import draw_importance
-from prune import REFITS, Heads, Scoring, SelectionArguments, parse_options, prune
-from report import write_json
-from sweep import runs
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 import hf_attnkit
-from hf_attnkit.families import attention_layers
+from hf_attnkit.experiment.comparing.prunings import rows_of
+from hf_attnkit.experiment.files import write_json
+from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
+from hf_attnkit.experiment.pruning import REFITS, Heads, Scoring, SelectionArguments, parse_options, prune
+from hf_attnkit.experiment.report.heat_map import draw_importance
+from hf_attnkit.experiment.sweep import runs
 from hf_attnkit.importance import METHODS
+from hf_attnkit.models.layers import attention_layers
 
 REFIT_SAMPLES = 2048
 
@@ -139,7 +139,7 @@ class Pruner:
 
     def latency(self, model: PreTrainedModel) -> float:
         """Forward time as a share of the untouched model's, both in turn, on the scored sentences."""
-        return hf_attnkit.targets.forward_share(self.untouched, model, self.batches)
+        return hf_attnkit.pruning.select_for_target.forward_share(self.untouched, model, self.batches)
 
 
 def number_of_heads(model: PreTrainedModel) -> int:

@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill import DistillationArguments
-from glue_run import GlueArguments, GlueRun
-from lora import LoraArguments
-from prune import parse_options
-from sweep import runs
 from transformers import PreTrainedModel, TrainingArguments
-from uptrain import recover
 
 import hf_attnkit
-from hf_attnkit import swap
-from hf_attnkit.attention.registry import IMPLEMENTATIONS, Kind
-from hf_attnkit.families import AttentionLayer, attention_layers, editable_layers
+from hf_attnkit.attention import swap
+from hf_attnkit.attention.table import IMPLEMENTATIONS, Kind
+from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
+from hf_attnkit.experiment.pruning import parse_options
+from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
+from hf_attnkit.experiment.training.uptrain import recover
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
 
 
 @dataclass

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distill import DistillationArguments
-from glue_run import GlueArguments, GlueRun
-from lora import LoraArguments
-from sweep import runs
 from transformers import TrainingArguments
-from uptrain import ConversionArguments, uptrain
+
+from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
+from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
+from hf_attnkit.experiment.training.uptrain import ConversionArguments, uptrain
 
 
 @dataclass

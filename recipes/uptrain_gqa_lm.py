@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from base_run import parse_arguments
-from distill import DistillationArguments
-from lm_data import TextArguments
-from lm_run import LanguageModelRun, ModelArguments
-from lora import LoraArguments
-from uptrain import ConversionArguments, uptrain
+from hf_attnkit.experiment.run import parse_arguments
+from hf_attnkit.experiment.text.data import TextArguments
+from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
+from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
+from hf_attnkit.experiment.training.uptrain import ConversionArguments, uptrain
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batch, build, outputs
+from support.models import batch, build, outputs
 from torch import Tensor
 
 from hf_attnkit import load_pretrained, swap_attention

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import base_run
 import pytest
-import quantized
-import sweep
+
+from hf_attnkit.experiment import run as base_run
+from hf_attnkit.experiment import sweep
+from hf_attnkit.experiment.training import quantized
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "recipes/README.md", "docs/recipes.md"]

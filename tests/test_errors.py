@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import batch, build
 from peft import LoraConfig, get_peft_model
+from support.models import batch, build
+from support.unchanged import unchanged
 from torch import nn
-from unchanged import unchanged
 
 from hf_attnkit import (
     attention_entropy,

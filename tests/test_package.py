@@ -1,12 +1,11 @@
-"""What importing does, what the package offers, and which way its modules import each other."""
+"""What importing does, and what the package offers."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
-from subprocesses import run_python
+from support.subprocesses import run_python
 
 import hf_attnkit
 
@@ -98,47 +97,7 @@ def test_typed_and_versioned() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", hf_attnkit.__version__)
 
 
-def imported(path: Path) -> set[str]:
-    """Names of the package's top-level modules that a file imports, anywhere in it."""
-    package = ["hf_attnkit", *path.relative_to(ROOT).parts[:-1]]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            full = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            prefix = ".".join([*base, *([node.module] if node.module else [])])
-            full = [f"{prefix}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        names |= {name.split(".")[1] for name in full if name.startswith("hf_attnkit.")}
-    return names
-
-
-def test_imports_point_one_way() -> None:
-    """The lower modules import nothing of the package but their own folder."""
-    found = {path.relative_to(ROOT).as_posix(): imported(path) for path in ROOT.rglob("*.py")}
-    assert len(found) > 15 and found["swap.py"] >= {"attention", "families"}
-    for path, names in found.items():
-        if path.startswith("attention/"):
-            assert names <= {"attention"}, path
-        if path in ("families.py", "surgery.py"):
-            assert names == set(), path
-        if not path.startswith("attention/"):
-            assert "recipes" not in names
-    # Nothing in a cycle: walk from each module along its imports.
-    edges: dict[str, set[str]] = {}
-    for path, names in found.items():
-        module = path.split("/")[0].removesuffix(".py")
-        edges.setdefault(module, set()).update(names - {module})
-    done: set[str] = set()
-    while edges.keys() - done:
-        ready = {module for module, names in edges.items() if module not in done and names & edges.keys() <= done}
-        assert ready, f"import cycle among {sorted(edges.keys() - done)}"
-        done |= ready
-
-
-def test_only_the_registry_registers() -> None:
+def test_one_file_registers() -> None:
     for path in ROOT.rglob("*.py"):
         if re.search(r"\b\w*Interface(\(\))?\.register\(", path.read_text()):
-            assert path.relative_to(ROOT).as_posix() == "attention/registry.py"
+            assert path.relative_to(ROOT).as_posix() == "attention/dispatch.py"

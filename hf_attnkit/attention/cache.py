@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from .mask import Mask
+from hf_attnkit.attention.mask import Mask
 
 CACHE_ARGUMENT = "hf_attnkit_cache"
 

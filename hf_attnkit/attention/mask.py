@@ -17,99 +17,25 @@ in that slot in one of four forms, and `Mask.receive` turns each into a `Mask`:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import (
-    bidirectional_mask_function,
-    causal_mask_function,
-    prepare_padding_mask,
-    sdpa_mask,
-    sliding_window_causal_mask_function,
-)
-from transformers.utils.import_utils import is_tracing
-
-if TYPE_CHECKING:
-    from .cache import SequenceLayer
 
 ALL = slice(None)
 
 
-def create_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    use_vmap: bool = False,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The function for `AttentionMaskInterface`: arguments as `transformers.masking_utils.sdpa_mask`.
+class Positions(Protocol):
+    """What knows the positions of the keys that it handed out: a cache layer of `cache.py`."""
 
-    Plain causal, causal window and bidirectional masks, with or without padding, cost memory linear
-    in the length; any other `mask_function` is evaluated into a bool matrix.
-    """
-    window = is_causal_window(mask_function)
-    causal = window or mask_function is causal_mask_function
-    if not causal and mask_function is not bidirectional_mask_function:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            allow_is_causal_skip=False,
-            use_vmap=use_vmap,
-            device=device,
-        )
+    max_length: int | None
 
-    visible = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if visible is not None:
-        visible = visible[:, kv_offset : kv_offset + kv_length]
-        # Reading values would break a compiled graph, so there the padding is kept even if empty.
-        if not is_tracing(visible) and bool(visible.all()):
-            visible = None
-    # `None` promises that the last query stands at the last key. A StaticCache's offset is a
-    # tensor and its keys reach beyond the queries, so there the positions are always given.
-    static = isinstance(q_offset, Tensor) or (causal and not allow_is_causal_skip)
-    if visible is None and not static and not window and q_offset + q_length == kv_offset + kv_length:
-        return None
+    def positions(self, kv_length: int, device: torch.device) -> Tensor:
+        """`(kv_length,)` positions of the keys handed out last."""
 
-    keys = torch.arange(kv_length, device=device).expand(batch_size, -1) + kv_offset
-    if visible is not None:
-        keys = torch.where(visible, keys, ~keys)
-    queries = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
-    return torch.cat([keys, queries], dim=1)[:, None, None, :].expand(-1, 2 if window else 1, -1, -1)
-
-
-_CAUSAL_WINDOW = sliding_window_causal_mask_function(1)
-
-
-def is_causal_window(mask_function: Callable) -> bool:
-    """Whether this is Transformers' causal window of some size, with nothing added (packed sequences).
-
-    Never in a compiled graph, where a function's parts cannot be looked at.
-    """
-    if is_tracing():
-        return False
-    if getattr(mask_function, "__code__", None) is not _CAUSAL_WINDOW.__code__:
-        return False
-    parts, known = _parts(mask_function), _parts(_CAUSAL_WINDOW)
-    return len(parts) == 2 and parts[1] is known[1] and parts[0].__code__ is known[0].__code__
-
-
-def _parts(conjunction: Callable) -> tuple[Callable, ...]:
-    (cell,) = conjunction.__closure__  # type: ignore[misc]
-    return cell.cell_contents
+    def query_positions(self, q_length: int, device: torch.device) -> Tensor:
+        """`(q_length,)` positions of the new tokens."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +86,7 @@ class Mask:
         *,
         is_causal: bool,
         device: torch.device,
-        cache: SequenceLayer | None = None,
+        cache: Positions | None = None,
         window: int | None = None,
     ) -> Mask:
         """Read the tensor that came through a model's forward; see the table above.
@@ -205,7 +131,7 @@ class Mask:
         kv_length: int,
         is_causal: bool,
         device: torch.device,
-        cache: SequenceLayer,
+        cache: Positions,
         window: int | None,
     ) -> Mask:
         keys = cache.positions(kv_length, device)

@@ -1,10 +1,10 @@
 """Convert checkpoints to grouped-query and multi-query attention."""
 
-from .checkpoint import ConvertedCheckpoint, convert_checkpoint
-from .convert import convert_to_gqa, convert_to_mqa
-from .methods import METHODS
-from .plan import GQAPlan, plan_gqa
-from .statistics import Statistics
+from hf_attnkit.conversion.checkpoints.convert_checkpoint import ConvertedCheckpoint, convert_checkpoint
+from hf_attnkit.conversion.convert import convert_to_gqa, convert_to_mqa
+from hf_attnkit.conversion.methods.table import METHODS
+from hf_attnkit.conversion.plan import GQAPlan, plan_gqa
+from hf_attnkit.conversion.statistics import Statistics
 
 __all__ = [
     "METHODS",

@@ -15,10 +15,10 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..refit import refit as refit_projections
-from .methods import METHODS, uses_statistics
-from .plan import plan_gqa
-from .statistics import Statistics
+from hf_attnkit.conversion.methods.table import METHODS, uses_statistics
+from hf_attnkit.conversion.plan import plan_gqa
+from hf_attnkit.conversion.statistics import Statistics
+from hf_attnkit.refitting.refit import refit as refit_projections
 
 logger = logging.get_logger(__name__)
 

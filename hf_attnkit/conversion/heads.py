@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..families import AttentionLayer, Rope
-from ..surgery import Edit
+from hf_attnkit.editing.projections import Edit
+from hf_attnkit.models.layers import AttentionLayer, Rope
 
 ABSENT = torch.empty(0, dtype=torch.float64)
 

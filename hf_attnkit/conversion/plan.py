@@ -10,15 +10,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..cache_size import cache_bytes
-from ..change import Change
-from ..families import AttentionLayer, editable_layers
-from ..surgery import Edit
-from . import budget as budgets
-from . import grouping as groupings
-from . import heads, targets
-from .methods import METHODS, group_loss, merge, transforms, uses_statistics
-from .statistics import Statistics, collect, identity, require_finite
+from hf_attnkit.conversion import budget as budgets
+from hf_attnkit.conversion import grouping as groupings
+from hf_attnkit.conversion import head_numbers as targets
+from hf_attnkit.conversion import heads
+from hf_attnkit.conversion.methods.table import METHODS, group_loss, merge, transforms, uses_statistics
+from hf_attnkit.conversion.statistics import Statistics, collect, identity, require_finite
+from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.projections import Edit
+from hf_attnkit.models.cache_size import cache_bytes
+from hf_attnkit.models.layers import AttentionLayer, editable_layers
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .heads import Heads
+from hf_attnkit.conversion.heads import Heads
 
 Pairs = tuple[list[int], list[int]]
 

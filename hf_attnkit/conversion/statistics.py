@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..families import AttentionLayer
-from ..forward import real_tokens, run_batches
-from ..safetensors_stream import Reader
+from hf_attnkit.conversion.checkpoints.safetensors_stream import Reader
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.observing.batches import real_tokens, run_batches
 
 _KEY = "layers.{}.second_moment"
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..change import evaluation_mode
-from ..families import AttentionLayer
-from ..forward import on_device, real_mask
-from .loss import batch_loss, same_config, with_labels
-from .processes import over_processes
+from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.importance.loss import batch_loss, same_config, with_labels
+from hf_attnkit.importance.processes import over_processes
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.observing.batches import on_device, real_mask
 
 NO_LABELS = "no example of the batches has a label that counts; labels of -100 are ignored by the loss"
 

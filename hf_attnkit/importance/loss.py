@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..change import replace_state
+from hf_attnkit.common.state import replace_state
 
 LABELS = ("given", "predicted")
 IGNORED = -100  # the label that Transformers' losses leave out

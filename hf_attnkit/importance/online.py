@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.mask import Mask
-from ..attention.tiled import score_tiles
+from hf_attnkit.attention.kernels.tiles import score_tiles
+from hf_attnkit.attention.mask import Mask
 
 # An operator that PyTorch keeps to itself; `_flash_agrees` looks whether it does what is expected of it.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

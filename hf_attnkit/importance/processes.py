@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..families import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer
 
 
 def over_processes(layers: Sequence[AttentionLayer], sums: Sequence[Tensor], what: str) -> list[Tensor]:

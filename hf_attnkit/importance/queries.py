@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..attention.mask import Mask
-from ..families import AttentionLayer
-from ..observe import has_softmax, observe_attention, real_queries
-from .online import visible_keys
-from .processes import over_processes
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.importance.online import visible_keys
+from hf_attnkit.importance.processes import over_processes
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.observing.attention_calls import has_softmax, observe_attention, real_queries
 
 # `(query, key, mask, scaling, window)` -> `(B, num_heads, Q)`; see `online.masked_entropy`.
 Measure = Callable[[Tensor, Tensor, Mask, float, int | None], Tensor]

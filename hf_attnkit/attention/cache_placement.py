@@ -1,0 +1,80 @@
+"""Give a swapped layer the cache that it needs: a forward pre-hook on its attention module."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer, WindowLayer
+from hf_attnkit.attention.table import ATTRIBUTE, create_cache, has_cache
+
+
+def add_hook(module: nn.Module) -> None:
+    """From now on the module's caches fit the kind that it runs."""
+    if place_cache_layer not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(place_cache_layer, with_kwargs=True)
+
+
+def remove_hook(module: nn.Module) -> None:
+    """Undo `add_hook`."""
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is place_cache_layer:
+            del module._forward_pre_hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put the kind's layer into an empty place of the cache, and hand it on to the attention call.
+
+    Raises:
+        ValueError: if another attention has already filled the cache.
+    """
+    if not has_cache(module):
+        return None
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = dict(zip(_arguments(type(module).forward), args, strict=False)).get("past_key_values")
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(cache, Cache) or not _is_causal(module, kwargs):
+        return None
+    index: int = module.layer_idx  # type: ignore[assignment]
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, SequenceLayer):
+        needed = create_cache(module, getattr(layer, "max_cache_len", None))
+        if needed is None or not _keeps_less(needed, layer):
+            return None
+        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+            raise ValueError(
+                f"layer {index} runs {getattr(module, ATTRIBUTE).name!r} attention, but its cache already holds "
+                f"{int(layer.get_seq_length())} tokens of another one; start with a new cache"
+            )
+        layer = cache.layers[index] = needed
+    return args, kwargs | {CACHE_ARGUMENT: layer}
+
+
+def _keeps_less(needed: SequenceLayer, layer: CacheLayerMixin) -> bool:
+    """Whether the kind's layer should replace the cache's: not one that keeps a model's own, shorter window."""
+    if not layer.is_sliding:
+        return True
+    dynamic = isinstance(layer, DynamicSlidingWindowLayer)  # a static one does not know the cache's length
+    return (
+        dynamic and type(needed) is WindowLayer and not needed.num_sink_tokens and needed.window < layer.sliding_window
+    )
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether later tokens leave earlier ones as they are: what a cache that forgets keys relies on."""
+    is_causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
+
+
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]

@@ -1,0 +1,177 @@
+"""The one function that is registered with Transformers, and what it runs.
+
+Transformers knows a single name, `hf_attnkit`, in its `AttentionInterface` and its
+`AttentionMaskInterface`. Masks are made once per model and handed to all layers, so layers of
+different kinds need one name; which kind a layer runs stands on its attention module (`Kind`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
+from hf_attnkit.attention.create_mask import create_mask
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind
+
+# Arguments of a model's attention call that change the result and that no implementation here reads.
+_UNSUPPORTED = ("softcap", "s_aux")
+
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]
+
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Call `observer(module, query, key, value, mask, scaling)` at each attention call of a model
+    that runs under `NAME`, before the attention itself. Shapes as in `mha.attention`; the mask shows the keys
+    that the implementation attends to, and holds the model's position bias."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function for `AttentionInterface`: runs the kind that stands on `module`.
+
+    Returns `(batch, queries, num_heads, head_dim)` and the weights, or `None` for kinds without.
+    """
+    kind: Kind | None = getattr(module, ATTRIBUTE, None)
+    if kind is None:
+        raise ValueError(
+            f"{type(module).__name__} runs under attn_implementation={NAME!r} but no kind of attention was chosen for "
+            "it. A swapped checkpoint is loaded with hf_attnkit.load_pretrained, and a model is swapped with "
+            "hf_attnkit.swap_attention"
+        )
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} passes {name!r}, which no attention of {NAME} applies")
+    if torch.is_autocast_enabled(query.device.type):
+        # As SDPA does: everything in autocast's dtype, sums in float32, nothing cast again inside.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        output, weights = _run(kind, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+    wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
+    if weights is None and wanted:
+        # Transformers would leave this layer out of the tuple, and the others would take its place.
+        raise ValueError(f"attention {kind.name!r} forms no attention weights; for output_attentions swap to 'mha'")
+    return output, weights
+
+
+def _run(
+    kind: Kind,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    cache: SequenceLayer | None = kwargs.pop(CACHE_ARGUMENT, None)
+    mask = Mask.receive(
+        attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
+        is_causal=is_causal, device=query.device, cache=cache, window=kwargs.get("sliding_window"),
+    )  # fmt: skip
+    stock = mask
+    if (position_bias := kwargs.get("position_bias")) is not None:
+        bias = position_bias[..., : mask.key_position.shape[1]]
+        mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
+    if kind.name not in IMPLEMENTATIONS:
+        _tell_observers(module, query, key, value, mask, scaling)
+        # Its function adds the position bias, which is among the keywords.
+        return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
+    implementation = IMPLEMENTATIONS[kind.name]
+    given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+    if _observers:
+        seen = (
+            implementation.seen(mask, key.shape, **kind.options, **given) if hasattr(implementation, "seen") else mask
+        )
+        _tell_observers(module, query, key, value, seen, scaling)
+    if not hasattr(implementation, "OWN_WINDOW"):
+        mask = mask.as_matrix()
+    if cache is not None:
+        cache.prepare(mask)
+    if cache is not None:
+        given["cache"] = cache
+    if hasattr(module, PARAMETERS):
+        given["parameters"] = getattr(module, PARAMETERS)
+    output, weights = implementation.attention(
+        query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **given
+    )
+    if cache is not None:
+        cache.settle(mask)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _tell_observers(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+    for observer in _observers:
+        observer(module, query, key, value, mask, scaling)
+
+
+def _run_stock(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scaling: float,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Run Transformers' own attention for a layer that keeps it, with the mask in the form it takes."""
+    if name != "eager" and mask.is_trivial:
+        return stock_function(name, module)(
+            module, query, key, value, None, scaling=scaling, dropout=dropout, is_causal=mask.is_causal, **kwargs
+        )
+    matrix = mask.visible()
+    if mask.bias is not None:
+        matrix = mask.bias.masked_fill(~mask.dense, torch.finfo(mask.bias.dtype).min)  # type: ignore[operator]
+    if name == "eager" and matrix is not None and matrix.dtype == torch.bool:
+        matrix = torch.zeros_like(matrix, dtype=query.dtype).masked_fill(~matrix, torch.finfo(query.dtype).min)
+    return stock_function(name, module)(
+        module, query, key, value, matrix, scaling=scaling, dropout=dropout, is_causal=False, **kwargs
+    )
+
+
+def stock_function(name: str, module: nn.Module) -> Callable:
+    """Transformers' own attention function; "eager" is that of the file the module's class is from."""
+    if name == "eager":
+        return inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
+    return AttentionInterface()[name]
+
+
+def register() -> None:
+    """Register `NAME` with Transformers; touches no other name."""
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of the same name Transformers passes no mask at all.
+    AttentionMaskInterface.register(NAME, create_mask)

@@ -1,0 +1,191 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), cost linear in the sequence length.
+
+The softmax is replaced by a product of positive features phi, so that sums over keys can be taken
+before the query is known:
+
+    out_i = phi(q_i) . S_i / (phi(q_i) . z_i),     S_i = sum_j phi(k_j) v_j^T,     z_i = sum_j phi(k_j)
+
+over all keys (bidirectional) or the keys up to i (causal; chunk by chunk, see `linear_sums`). For
+generation S and z are a state of constant size that takes the place of the cache (`LinearState`).
+
+Options: `feature_map="elu"` (elu(x) + 1) or `"hedgehog"` (learned, see `feature_maps`), and
+`window`, which keeps the nearest keys in exact softmax attention (see `linear_hybrid`).
+
+It is a different function than softmax attention: a pretrained softmax model needs training after
+the swap. As in the papers, queries and keys are not scaled by `head_dim ** -0.5` before phi.
+
+With Hedgehog and a window the two kinds of terms have different scales: each half of phi sums to 1, so
+phi(q) . phi(k) is at most 2 and 2 / head_dim for features that know nothing, while the window's
+e^s is 1 for a score of 0 and has no bound. Before training, keys beyond the window therefore count
+about head_dim / 2 times less than under softmax. No gate is learned to make up for it: the maps
+can sharpen, up to 2 a key, and that is all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_attnkit.attention.cache import StateLayer
+from hf_attnkit.attention.kernels import feature_maps, linear_hybrid, linear_sums, tiled
+from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState, Map
+from hf_attnkit.attention.mask import Mask
+
+NEEDS_TRANSFER = True
+SELF_ATTENTION_ONLY = True  # the causal sums take queries and keys of one sequence
+NO_SCORES = True
+FEATURE_MAPS = ("elu", "hedgehog")
+
+
+def check(num_heads: int, num_key_value_heads: int, *, feature_map: str = "elu", window: int | None = None) -> None:
+    """Raises `ValueError` for an unknown feature map, or a window that is no integer of at least 1."""
+    if feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map={feature_map!r} must be one of {', '.join(map(repr, FEATURE_MAPS))}")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(
+            f"window={window!r} must be an integer of at least 1, the number of keys with softmax terms (the own one "
+            "included), or None for features alone"
+        )
+
+
+def create_parameters(
+    num_heads: int, num_key_value_heads: int, head_dim: int, *, feature_map: str = "elu", window: int | None = None
+) -> nn.Module | None:
+    """What a layer with these options learns, at its start value; `None` if nothing. A window learns nothing."""
+    return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim) if feature_map == "hedgehog" else None
+
+
+def create_cache(max_length: int | None, *, feature_map: str = "elu", window: int | None = None) -> StateLayer:
+    """The cache layer of a causal model: sums of constant size, and with a window its last keys and values."""
+    return StateLayer(max_length, window or 1)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    feature_map: str = "elu",
+    window: int | None = None,
+    parameters: nn.Module | None = None,
+    cache: LinearState | StateLayer | None = None,
+) -> tuple[Tensor, None]:
+    """Attend. Shapes as in `mha.attention`; returns no weights.
+
+    There are no attention weights to drop, so `dropout` drops a key's value for all queries alike,
+    as weight dropout would if its mask were shared over queries; the normaliser is kept. Weights
+    within the window are dropped one by one.
+
+    Args:
+        scaling: of the scores in the window; features do not use it.
+        feature_map: "elu" or "hedgehog".
+        window: number of keys with softmax terms on each side of a query, its own included.
+        parameters: what `create_parameters` made, for "hedgehog".
+        cache: a `LinearState`, or the layer that `create_cache` made, for causal generation. Then `query`
+            holds the new tokens, and `key` and `value` the new tokens behind those kept from before:
+            none, or with a window at most the last `window - 1`. `cache.sums` stands for all keys before
+            these, and is replaced by the sums that the next call needs: over all keys but the last
+            `window - 1`. Any split of a text into calls gives what one pass gives.
+
+    Raises:
+        ValueError: for a full attention matrix or a bias, which features summed over keys cannot
+            apply; for missing parameters, or parameters of another number of heads; for keys that do
+            not fit the state.
+    """
+    _check_mask(mask)
+    phi_query, phi_key = _maps(feature_map, parameters)
+    kv_length, width = key.shape[2], window or 0
+    if cache is not None:
+        _check_state(query.shape[2], kv_length, width, mask)
+
+    near = None
+    if window is not None:
+        near = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=window)
+    # Mixed precision would run the sums over the sequence in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        kept = None
+        if dropout > 0:
+            kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
+        keys = Keys(key, value, phi_key, mask.key_visible, kept)
+        parts: Iterator[Tensor]
+        if cache is not None:
+            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
+        elif mask.is_causal:
+            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
+        elif window is None:
+            parts = linear_sums.everything(query, phi_query, keys)
+        else:
+            parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), window)
+
+        output = linear_sums.collect(
+            _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
+        )
+        if cache is not None and width:
+            # The key that the last query still had in its window, and the next one has not.
+            cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
+    return output, None
+
+
+def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """From sums `(B, H, Q, D + 1)` of each segment its output; `near`: of all queries, see `linear_hybrid.join`."""
+    start = 0
+    for sums in parts:
+        output, total = _normalise(sums)
+        stop = start + output.shape[2]
+        if near is not None:
+            output = linear_hybrid.join(output, total, *(tensor[:, :, start:stop] for tensor in near))
+        yield output.to(dtype)
+        start = stop
+
+
+def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `(B, H, Q, D)` and normaliser `(B, H, Q, 1)` of sums `(B, H, Q, D + 1)`; both 0 for no key."""
+    output, total = sums[..., :-1], sums[..., -1:]
+    # Features are positive, so a total of zero, or too small to divide by, means no key.
+    seen = total > torch.finfo(total.dtype).tiny * 1e8
+    return torch.where(seen, output / total.masked_fill(~seen, 1.0), 0.0), total.masked_fill(~seen, 0.0)
+
+
+def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
+    """phi for queries and phi for keys."""
+    if feature_map == "elu":
+        return feature_maps.elu, feature_maps.elu
+    if parameters is None:
+        raise ValueError(
+            f"feature_map={feature_map!r} is learned and parameters=None; pass the module of "
+            "linear.create_parameters(num_heads, num_key_value_heads, head_dim, feature_map='hedgehog')"
+        )
+    return parameters.query, parameters.key  # type: ignore[return-value]
+
+
+def _check_mask(mask: Mask) -> None:
+    if mask.bias is not None:
+        raise ValueError(
+            "'linear' cannot add an attention bias (a float mask) to scores that it never forms; pass a 2-D padding "
+            "mask, and use 'mha' or 'gqa' for a model with position biases"
+        )
+    if mask.dense is not None:
+        raise ValueError(
+            "'linear' cannot apply a full (queries x keys) attention mask; pass a 2-D padding mask, do not pack "
+            "sequences, and set config.sliding_window to None"
+        )
+
+
+def _check_state(q_length: int, kv_length: int, width: int, mask: Mask) -> None:
+    kept, most = kv_length - q_length, max(width - 1, 0)
+    if not 0 <= kept <= most:
+        raise ValueError(
+            f"{kv_length} keys for {q_length} queries: with a state, keys are the new tokens behind at most {most} "
+            "kept ones (window - 1, or none without a window); all earlier ones are in the state"
+        )
+    if not mask.is_causal and q_length > 1:
+        raise ValueError(
+            f"a state with {q_length} bidirectional queries: it holds the past of a causal model; "
+            "use_cache=False leaves it out"
+        )

@@ -1,0 +1,324 @@
+"""Swap the attention of a model's layers, prove that each swapped layer runs it, and swap it back.
+
+The chosen kinds stand in two places that are written together: on each attention module (what runs)
+and in the config (what is saved), under `hf_attnkit`:
+
+    {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
+
+`config.json` then also says `"attn_implementation": "hf_attnkit"`, so that Transformers alone, which
+does not know that name, refuses the checkpoint instead of running other attention.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_attnkit.attention.cache_placement import add_hook, remove_hook
+from hf_attnkit.attention.consistency import is_swapped, require_consistent, require_grouping
+from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind, check_kind
+from hf_attnkit.common.checks import in_range
+from hf_attnkit.common.state import evaluation_mode, replace_state
+from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.probe import input_device, probe_inputs
+
+# Transformers' own implementations that can serve beside ours in one model: their masks are tensors
+# that can be made from ours.
+STOCK = ("sdpa", "eager")
+
+Spec = str | tuple[str, Mapping[str, Any]]
+
+
+def swap_attention(
+    model: PreTrainedModel,
+    implementation: Spec | Mapping[int, Spec],
+    *,
+    layers: Iterable[int] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Run another attention implementation in the model's layers.
+
+    The swap is proved by a forward pass over four tokens (or an empty image): if any of the layers did
+    not run its new implementation, the model is put back and an error raised.
+
+    Args:
+        model: a model of a supported family; changed in place.
+        implementation: a name of `available_attentions()`, or a mapping `{layer index: name or
+            (name, options)}`.
+        layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
+            need queries and keys of one sequence leave cross-attention out. Other layers keep what
+            they run. Layers are numbered through encoder self-attention, decoder self-attention,
+            decoder cross-attention.
+        options: the implementation's options, for example `window=64`; with a mapping they stand in
+            the mapping.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: if `model` is not a plain `PreTrainedModel`.
+        ValueError: unknown implementation or option, layer out of range, unsupported family, or a
+            model whose attention does not go through Transformers' attention interface. The model
+            is then unchanged.
+    """
+    model_layers = attention_layers(model)
+    base, kinds = _checked(model, model_layers, implementation, layers, options)
+    _install(model, model_layers, base, kinds)
+
+    transfer = sorted({kind.name for kind in kinds.values() if hasattr(IMPLEMENTATIONS[kind.name], "NEEDS_TRANSFER")})
+    if transfer:
+        warnings.warn(
+            f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained with "
+            "softmax gives useless output until it is trained with it",
+            stacklevel=2,
+        )
+    return model
+
+
+def check(
+    model: PreTrainedModel,
+    implementation: Spec | Mapping[int, Spec],
+    *,
+    layers: Iterable[int] | None = None,
+    **options: Any,
+) -> dict[int, Kind]:
+    """The kind that `swap_attention` would give to each layer; changes nothing and runs nothing.
+
+    Raises:
+        TypeError, ValueError: as `swap_attention`, but for its proof.
+    """
+    return _checked(model, attention_layers(model), implementation, layers, options)[1]
+
+
+def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo every `swap_attention`: the model runs the implementation it had before the first one.
+
+    Raises:
+        ValueError: if nothing was swapped, or the earlier implementation cannot run the heads that
+            the model has by now.
+    """
+    model_layers = attention_layers(model)
+    if not is_swapped(model):
+        raise ValueError(
+            f"{type(model).__name__} has no swapped attention to restore "
+            f"(it runs {model.config._attn_implementation!r})"
+        )
+    heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
+    base = model.config.hf_attnkit["base"]
+    require_grouping(model, heads, [base] * len(heads))
+    model.set_attn_implementation(base)
+    for layer in model_layers:
+        if hasattr(layer.module, ATTRIBUTE):
+            delattr(layer.module, ATTRIBUTE)
+        remove_hook(layer.module)
+        _set_parameters(layer.module, None)
+    for config in _configs(model):
+        config.__dict__.pop("hf_attnkit", None)
+        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+        config.__dict__.pop("attn_implementation", None)
+    return model
+
+
+def install_saved(model: PreTrainedModel) -> None:
+    """Put the kinds that a loaded config names onto the model's modules, with the same proof.
+
+    Raises:
+        ValueError: as `swap_attention`.
+    """
+    model_layers = attention_layers(model)
+    kinds = saved_kinds(model.config)
+    for index, kind in kinds.items():
+        _check(kind, model_layers[in_range(index, len(model_layers), "layer")])
+    _install(model, model_layers, model.config.hf_attnkit["base"], kinds)
+
+
+def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
+    """The kinds that a config names, by layer."""
+    saved = getattr(config, "hf_attnkit", None) or {"layers": {}}
+    return {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
+
+
+def saved_kind(model: PreTrainedModel, index: int) -> str:
+    """Name of the implementation that the config gives to a layer."""
+    if not is_swapped(model):
+        return model.config._attn_implementation
+    return model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
+
+
+def _checked(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    implementation: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> tuple[str, dict[int, Kind]]:
+    """What the model ran before its first swap, and the kind of each layer to swap, all of it possible."""
+    kinds = _plan(model, model_layers, implementation, layers, options)
+    for index, kind in kinds.items():
+        _check(kind, model_layers[index])
+    require_consistent(model, model_layers)
+    base = model.config._attn_implementation
+    if is_swapped(model):
+        base = model.config.hf_attnkit["base"]
+    elif base not in STOCK and len(kinds) < len(model_layers):
+        raise ValueError(
+            f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
+            f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return base, kinds
+
+
+def _plan(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    implementation: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> dict[int, Kind]:
+    """The kind of each layer to swap, indices checked."""
+    if isinstance(implementation, Mapping):
+        if layers is not None or options:
+            given = "layers" if layers is not None else ", ".join(options)
+            raise ValueError(f"{given} cannot be given beside a mapping; write {{layer: (name, options)}}")
+        specs = dict(implementation)
+    else:
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(f"layers={layers!r} must be a list of layer numbers")
+        indices = range(len(model_layers)) if layers is None else list(layers)
+        if isinstance(implementation, str):
+            specs = dict.fromkeys(indices, (implementation, options))
+        elif options:
+            raise ValueError(f"options stand twice: in {implementation!r} and as {', '.join(options)}")
+        else:
+            specs = dict.fromkeys(indices, implementation)
+    if not specs:
+        raise ValueError("no layer to swap: layers or the mapping is empty")
+    kinds = {}
+    for layer, spec in specs.items():
+        index = in_range(layer, len(model_layers), "layer")
+        named = (spec, {}) if isinstance(spec, str) else spec
+        if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
+            raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
+        kind = Kind(named[0], dict(named[1]))
+        chosen = layers is not None or isinstance(implementation, Mapping)
+        if chosen or not (model_layers[index].is_cross and _self_attention_only(kind)):
+            kinds[index] = kind
+    return kinds
+
+
+def _self_attention_only(kind: Kind) -> bool:
+    # A window is a distance within one sequence, whichever implementation has it.
+    windowed = kind.options.get("window") is not None
+    return windowed or hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
+
+
+def _check(kind: Kind, layer: AttentionLayer) -> None:
+    """Raise `ValueError` if the layer cannot run this kind."""
+    check_kind(kind, layer.num_heads, layer.num_key_value_heads)
+    if layer.is_cross and _self_attention_only(kind):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
+            "this layer out, or give it 'mha', 'gqa' or 'flash'"
+        )
+    if layer.position_bias and hasattr(IMPLEMENTATIONS[kind.name], "NO_SCORES"):
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
+            "use another attention for this model"
+        )
+
+
+def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
+    """Write kinds to modules and config, run the proof, and put everything back if it fails."""
+    config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
+    old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
+    old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
+    saved: dict[str, Any] = {"base": base, "layers": {}}
+    try:
+        for layer in model_layers:
+            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
+            if kind != getattr(layer.module, ATTRIBUTE, None):
+                add_parameters(layer, kind)
+            setattr(layer.module, ATTRIBUTE, kind)
+            add_hook(layer.module)
+            if kind.name in IMPLEMENTATIONS:
+                saved["layers"][str(layer.index)] = [kind.name, kind.options]
+        config.hf_attnkit = saved
+        config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+        model.set_attn_implementation(NAME)
+        _prove(model, [layer for layer in model_layers if layer.index in kinds])
+    except BaseException:
+        for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
+            _set_parameters(layer.module, parameters)
+            if old is not None:
+                setattr(layer.module, ATTRIBUTE, old)
+            elif hasattr(layer.module, ATTRIBUTE):
+                delattr(layer.module, ATTRIBUTE)
+            if old is None:
+                remove_hook(layer.module)
+        for each, state in old_configs:
+            replace_state(each, state)
+        raise
+
+
+def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
+    """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
+
+    `load_pretrained` calls this before the weights are read.
+    """
+    create = getattr(IMPLEMENTATIONS.get(kind.name), "create_parameters", None)
+    new = None if create is None else create(layer.num_heads, layer.num_key_value_heads, layer.head_dim, **kind.options)
+    old = getattr(layer.module, PARAMETERS, None)
+    if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
+        return  # a checkpoint that is being loaded
+    if new is not None:
+        like = next(p for p in layer.module.parameters() if p.is_floating_point())
+        if like.is_meta and hasattr(layer.module, "_hf_hook"):
+            raise ValueError(
+                f"layer {layer.index} is offloaded, so nothing can be added to it that {kind.name!r} learns; load the "
+                "model without offloading, swap, save, and load that with hf_attnkit.load_pretrained"
+            )
+        new = new.to(device=like.device, dtype=like.dtype)
+    _set_parameters(layer.module, new)
+
+
+def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
+    if parameters is not None:
+        setattr(module, PARAMETERS, parameters)
+    elif hasattr(module, PARAMETERS):
+        delattr(module, PARAMETERS)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's config and those of its parts; T5's encoder and decoder have copies."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return list(configs.values())
+
+
+def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
+    """Run small inputs through the model and check that each swapped layer ran through `NAME`."""
+    if input_device(model).type == "meta":
+        raise ValueError(
+            "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
+            "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
+        )
+    called: set[int] = set()
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+        called.add(id(module))
+
+    with torch.no_grad(), evaluation_mode(model), observe(note):
+        model.base_model(**probe_inputs(model))
+    missing = [layer.index for layer in swapped if id(layer.module) not in called]
+    if missing:
+        raise ValueError(
+            f"layers {missing} of {type(model).__name__} never called the attention interface, so swapping it has no "
+            "effect on them; the model is unchanged"
+        )

@@ -1,0 +1,1 @@
+"""Conversion shard by shard."""

@@ -1,0 +1,1 @@
+"""Ways to merge key/value heads, one a file."""

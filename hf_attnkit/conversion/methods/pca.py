@@ -1,0 +1,102 @@
+"""The shared key and value that lose least, in closed form.
+
+A group need not share a basis. Any invertible map of a head's values is undone in its output
+projection, any map of its keys in its query projection (under a rotary embedding: one complex
+factor per rotated pair, see `rotary`). So each old head gets a map of its own, folded into W_q and
+W_o, and the shared head is the best approximation of low rank (Eckart and Young 1936). With
+S = E[x x^T], x the input of the attention with a 1 appended:
+
+    values         sum over query heads of  E |W_o (W_v - map V) x|^2           rank head_dim
+    keys           sum over query heads of  E (q . (W_k - map K) x)^2           rank (not rotated components)
+    rotated keys   the same per pair, averaged over all angles                  complex rank 1
+
+A constant added to the keys adds the same to all scores of a query and cancels in the softmax, and
+a constant in the values passes through the softmax into the output bias. So where there is no
+rotation, or where there is an output bias, the mean of x costs nothing and S is its covariance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_attnkit.conversion import rotary
+from hf_attnkit.conversion.heads import Heads
+from hf_attnkit.conversion.moments import covariance, times
+
+TRANSFORMS = True
+USES_STATISTICS = True
+
+
+def key(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries with the maps folded in, and the shared key."""
+    query, shared = heads.query.clone(), heads.key.new_zeros(heads.key.shape[1:])
+    if heads.rope is not None:
+        pairs = heads.rope.pairs()
+        rows = rotary.complex_rows(heads.query, pairs)
+        rotated, factors = _rank_one(rotary.complex_rows(heads.key, pairs), rows, second_moment)
+        rotary.set_rows(shared, pairs, rotated)
+        rotary.set_rows(query, pairs, rows * factors.conj()[:, None, :, None])
+    plain = rotary.not_rotated(heads)
+    if plain:
+        rows = heads.query[:, :, plain]
+        metric = torch.einsum("gqem,gqfm->gef", times(rows, second_moment), rows)
+        shared[plain], maps = _low_rank(heads.key[:, plain], metric, covariance(second_moment))
+        query[:, :, plain] = torch.einsum("gef,gqem->gqfm", maps, rows)
+    return query, shared
+
+
+def value(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The shared value, and output projections with the maps folded in."""
+    metric = torch.einsum("gqme,gqmf->gef", heads.output, heads.output)
+    shared, maps = _low_rank(heads.value, metric, covariance(second_moment) if heads.output_bias else second_moment)
+    return shared, torch.einsum("gqme,gef->gqmf", heads.output, maps)
+
+
+def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """`V` `(d, m)` and maps `(c, d, d)` that minimise sum_c tr(metric_c E_c moment E_c^T), E_c = heads_c - maps_c V."""
+    size = heads.shape[1]
+    roots = [_roots(matrix) for matrix in metric]
+    stacked = torch.cat([root @ head for (root, _), head in zip(roots, heads, strict=True)])
+    directions = _eigenvectors(times(stacked, moment) @ stacked.T)[:, -size:]
+    shared = directions.T @ stacked
+    maps = torch.stack([inverse @ part for (_, inverse), part in zip(roots, directions.split(size), strict=True)])
+    return _balanced(shared, maps, heads)
+
+
+def _rank_one(key: Tensor, query: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `(f, m)` and factors `(c, f)`, key_c ~ factor_c * row, for keys `(c, f, m)` and queries `(c, q, f, m)`."""
+    energy = torch.stack([(times(head, moment) * head.conj()).real.sum((0, 2)) for head in query])
+    # A head without queries at a pair has no say there, and must not divide by zero.
+    weight = energy.clamp(min=torch.finfo(energy.dtype).tiny ** 0.5).sqrt()
+    weighted = key * weight[..., None]
+    hermitian = torch.einsum("cfm,efm->fce", times(weighted, moment), weighted.conj())
+    top = _eigenvectors(hermitian)[..., -1]
+    rows = torch.einsum("fc,cfm->fm", top.conj(), weighted)
+    factors = top.T / weight
+    # A scale of its own for each pair: the shared row is as long as the old ones are on average.
+    scale = torch.linalg.vector_norm(key, dim=-1).mean(0) / torch.linalg.vector_norm(rows, dim=-1).clamp(min=1e-300)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return rows * scale[:, None], factors / scale
+
+
+def _balanced(shared: Tensor, maps: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, the shared head as long as the old ones are on average, as training expects it."""
+    norm = torch.linalg.matrix_norm(shared)
+    scale = torch.linalg.matrix_norm(heads).mean() / norm if norm > 0 else norm.new_ones(())
+    scale = scale if scale > 0 else norm.new_ones(())
+    return shared * scale, maps / scale
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric matrix of no negative eigenvalue, and the root's pseudo-inverse."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    root = values.clamp(min=0).sqrt()
+    kept = root > root.amax() * 1e-10
+    inverse = torch.where(kept, 1 / root.masked_fill(~kept, 1.0), 0.0)
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Of a Hermitian matrix, by increasing eigenvalue."""
+    return torch.linalg.eigh((matrix + matrix.mH) / 2).eigenvectors

@@ -1,0 +1,152 @@
+"""The methods by name, and one merge with them: old heads and groups in, new heads and losses out.
+
+A method is a file with two functions over one group of heads (shapes in `heads`, S the second moment):
+
+    key(heads, S)   -> new queries (c, q, d, m + 1), shared key (d, m + 1)
+    value(heads, S) -> shared value (d, m + 1), new output projections (c, q, M, d)
+
+and two flags: `TRANSFORMS` if keys and values get another basis, so that queries and output projections
+change with them (without it a method returns those that it was given); `USES_STATISTICS` if S matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attnkit.conversion import predicted_loss as loss
+from hf_attnkit.conversion.heads import Heads
+from hf_attnkit.conversion.methods import first, mean, norm_mean, pca, procrustes, random
+from hf_attnkit.conversion.moments import mean as mean_input
+
+METHODS: dict[str, ModuleType] = {
+    "mean": mean,
+    "norm_mean": norm_mean,
+    "first": first,
+    "random": random,
+    "procrustes": procrustes,
+    "pca": pca,
+}
+
+
+def transforms(method: str) -> bool:
+    """Whether queries change with the keys that the method merges, and output projections with the values."""
+    return getattr(METHODS[method], "TRANSFORMS", False)
+
+
+def uses_statistics(method: str) -> bool:
+    """Whether the method looks at the inputs' second moment."""
+    return getattr(METHODS[method], "USES_STATISTICS", False)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gives.
+
+    Attributes:
+        heads: the new ones.
+        constant: `(M,)` to add to the output bias, or `None`.
+        key_loss, value_loss: see `loss`; 0 is exact, lower is better.
+    """
+
+    heads: Heads
+    constant: Tensor | None
+    key_loss: float
+    value_loss: float
+
+
+def merge_keys(heads: Heads, second_moment: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """One new key for a group: queries `(c, q, d, m + 1)` and key `(d, m + 1)`.
+
+    Reads keys, and queries if the method transforms.
+    """
+    found: tuple[Tensor, Tensor] = METHODS[method].key(heads, second_moment)
+    return found
+
+
+def merge_values(heads: Heads, second_moment: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One new value for a group: value `(d, m + 1)`, output projections `(c, q, M, d)`, and a constant `(M,)` to add
+    to the output bias, or `None`.
+
+    Reads values, and output projections if the method transforms.
+    """
+    value, output = METHODS[method].value(heads, second_moment)
+    moved = None
+    if uses_statistics(method) and heads.output_bias:
+        # These values were chosen up to a constant, which the softmax passes on as it is.
+        inputs = mean_input(second_moment)
+        moved = torch.einsum("gqme,ge->m", heads.output, heads.value @ inputs)
+        moved -= torch.einsum("gqme,e->m", output, value @ inputs)
+    return value, output, moved
+
+
+def total_constant(constants: Sequence[Tensor | None]) -> Tensor | None:
+    """What all groups of a layer add to its output bias."""
+    parts = [constant for constant in constants if constant is not None]
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, method: str, key_method: str) -> Merged:
+    """One new head for each group of old ones, and what that loses."""
+    second_moment = second_moment.to(heads.key)
+    parts = [_merge_group(heads.group(members), second_moment, method, key_method) for members in groups]
+    merged = replace(
+        heads,
+        query=torch.stack([part.query.flatten(0, 1) for part in parts]),
+        key=torch.stack([part.key for part in parts]),
+        value=torch.stack([part.value for part in parts]),
+        output=torch.stack([part.output.flatten(0, 1) for part in parts]),
+    )
+    losses = _lost_share([part.key_energy for part in parts]), _lost_share([part.value_energy for part in parts])
+    return Merged(merged, total_constant([part.constant for part in parts]), *losses)
+
+
+def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str) -> Callable[[Sequence[int]], float]:
+    """What merging some of these heads loses, as a function of their numbers.
+
+    The share of the layer's energy of scores and that of outputs, added: energies themselves have different units.
+    """
+    second_moment = second_moment.to(heads.key)
+
+    def merged(members: Sequence[int]) -> _Part:
+        return _merge_group(heads.group(members), second_moment, method, key_method)
+
+    each = [merged([head]) for head in range(len(heads.key))]
+    keys, values = sum(part.key_energy[1] for part in each), sum(part.value_energy[1] for part in each)
+
+    def loss_of(members: Sequence[int]) -> float:
+        part = merged(members)
+        return part.key_energy[0] / max(keys, 1e-300) + part.value_energy[0] / max(values, 1e-300)
+
+    return loss_of
+
+
+class _Part(NamedTuple):
+    """One group's new heads, and lost and total energy, see `loss`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    constant: Tensor | None
+    key_energy: tuple[float, float]
+    value_energy: tuple[float, float]
+
+
+def _merge_group(group: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:
+    query, key = merge_keys(group, second_moment, key_method)
+    value, output, constant = merge_values(group, second_moment, method)
+    key_energy = loss.key_energy(group, query, key, second_moment)
+    return _Part(
+        query, key, value, output, constant, key_energy, loss.value_energy(group, value, output, second_moment)
+    )
+
+
+def _lost_share(energies: Sequence[tuple[float, float]]) -> float:
+    lost, total = sum(energy[0] for energy in energies), sum(energy[1] for energy in energies)
+    return max(lost, 0.0) / total if total > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Change a model's heads: all or nothing."""

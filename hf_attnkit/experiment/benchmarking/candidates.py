@@ -1,0 +1,276 @@
+"""What the benchmark compares: hf_attnkit's implementations and the baselines, one row each.
+
+All are causal. `BASELINES` are what a model has without hf_attnkit; `implementations` are called as
+its attention function calls them. Masks are made outside of what is timed, on both sides, because a
+model makes them once for all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import (
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.table import IMPLEMENTATIONS
+from hf_attnkit.experiment.benchmarking.measure import Call
+
+PARTS = {"forward": "forward", "backward": "forward + backward", "decode": "decode step"}
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value -> output, shapes as in `mha.attention`
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size; `length` counts tokens, in a decode step those in the cache, the new one included."""
+
+    length: int
+    batch_size: int = 1
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    head_dim: int = 64
+    window: int = 256
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    is_decode: bool = False
+
+    @property
+    def queries(self) -> int:
+        return 1 if self.is_decode else self.length
+
+    @property
+    def groups(self) -> int:
+        """Query heads for each key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row.
+
+    Attributes:
+        build: makes the function for a problem; what it does once per model or compile is not timed.
+        computes: "causal", "window" or the name of what no other row computes.
+        is_quadratic: its score matrix is held in memory.
+        one_key_value_head: it takes inputs with one key/value head.
+        implementation, options: of hf_attnkit; None and empty for a baseline.
+    """
+
+    build: Callable[[Problem], Attend]
+    computes: str = "causal"
+    is_quadratic: bool = False
+    one_key_value_head: bool = False
+    implementation: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def obstacle(self, problem: Problem, part: str, max_quadratic: int) -> str | None:
+        """Why this candidate is not measured there, or None."""
+        if self.is_quadratic and part != "decode" and problem.length > max_quadratic:
+            return f"memory is quadratic: only up to --max_quadratic {max_quadratic}"
+        if self.build is _sdpa_gqa and problem.groups == 1:
+            return "the same as sdpa where each query head has its own key/value head"
+        if self.build in (_sdpa_cudnn, _sdpa_flash):
+            if problem.device.type != "cuda":
+                return "only on CUDA"
+            if problem.dtype not in (torch.bfloat16, torch.float16):
+                return "only in bfloat16 and float16"
+        if self.build in (_flex_causal, _flex_window):
+            if part == "backward" and problem.device.type == "cpu":
+                return "FlexAttention has no backward pass on the CPU"
+            return flex_failure(problem.device)
+        return None
+
+
+def implementations(window: int) -> dict[str, Candidate]:
+    """The rows of hf_attnkit: label -> implementation and options."""
+    return {
+        "mha": _ours("mha", is_quadratic=True),
+        "gqa": _ours("gqa", is_quadratic=True),
+        "mqa": _ours("mqa", is_quadratic=True, one_key_value_head=True, computes="mqa"),
+        "flash": _ours("flash", backend="auto"),
+        "flash_tiled": _ours("flash", backend="tiled"),
+        "sliding_window": _ours("sliding_window", computes="window", window=window),
+        "local_global": _ours(
+            "local_global", computes="local_global", window=window, num_global_tokens=1, num_random_blocks=0
+        ),
+        "linear": _ours("linear", computes="linear"),
+    }
+
+
+def _ours(
+    name: str, computes: str = "causal", is_quadratic: bool = False, one_key_value_head: bool = False, **options: Any
+) -> Candidate:
+    def build(problem: Problem) -> Attend:
+        mask = Mask.receive(None, problem.queries, problem.length, is_causal=True, device=problem.device)
+        attention = functools.partial(
+            IMPLEMENTATIONS[name].attention, mask=mask, scaling=problem.head_dim**-0.5, dropout=0.0, **options
+        )
+        return lambda query, key, value: attention(query, key, value)[0]
+
+    return Candidate(build, computes, is_quadratic, one_key_value_head, name, options)
+
+
+def _eager(problem: Problem) -> Attend:
+    """Transformers' eager attention, with the additive mask that it makes for it."""
+    mask = _matrix(problem, eager_mask, causal_mask_function, dtype=problem.dtype)
+    module = SimpleNamespace(num_key_value_groups=problem.groups, training=False)
+    scaling = problem.head_dim**-0.5
+    return lambda *inputs: eager_attention_forward(module, *inputs, mask, scaling)[0].transpose(1, 2)
+
+
+def _matrix(problem: Problem, make: Callable, visible: Callable, **more: Any) -> Tensor:
+    return make(
+        batch_size=1,
+        q_length=problem.queries,
+        kv_length=problem.length,
+        q_offset=problem.length - problem.queries,
+        mask_function=visible,
+        allow_is_causal_skip=False,
+        device=problem.device,
+        **more,
+    )
+
+
+def _sdpa(problem: Problem) -> Attend:
+    """PyTorch's SDPA; grouped heads are repeated."""
+    groups, is_causal = problem.groups, not problem.is_decode
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+    return attend
+
+
+def _sdpa_gqa(problem: Problem) -> Attend:
+    """PyTorch's SDPA with `enable_gqa`, which Transformers uses where no mask is needed."""
+    return functools.partial(F.scaled_dot_product_attention, is_causal=not problem.is_decode, enable_gqa=True)
+
+
+def _sdpa_window(problem: Problem) -> Attend:
+    """PyTorch's SDPA with the dense mask that Transformers makes for a window."""
+    mask = _matrix(problem, sdpa_mask, sliding_window_causal_mask_function(problem.window))
+    groups = problem.groups
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    return attend
+
+
+def _sdpa_backend(problem: Problem, backend: SDPBackend) -> Attend:
+    is_causal, enable_gqa = not problem.is_decode, problem.groups > 1
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    return attend
+
+
+def _sdpa_cudnn(problem: Problem) -> Attend:
+    return _sdpa_backend(problem, SDPBackend.CUDNN_ATTENTION)
+
+
+def _sdpa_flash(problem: Problem) -> Attend:
+    return _sdpa_backend(problem, SDPBackend.FLASH_ATTENTION)
+
+
+def _flex(problem: Problem, window: int) -> Attend:
+    offset = problem.length - problem.queries
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        steps = query + offset - key
+        return (steps >= 0) & (steps < window)
+
+    mask = create_block_mask(visible, None, None, problem.queries, problem.length, device=problem.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return functools.partial(compiled, block_mask=mask, enable_gqa=problem.groups > 1)
+
+
+def _flex_causal(problem: Problem) -> Attend:
+    return _flex(problem, window=problem.length)
+
+
+def _flex_window(problem: Problem) -> Attend:
+    return _flex(problem, window=problem.window)
+
+
+@functools.cache
+def flex_failure(device: torch.device) -> str | None:
+    """Why compiled FlexAttention does not run on this machine, or None; it needs a compiler."""
+    probe = torch.zeros(1, 1, 128, 64, device=device)
+    try:
+        with torch.no_grad():
+            _flex_causal(Problem(length=128, device=device))(probe, probe, probe)
+    except Exception as error:  # whatever the compiler reports; the reason is shown with the results
+        return f"FlexAttention does not run here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+BASELINES = {
+    "eager": Candidate(_eager, is_quadratic=True),
+    "sdpa": Candidate(_sdpa),
+    "sdpa_gqa": Candidate(_sdpa_gqa),
+    "sdpa_cudnn": Candidate(_sdpa_cudnn),
+    "sdpa_flash": Candidate(_sdpa_flash),
+    "sdpa_window": Candidate(_sdpa_window, computes="window"),
+    "flex_causal": Candidate(_flex_causal),
+    "flex_window": Candidate(_flex_window, computes="window"),
+}
+
+
+def candidates(window: int) -> dict[str, Candidate]:
+    """All rows, baselines first."""
+    return BASELINES | implementations(window)
+
+
+def make_inputs(problem: Problem, num_key_value_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value; the same numbers for the same problem."""
+    generator = torch.Generator(problem.device).manual_seed(0)
+    heads = ((problem.num_attention_heads, problem.queries), *[(num_key_value_heads, problem.length)] * 2)
+    query, key, value = (
+        torch.randn(
+            (problem.batch_size, count, tokens, problem.head_dim),
+            generator=generator,
+            dtype=problem.dtype,
+            device=problem.device,
+        )
+        for count, tokens in heads
+    )
+    return query, key, value
+
+
+def make_call(candidate: Candidate, problem: Problem, part: str) -> Call:
+    """The function to measure: "backward" runs both passes, the others the forward without gradients."""
+    one = candidate.one_key_value_head
+    inputs = make_inputs(problem, 1 if one else problem.num_key_value_heads)
+    attend = candidate.build(problem)
+    if part != "backward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return attend(*inputs)
+
+        return forward
+
+    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    gradient = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(attend(*inputs), inputs, gradient)

@@ -1,0 +1,1 @@
+"""Compare many changes of one model."""

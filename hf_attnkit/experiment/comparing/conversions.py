@@ -1,0 +1,108 @@
+"""Convert the same model in many ways and measure each without training: what the compare_conversions recipes do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+from transformers import set_seed
+
+import hf_attnkit
+from hf_attnkit.conversion import METHODS
+from hf_attnkit.conversion import head_numbers as targets
+from hf_attnkit.conversion.methods.table import uses_statistics
+from hf_attnkit.conversion.statistics import collect
+from hf_attnkit.experiment.files import show, write_json
+from hf_attnkit.experiment.run import Run
+from hf_attnkit.models.layers import editable_layers
+
+EXTRAS = ("data", "output", "refit", "best")
+VARIANTS = [
+    *("first", "random", "mean", "norm_mean", "procrustes", "pca", "pca+data", "pca+data+best"),
+    *("mean+refit", "procrustes+refit", "pca+data+output", "pca+data+refit", "pca+data+refit+best"),
+]
+
+
+@dataclass
+class ComparisonArguments:
+    num_key_value_heads: list[int] = field(metadata={"help": "Numbers of key/value heads to convert to, in turn."})
+    variants: list[str] = field(
+        default_factory=lambda: list(VARIANTS),
+        metadata={
+            "help": "A method, then what is added: data (second moments of calibration data), output (refit of the "
+            "output projections), refit (of queries and outputs), best (grouping)."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for variant in self.variants:
+            method, *extras = variant.split("+")
+            known = method in METHODS and set(extras) <= set(EXTRAS) and len(set(extras)) == len(extras)
+            if not known or {"output", "refit"} <= set(extras):
+                raise ValueError(
+                    f"--variants {variant!r} must be one of {', '.join(METHODS)}, followed by any of "
+                    f"{', '.join(f'+{extra}' for extra in EXTRAS)}, but one of +output and +refit"
+                )
+            refits, looks = bool({"output", "refit"} & set(extras)), uses_statistics(method)
+            if ("data" in extras) > looks or (looks and refits and "data" not in extras):
+                raise ValueError(
+                    f"--variants {variant!r}: +data goes with pca, which looks at the data that it is refitted on, and "
+                    "with no other method"
+                )
+
+
+def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, int]) -> None:
+    """Measure the untouched model and every conversion of it, print a table and write results.json.
+
+    Args:
+        calibration: what its size is called in results.json, and the size: sentences or tokens.
+    """
+    for number in arguments.num_key_value_heads:
+        targets.numbers(editable_layers(run.model), number)  # refused before the first evaluation
+    original = run.model.to(run.training.device)
+    run.evaluate("baseline")
+    batches = list(run.calibration_batches(calibration[1]))
+    moments = collect(original, editable_layers(original), batches)
+    for number in arguments.num_key_value_heads:
+        for variant in arguments.variants:
+            method, *extras = variant.split("+")
+            run.model = copy.deepcopy(original)
+            set_seed(run.training.seed)  # "random" draws
+            options: dict[str, Any] = {"method": method, "grouping": "best" if "best" in extras else "adjacent"}
+            if "refit" in extras or "output" in extras:
+                options |= {"calibration": batches, "refit": True if "refit" in extras else "output"}
+            elif "data" in extras:
+                options |= {"calibration": moments, "refit": False}
+            hf_attnkit.convert_to_gqa(run.model, number, **options)
+            run.evaluate("changed", variant=variant)
+            print(f"{number} key/value heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
+    run.model = original
+    facts = {
+        "num_key_value_heads": arguments.num_key_value_heads,
+        "variants": arguments.variants,
+        calibration[0]: calibration[1],
+    }
+    results = run.results(**facts)
+    if run.training.should_save:
+        write_json(run.output / "results.json", results)
+        run.progress.remove()
+        print_comparison(results)
+
+
+def print_comparison(results: Mapping[str, Any]) -> None:
+    """One row per variant, one column per number of heads: the task's first metric."""
+    baseline, *others = results["stages"]
+    metric = next(iter(baseline["metrics"]))
+    table = Table(
+        title=f"{results['task']} ({results['data']}), {metric}; untouched: {baseline['metrics'][metric]:.4g}"
+    )
+    table.add_column("")
+    for number in results["num_key_value_heads"]:
+        table.add_column(f"{baseline['num_key_value_heads'][0]} -> {number}", justify="right")
+    found = {(stage["variant"], stage["num_key_value_heads"][0]): stage["metrics"][metric] for stage in others}
+    for variant in results["variants"]:
+        table.add_row(variant, *(f"{found[variant, number]:.4g}" for number in results["num_key_value_heads"]))
+    show(table)

@@ -1,0 +1,119 @@
+"""Train low-rank adapters of the attention projections (LoRA, Hu et al. 2021, arXiv 2106.09685) and merge them.
+
+A projection W trains as W + (alpha / r) B A with A (r, in) and B (out, r); a classification head trains as a whole.
+What is saved and evaluated afterwards has no adapters, unless the base is quantized: that one keeps them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from hf_attnkit.models.layers import attention_layers, editable_layers
+
+if TYPE_CHECKING:
+    from hf_attnkit.experiment.run import Run
+
+
+@dataclass
+class LoraArguments:
+    lora: bool = field(default=False, metadata={"help": "Train adapters of the attention projections, then merge."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; 16."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "The adapters' scale is alpha / r; 32."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters' inputs; 0."})
+
+    def __post_init__(self) -> None:
+        for name, default in {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}.items():
+            value = getattr(self, name)
+            if value is None:
+                setattr(self, name, default)
+            elif not self.lora:
+                raise ValueError(f"--{name} {value} has no effect without --lora; add it, or leave this out")
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r {self.lora_r} must be at least 1")
+        if not self.lora_alpha > 0:
+            raise ValueError(f"--lora_alpha {self.lora_alpha} must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} must be from 0 to below 1")
+
+    def check(self, training: TrainingArguments) -> None:
+        """Raise `ValueError` if nothing is trained."""
+        if self.lora and not training.do_train:
+            raise ValueError("--lora has no effect without training; add --do_train")
+
+
+def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **options: Any) -> dict[str, Any]:
+    """Train adapters of the run's model; what was measured, as `Run.train`, and how many numbers trained.
+
+    Args:
+        merge: add them to the weights afterwards; a quantized base keeps them beside.
+        options: those of `Run.train`.
+    """
+    set_seed(run.training.seed)
+    if not merge:
+        training = run.training
+        run.model = prepare_model_for_kbit_training(
+            run.model, training.gradient_checkpointing, training.gradient_checkpointing_kwargs
+        )
+    run.model = add_adapters(run.model, arguments, is_quantized=not merge)
+    trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    trained = run.train(**options)
+    if merge:
+        run.model = merge_adapters(run.model)
+    else:
+        require_moved(run.model)
+    return trained | {"trained_parameters": trainable}
+
+
+def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantized: bool = False) -> PeftModel:
+    """Adapters of every attention projection; only they and a classification head train then.
+
+    The same model with the same parameters, some of them inside new modules.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    projections = [
+        names[id(linear)]
+        for layer in (attention_layers if is_quantized else editable_layers)(model)
+        for linear in dict.fromkeys((layer.query, layer.key, layer.value, layer.output))  # fused ones are the same
+    ]
+    vocabulary = model.get_output_embeddings()
+    heads = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and vocabulary not in module.modules() and list(module.parameters())
+    ]
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=projections,
+        modules_to_save=heads or None,
+    )
+    return get_peft_model(model, config)
+
+
+def require_moved(wrapped: PeftModel) -> None:
+    """Raise `RuntimeError` if training did not move the adapters."""
+    moved = [parameter.detach().any() for name, parameter in wrapped.named_parameters() if ".lora_B." in name]
+    if not any(moved):
+        raise RuntimeError(
+            "the adapters are as they were before training, so --lora had no effect; give a higher --learning_rate or "
+            "more steps"
+        )
+
+
+def merge_adapters(wrapped: PeftModel) -> PreTrainedModel:
+    """The model with the adapters added to its weights, and none left.
+
+    Raises:
+        RuntimeError: if training did not move them.
+        ValueError: if the merged projections are not plain ones of the sizes that the config says.
+    """
+    require_moved(wrapped)
+    model = wrapped.merge_and_unload()
+    editable_layers(model)
+    model.requires_grad_(True)
+    return model

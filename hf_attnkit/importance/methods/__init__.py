@@ -1,0 +1,1 @@
+"""Scores of heads, one a file."""

@@ -1,0 +1,26 @@
+"""Confidence of a head (Voita et al. 2019, arXiv 1905.09418): how much it gives to the key it likes best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_attnkit.importance.online import largest_weight
+from hf_attnkit.importance.queries import mean_over_queries
+from hf_attnkit.models.layers import AttentionLayer
+
+
+def check() -> None:
+    """No options."""
+
+
+def score(model: PreTrainedModel, layers: list[AttentionLayer], batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Mean over all queries that are no padding of max_j p_ij, without the attention matrix.
+
+    For each layer `(num_heads,)`, float32, from 1 / (number of keys) to 1.
+    """
+    means = mean_over_queries(model, layers, batches, largest_weight, fewest_keys=1, what="confidence")
+    return [mean.float() for mean in means]

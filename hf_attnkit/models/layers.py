@@ -1,0 +1,218 @@
+"""A model's attention layers: modules, projections and numbers of heads, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_attnkit.models.attributes import _attributes
+from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
+from hf_attnkit.models.families import Family, Stack, family_of
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How a layer's keys are rotated between projection and product.
+
+    Attributes:
+        pairing: "half" or "interleaved", see `Family`.
+        size: the first so many components of a head are rotated, the others are not.
+    """
+
+    pairing: str
+    size: int
+
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """Indices of the first and of the second component of each rotated pair."""
+        if self.pairing == "half":
+            return list(range(self.size // 2)), list(range(self.size // 2, self.size))
+        return list(range(0, self.size, 2)), list(range(1, self.size, 2))
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer of a model.
+
+    Attributes:
+        index: number of the layer, counted through all stacks of the family.
+        name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
+        block: the model's layer that it is part of, whose output the next block takes first.
+        module: the module whose forward calls the attention interface.
+        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
+        num_heads, num_key_value_heads, head_dim: as the config says.
+        is_empty: whether its one head is a stand-in; see the top of this file.
+        is_cross: whether queries and keys come from two sequences.
+        position_bias: whether the module passes a bias of the scores.
+        fused: whether query, key and value are one module; `rows` tells them apart.
+        rope: how keys are rotated, or `None`.
+        norm: name of the module that normalises keys between projection and product, or empty.
+    """
+
+    index: int
+    block: nn.Module
+    module: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    name: str = ""
+    is_cross: bool = False
+    position_bias: bool = False
+    fused: bool = False
+    rope: Rope | None = None
+    norm: str = ""
+    is_empty: bool = False
+
+    @property
+    def heads(self) -> range:
+        """Numbers of its query heads; none in a layer whose one head is a stand-in."""
+        return range(0 if self.is_empty else self.num_heads)
+
+    def rows(self, name: str) -> slice:
+        """The rows of "query", "key", "value" or "output" in its module."""
+        if not self.fused or name == "output":
+            return slice(0, getattr(self, name).weight.shape[0])
+        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        start = {"query": 0, "key": width, "value": width + kv_width}[name]
+        return slice(start, start + (width if name == "query" else kv_width))
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_key_value_heads
+
+
+def _stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
+    """The family's stacks that the model has.
+
+    Raises:
+        ValueError: if it has none: a part of a model (`model.encoder`).
+    """
+    modules = {name for name, _ in model.base_model.named_modules()}
+    stacks = [stack for stack in family_of(model, adapters=adapters).stacks if stack.layers in modules]
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no layers where models of type {model.config.model_type!r} keep them; pass "
+            "the whole model, not a part of it"
+        )
+    return stacks
+
+
+def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
+    """The attention layers, first to last, with the numbers of heads from the config.
+
+    Args:
+        adapters: as of `family_of`; the projections may then be PEFT's modules.
+
+    Raises:
+        TypeError, ValueError: as `family_of`; ValueError for a part of a model.
+    """
+    family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
+    layers: list[AttentionLayer] = []
+    for stack in _stacks(model, adapters):
+        for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
+            if family.fixed:
+                num_heads = num_key_value_heads = getattr(model.config, stack.num_heads)
+            else:
+                num_heads, num_key_value_heads = config_heads(model.config, position)
+            module, index = layer.get_submodule(stack.attention), len(layers)
+            parts = {name: layer.get_submodule(getattr(stack, name)) for name in ("query", "key", "value", "output")}
+            layers.append(AttentionLayer(
+                index, layer, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
+                head_dim=getattr(module, stack.head_dim),
+                name=f"layer {index}" + (f" ({stack.name} {position})" if stack.name else ""),
+                is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,
+                rope=_rope(family, model.config, getattr(module, stack.head_dim)),
+                norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
+                is_empty=index in empty,
+            ))  # fmt: skip
+    return layers
+
+
+# What attention modules call a norm of the keys.
+_KEY_NORMS = ("k_norm", "k_layernorm")
+
+
+def _rope(family: Family, config: PreTrainedConfig, head_dim: int) -> Rope | None:
+    if not family.rope:
+        return None
+    factor = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return Rope(family.rope, int(head_dim * factor))
+
+
+def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[AttentionLayer]:
+    """The attention layers of a model whose weights may be cut.
+
+    Args:
+        skeleton: the model is on the meta device on purpose, its weights are elsewhere.
+
+    Raises:
+        TypeError, ValueError: as `family_of`, for a family whose heads are fixed, and for weights that
+            are on the meta device, quantized or wrapped, or whose sizes disagree with the config.
+    """
+    layers = attention_layers(model)
+    if family_of(model).fixed:
+        raise ValueError(
+            f"heads of {model.config.model_type!r} models ({type(model).__name__}) can be neither scored, merged nor "
+            f"removed: {family_of(model).fixed}; their attention can be swapped"
+        )
+    for layer in layers:
+        for name in ("query", "key", "value", "output"):
+            linear = getattr(layer, name)
+            if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+                raise ValueError(
+                    f"layer {layer.index}: the {name} projection is a "
+                    f"{type(linear).__module__}.{type(linear).__name__} and not a plain nn.Linear; load the model "
+                    "without quantization (for GGUF: gguf_file=..., which dequantizes) and without adapters"
+                )
+            if linear.weight.is_meta and not skeleton:
+                raise ValueError(
+                    f"layer {layer.index}: the {name} projection is on the meta device, so there are no weights to "
+                    "change; load them first (from_pretrained with a device_map that does not offload)"
+                )
+    check_heads(layers)
+    return layers
+
+
+def check_heads(layers: Sequence[AttentionLayer]) -> None:
+    """Check that config, weights and module attributes agree.
+
+    Raises:
+        ValueError: naming the first layer and projection that disagrees.
+    """
+    for layer in layers:
+        width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+        inputs = [layer.query] if layer.fused else [layer.query, layer.key, layer.value]
+        found = [*(linear.out_features for linear in inputs), layer.output.in_features]
+        shapes = [*(linear.weight.shape[0] for linear in inputs), layer.output.weight.shape[1]]
+        expected = [width + 2 * kv_width, width] if layer.fused else [width, kv_width, kv_width, width]
+        parts = "query with key and value, output" if layer.fused else "query, key, value, output"
+        if found != expected or shapes != expected:
+            raise ValueError(
+                f"layer {layer.index}: the config says {layer.num_heads} query and {layer.num_key_value_heads} "
+                f"key/value heads of size {layer.head_dim}, which needs projections of {tuple(expected)} features "
+                f"({parts}), but the weights have {tuple(shapes)}; correct the config or load with "
+                "hf_attnkit.load_pretrained"
+            )
+        if layer.is_empty and (layer.num_heads > 1 or (not layer.output.weight.is_meta and layer.output.weight.any())):
+            raise ValueError(
+                f"layer {layer.index}: the config says that it has no heads ({WITHOUT_HEADS}), but its attention adds "
+                f"more than a bias; if it is to have heads again, take it out of config.{WITHOUT_HEADS}"
+            )
+        if layer.num_heads % layer.num_key_value_heads:
+            raise ValueError(
+                f"layer {layer.index}: {layer.num_heads} query heads do not divide into "
+                f"{layer.num_key_value_heads} groups"
+            )
+        for name, value in _attributes(layer.num_heads, layer.num_key_value_heads, layer.head_dim).items():
+            if getattr(layer.module, name, value) != value:
+                raise ValueError(
+                    f"layer {layer.index}: the attention module's {name} is {getattr(layer.module, name)} but config "
+                    f"and weights say {value}"
+                )

@@ -1,0 +1,79 @@
+"""Run batches through a model and look at every attention call, whatever implementation it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_attnkit.attention.consistency import is_swapped, require_consistent
+from hf_attnkit.attention.dispatch import Observer, observe
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.swap import STOCK
+from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind
+from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.observing.batches import run_batches
+
+
+@contextmanager
+def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
+    """Lead the model's attention through our interface for a while, each layer running what it ran.
+
+    Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are stood in for by SDPA.
+
+    Args:
+        adapters: accept a model with PEFT adapters inside.
+    """
+    layers = attention_layers(model, adapters=adapters)
+    require_consistent(model, layers)
+    if is_swapped(model):
+        yield
+        return
+    before = model.config._attn_implementation
+    try:
+        for layer in layers:
+            setattr(layer.module, ATTRIBUTE, Kind(before if before in STOCK else "sdpa"))
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for layer in layers:
+            if hasattr(layer.module, ATTRIBUTE):
+                delattr(layer.module, ATTRIBUTE)
+
+
+def observe_attention(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], observer: Observer, *, description: str
+) -> None:
+    """Run every batch in evaluation mode without gradients, calling `observer` at each attention call.
+
+    Raises:
+        ValueError: if `batches` is empty, or a batch is no mapping.
+    """
+    with visible_attention(model), observe(observer):
+        for _, run in run_batches(model, batches, description=description):
+            run()
+
+
+def has_softmax(module: nn.Module) -> bool:
+    """Whether the module attends by a softmax of scores; linear attention has no attention weights."""
+    kind: Kind | None = getattr(module, ATTRIBUTE, None)
+    return kind is None or not hasattr(IMPLEMENTATIONS.get(kind.name), "NO_SCORES")
+
+
+def real_queries(layer: AttentionLayer, mask: Mask, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which queries are tokens and not padding: bool `(B or 1, Q)`, or `None` if all are.
+
+    Queries and keys of one sequence are the same tokens, so a query is padding where its own key is hidden. Those of
+    a decoder's cross-attention are told by the batch's `decoder_attention_mask`.
+    """
+    if layer.is_cross:
+        own = inputs.get("decoder_attention_mask")
+        return None if own is None else own.bool()
+    if mask.dense is not None:
+        whole = mask.dense.expand(-1, -1, mask.key_position.shape[1], -1)
+        return whole.diagonal(dim1=-2, dim2=-1)[:, 0]
+    return mask.key_visible

@@ -1,0 +1,112 @@
+"""Run batches through a model to look at what happens inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.probe import input_device
+
+# What a batch may carry for a loss.
+LABELS = ("labels", "label", "start_positions", "end_positions")
+
+
+def run_batches(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str
+) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Each batch on the model's device, and a function that runs the model on it: in evaluation mode, no gradients.
+
+    Logits over a vocabulary are computed for the last token only, and no cache is filled: see `spare_options`.
+
+    Raises:
+        ValueError: as `on_device`.
+    """
+    options = spare_options(model)
+    for inputs in on_device(model, batches, description=description):
+
+        def run(inputs: dict[str, Any] = inputs) -> Any:
+            with torch.no_grad(), evaluation_mode(model):
+                return model(**(inputs | options))
+
+        yield inputs, run
+
+
+def on_device(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, description: str, labels: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Each batch on the model's device; see `to_device`.
+
+    Raises:
+        ValueError: if `batches` is empty, or a batch is no mapping or all padding.
+    """
+    device, seen = input_device(model), 0
+    for batch in tqdm(batches, desc=description, unit="batch"):
+        yield to_device(batch, device, labels=labels)
+        seen += 1
+    if not seen:
+        raise ValueError(
+            "batches is empty; give at least one batch of model inputs (an iterator is spent after one use)"
+        )
+
+
+def spare_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Keywords of the model's forward that spare it what nobody looks at: a cache, and logits of all but one token."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in {"logits_to_keep": 1, "use_cache": False}.items() if name in known}
+
+
+def real_mask(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which activations `(batch, tokens, features)` are of real tokens and not of padding: bool `(batch, tokens)`.
+
+    Raises:
+        ValueError: if the batch has an `attention_mask` that does not say which tokens are padding.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return x.new_ones(x.shape[:-1], dtype=torch.bool)
+    # A choice among several texts has them along an axis of its own, which the model folds into the batch.
+    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.flatten(0, -2).shape != x.shape[:2]:
+        raise ValueError(
+            f"attention_mask must be a tensor (batch, tokens), here {tuple(x.shape[:2])}, to tell which tokens are "
+            f"padding; got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
+    return mask.flatten(0, -2).to(x.device).bool()
+
+
+def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Activations without padding's, `(real tokens, features)`; see `real_mask`."""
+    return x[real_mask(x, inputs)]
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device, *, labels: bool = False) -> dict[str, Any]:
+    """The batch's tensors on `device`.
+
+    Args:
+        labels: keep them; else they are left out, since nobody asks for a loss.
+
+    Raises:
+        ValueError: if the batch is no mapping, or its `attention_mask` calls every token padding.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
+            f"{type(batch).__name__}"
+        )
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():
+        raise ValueError(
+            f"a batch is all padding: its attention_mask {tuple(mask.shape)} is zero everywhere; leave the batch out, "
+            "or give 1 for real tokens"
+        )
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if labels or name not in LABELS
+    }

@@ -1,0 +1,1 @@
+"""Choose heads and remove them."""

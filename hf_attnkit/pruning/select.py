@@ -1,0 +1,207 @@
+"""`select_heads`: from scores to the heads to remove.
+
+Heads are chosen in units. Transformers needs equally many query heads in every group that shares keys and values, so
+in a grouped layer a unit is several heads:
+
+    4 groups of 2     whole     {0 1} {2 3} {4 5} {6 7}     keys and values go with their group
+                      across    {0 2 4 6} {1 3 5 7}         the least important of each group first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from numbers import Integral
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attnkit.common.checks import in_range
+
+GROUPS = {"whole": "in whole groups", "across": "equally many from each group"}
+
+
+class Unit(NamedTuple):
+    """Heads of a layer that can only be removed together; sorts by score, then layer, then heads."""
+
+    score: float
+    layer: int
+    heads: tuple[int, ...]
+
+
+def select_heads(
+    importance: Tensor,
+    *,
+    fraction: float | None = None,
+    num_heads: int | None = None,
+    per_layer: bool = False,
+    min_heads: int = 1,
+    num_key_value_heads: int | Sequence[int] | None = None,
+    groups: str = "whole",
+) -> dict[int, list[int]]:
+    """Choose the least important heads, for `prune_heads`.
+
+    Args:
+        importance: `(num_layers, num_heads)`, higher = keep, as from `head_importance`; NaN marks
+            places without a head.
+        fraction: share of the heads to remove, in [0, 1); rounded down to whole heads (or units of several).
+        num_heads: number of heads to remove; exactly one of `fraction` and `num_heads` is given.
+        per_layer: apply the fraction or number to each layer by itself instead of to all together.
+        min_heads: heads that every layer keeps at least; 0 allows to remove whole layers of heads.
+        num_key_value_heads: for grouped models, the number of key/value heads (per layer, if they
+            differ).
+        groups: what is removed from a grouped layer. "whole": whole groups, with their keys and values, by the mean
+            importance of their heads. "across": equally many heads from every group, each group's least important
+            first; keys and values stay.
+
+    Returns:
+        `{layer: [head, ...]}`, sorted, layers without a removed head left out. Ties go to the lower
+        layer and head.
+
+    Raises:
+        TypeError, ValueError: for a bad shape or value, or more heads than may be removed.
+    """
+    if (fraction is None) == (num_heads is None):
+        raise ValueError("give exactly one of fraction and num_heads")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise ValueError(f"fraction={fraction!r} must be at least 0 and below 1: the share of heads to remove")
+    if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 0):
+        raise ValueError(f"num_heads={num_heads!r} must be an integer of at least 0: the number of heads to remove")
+    units = units_of(importance, num_key_value_heads, groups)
+    candidates = [removable(layer_units, min_heads) for layer_units in units]
+    removed: list[Unit] = []
+    for scope in [[index] for index in range(len(units))] if per_layer else [list(range(len(units)))]:
+        total = sum(len(unit.heads) for index in scope for unit in units[index])
+        # The small allowance keeps 0.3 * 10 heads at 3 although 0.3 * 10 is 2.9999999999999996.
+        budget = int(fraction * total + 1e-9) if fraction is not None else int(num_heads)  # type: ignore[arg-type]
+        taken = 0
+        for unit in sorted(unit for index in scope for unit in candidates[index]):
+            if taken + len(unit.heads) <= budget:
+                removed.append(unit)
+                taken += len(unit.heads)
+        smallest = min((len(unit.heads) for index in scope for unit in units[index]), default=1)
+        if budget - taken >= smallest or (num_heads is not None and taken < num_heads):
+            where = f"layer {scope[0]}" if per_layer else "the model"
+            raise ValueError(
+                f"{budget} heads cannot be removed from {where}: of {total}, {GROUPS[groups]} and with at least "
+                f"{min_heads} kept in each layer, {taken} can; ask for fewer"
+            )
+    return heads_of(removed)
+
+
+def units_of(
+    importance: Tensor, num_key_value_heads: int | Sequence[int] | None = None, groups: str = "whole"
+) -> list[list[Unit]]:
+    """Per layer, what can be removed at once; all units of a layer have equally many heads.
+
+    Raises:
+        TypeError, ValueError: as `select_heads`.
+    """
+    if not isinstance(importance, Tensor):
+        raise TypeError(f"importance is a {type(importance).__name__}; it must be a tensor (num_layers, num_heads)")
+    if importance.dim() != 2:
+        raise ValueError(f"importance has shape {tuple(importance.shape)}; it must be (num_layers, num_heads)")
+    if groups not in GROUPS:
+        raise ValueError(f"groups={groups!r} must be one of {', '.join(map(repr, GROUPS))}")
+    if groups == "across" and num_key_value_heads is None:
+        raise ValueError("groups='across' takes heads from every group; give num_key_value_heads, the number of groups")
+    counts = groups_per_layer(num_key_value_heads, len(importance))
+    units = []
+    for layer, (row, number) in enumerate(zip(importance.double().cpu(), counts, strict=True)):
+        scores = row[: heads_in(row, f"layer {layer}: importance")]
+        size = group_size(layer, len(scores), number)
+        by_group = scores.view(-1, size)
+        members = torch.arange(len(scores)).view(-1, size)
+        if groups == "across" and size > 1:
+            by_group, order = by_group.sort(dim=1, stable=True)
+            by_group, members = by_group.T, members.gather(1, order).T
+        means = by_group.mean(1).tolist()
+        units.append([Unit(mean, layer, tuple(heads)) for mean, heads in zip(means, members.tolist(), strict=True)])
+    return units
+
+
+def removable(units: Sequence[Unit], min_heads: int) -> list[Unit]:
+    """The units of a layer in the order of removal, up to where fewer than `min_heads` heads would be left.
+
+    Raises:
+        ValueError: for a `min_heads` that is no number of heads.
+    """
+    if not isinstance(min_heads, int) or isinstance(min_heads, bool) or min_heads < 0:
+        raise ValueError(
+            f"min_heads={min_heads!r} must be an integer of at least 0: the heads that every layer keeps; 0 allows to "
+            "remove all heads of a layer"
+        )
+    total = sum(len(unit.heads) for unit in units)
+    ordered = sorted(units)
+    return [unit for rank, unit in enumerate(ordered) if total - (rank + 1) * len(unit.heads) >= min_heads]
+
+
+def heads_of(units: Iterable[Unit]) -> dict[int, list[int]]:
+    """The units' heads, `{layer: [head, ...]}`, sorted."""
+    removed: dict[int, list[int]] = {}
+    for unit in sorted(units, key=lambda unit: unit.layer):
+        removed.setdefault(unit.layer, []).extend(unit.heads)
+    return {layer: sorted(heads) for layer, heads in removed.items()}
+
+
+def heads_in(row: Tensor, what: str) -> int:
+    """How many places of a row `(num_heads,)` hold a head: NaN after the last.
+
+    Raises:
+        ValueError: for a NaN before the last, naming `what`.
+    """
+    count = int((~row.isnan()).sum())
+    if row[:count].isnan().any():
+        raise ValueError(
+            f"{what} has NaN before its last score ({row.tolist()}); only places after a layer's last head may be NaN, "
+            "so this score went wrong"
+        )
+    return count
+
+
+def group_size(layer: int, num_heads: int, num_key_value_heads: int | None) -> int:
+    """Query heads per group, 1 where `num_key_value_heads` is `None` or the layer has no heads.
+
+    Raises:
+        ValueError: if the heads do not divide into groups.
+    """
+    number = num_heads if num_key_value_heads is None else num_key_value_heads
+    if number == 0 == num_heads:
+        return 1
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1 or num_heads % number:
+        raise ValueError(f"layer {layer}: {num_heads} heads do not divide into num_key_value_heads={number!r} groups")
+    return max(num_heads // number, 1)
+
+
+def checked_heads(heads: Mapping[int, Iterable[int]], counts: Sequence[int]) -> dict[int, set[int]]:
+    """`{layer: {head, ...}}` of layers that have so many heads, layers without a head left out.
+
+    Raises:
+        TypeError, ValueError: for anything else than a mapping of layers to heads of theirs, each named once.
+    """
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads={heads!r} must be a mapping {{layer: [head, ...]}}, as from select_heads")
+    checked = {}
+    for layer, given in heads.items():
+        index = in_range(layer, len(counts), "layer")
+        if not isinstance(given, Iterable):
+            raise TypeError(f"layer {index}: {given!r} must be a list of heads")
+        given = list(given)
+        if given and not counts[index]:
+            raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
+        listed = [in_range(head, counts[index], "head", f"layer {index}: ") for head in given]
+        if len(set(listed)) != len(listed):
+            twice = sorted({head for head in listed if listed.count(head) > 1})
+            raise ValueError(f"layer {index}: heads {twice} are named more than once")
+        if listed:
+            checked[index] = set(listed)
+    return checked
+
+
+def groups_per_layer(num_key_value_heads: int | Sequence[int] | None, num_layers: int) -> list[int | None]:
+    """One number of key/value heads for each layer; raises `ValueError` for another number of numbers."""
+    if not isinstance(num_key_value_heads, Sized):
+        return [num_key_value_heads] * num_layers
+    if len(num_key_value_heads) != num_layers:
+        raise ValueError(f"num_key_value_heads has {len(num_key_value_heads)} entries for {num_layers} layers")
+    return list(num_key_value_heads)

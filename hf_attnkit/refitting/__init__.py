@@ -1,0 +1,1 @@
+"""Fit projections to the untouched model in closed form."""

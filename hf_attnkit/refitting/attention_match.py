@@ -1,0 +1,245 @@
+"""Fit a layer's query projection so that it attends as the untouched model does, after its keys changed.
+
+With p_i the untouched model's attention of query i, k_j the changed keys, x_i the layer's input and R_i the rotary
+embedding,
+
+    W = argmin  sum_i KL(p_i || softmax_j(scaling * R_i W x_i . k_j))
+
+for each query head by itself: a multinomial logistic regression, so convex in W. A few steps of conjugate gradients
+(Polak and Ribiere 1969), each with a Newton step along its line, preconditioned by the Kronecker factors of the
+curvature as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671):
+
+    d^2 KL / dW^2  ~  E[R_i^T Cov_{j ~ p_i}(scaling k_j) R_i]  (x)  E[x x^T]
+
+the first of one key drawn for each query. What is returned is the best W met, so it is never worse than the first.
+The keys' projection stays: the first token of a text, which draws much attention, would dominate its fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.models.layers import Rope
+
+STEPS = 6
+# Shares of the factors' mean diagonals that are added to them, so that directions never seen stay as they are.
+DAMPING = (0.3, 0.03)
+# Numbers of one block of scores: 4 MiB in float32, which caches hold.
+BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer sees in one batch. B sequences, T tokens, H query heads of size d, G key heads.
+
+    Attributes:
+        inputs: `(B, T, m)`, of the query projection; with a 1 appended where that has a bias.
+        key: `(B, G, T, d)`, the changed keys, as they enter the scores.
+        target_query, target_key: `(B, H, T, d)` and `(B, G', T, d)`, those of the untouched model.
+        mask: which keys are seen.
+        real: `(B, T)` bool, False for padding.
+        rotation: complex `(B or 1, T, pairs)`, what the rotary embedding multiplies each pair by; `None` without.
+    """
+
+    inputs: Tensor
+    key: Tensor
+    target_query: Tensor
+    target_key: Tensor
+    mask: Mask
+    scaling: float
+    real: Tensor
+    rope: Rope | None = None
+    rotation: Tensor | None = None
+
+    def query(self, weight: Tensor) -> Tensor:
+        """`(B, H, T, d)`, rotated, of a projection `(H, d, m)`."""
+        return self._rotate(torch.einsum("hdm,btm->bhtd", weight, self.inputs))
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """`(H, d, T * B)`: gradients `(B, H, T, d)` of rotated queries as those of the projection's output."""
+        return self._rotate(gradient, back=True).permute(1, 3, 0, 2).flatten(2)
+
+    def _rotate(self, query: Tensor, *, back: bool = False) -> Tensor:
+        if self.rope is None or self.rotation is None:
+            return query
+        first, second = self.rope.pairs()
+        factor = self.rotation[:, None].conj() if back else self.rotation[:, None]
+        turned = torch.complex(query[..., first], query[..., second]) * factor
+        rotated = query.clone()
+        rotated[..., first], rotated[..., second] = turned.real, turned.imag
+        return rotated
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Queries whose scores fit into memory together, and the keys that any of them sees."""
+        batch, num_heads, length, _ = self.target_query.shape
+        size = max(BLOCK // (batch * num_heads * length), 1)
+        causal = self.mask.is_causal and self.mask.known_offset == 0
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            yield slice(start, end), slice(0, end if causal else length)
+
+    def attention(self, query: Tensor, key: Tensor, queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        """Probabilities `(B, H, q, k)` of these queries, and the log-sum-exps `(B, H, q)` of their scores."""
+        scores = grouped(query[:, :, queries] * self.scaling, key[:, :, keys])
+        if self.mask.bias is not None:
+            scores += self.mask.bias[..., queries if self.mask.bias.shape[-2] > 1 else slice(None), keys]
+        visible = self.mask.visible(queries, keys)
+        if visible is not None:
+            scores.masked_fill_(~visible, torch.finfo(scores.dtype).min)
+        probability = scores.softmax(-1)
+        # The largest score's own probability tells the sum without another exponential of each.
+        return probability, scores.amax(-1) - probability.amax(-1).log()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the fit needs of the untouched attention p of one batch, whatever W is.
+
+    Attributes:
+        mean_key: `(B, H, T, d)`, sum_j p_ij k_j of the changed keys.
+        entropy: `(H,)`, summed over real queries, in nats.
+        drawn: `(B, H, T, d)`, for each query a key drawn from p, less the mean.
+    """
+
+    mean_key: Tensor
+    entropy: Tensor
+    drawn: Tensor
+
+
+def target(batch: Batch, generator: torch.Generator) -> Target:
+    """See `Target`."""
+    means, drawn, entropy = [], [], batch.key.new_zeros(batch.target_query.shape[1])
+    for queries, keys in batch.blocks():
+        probability, lse = batch.attention(batch.target_query, batch.target_key, queries, keys)
+        picked = torch.multinomial(probability.flatten(0, 2), 1, generator=generator).view(probability.shape[:3])
+        key = batch.key.repeat_interleave(probability.shape[1] // batch.key.shape[1], dim=1)
+        means.append(mixed(probability, batch.key[:, :, keys]))
+        drawn.append(key.gather(2, picked[..., None].expand(-1, -1, -1, key.shape[-1])) - means[-1])
+        own = mixed(probability, batch.target_key[:, :, keys])
+        each = lse - batch.scaling * (batch.target_query[:, :, queries] * own).sum(-1)
+        entropy = entropy + (each * batch.real[:, None, queries]).sum((0, 2))
+    return Target(torch.cat(means, dim=2), entropy, torch.cat(drawn, dim=2))
+
+
+def grouped(query: Tensor, key: Tensor) -> Tensor:
+    """`(B, H, q, k)` products of `(B, H, q, d)` with `(B, G, k, d)`, H / G heads for each key head."""
+    batch, num_heads, length, size = query.shape
+    stacked = query.reshape(batch, key.shape[1], -1, size)
+    return (stacked @ key.mT).view(batch, num_heads, length, -1)
+
+
+def mixed(weights: Tensor, key: Tensor) -> Tensor:
+    """`(B, H, q, d)`, keys `(B, G, k, d)` weighted by `(B, H, q, k)`."""
+    batch, num_heads, length, keys = weights.shape
+    return (weights.reshape(batch, key.shape[1], -1, keys) @ key).view(batch, num_heads, length, -1)
+
+
+def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
+    """The fitted projection, and what it gains.
+
+    Args:
+        weight: `(H, d, m)`, the present one, with its bias as the last column if inputs have a 1 appended.
+
+    Returns:
+        The new weight, and `(H,)` mean KL divergence per real query in nats before and after, lower is better.
+    """
+    generator = torch.Generator(weight.device).manual_seed(0)
+    targets = [target(batch, generator) for batch in batches]
+    factors = _factors(weight, batches, targets)
+    best, first = weight, None
+    direction = length = least = gradient = scaled = weight.new_zeros(())
+    for step in range(steps + 1):
+        divergence, slope = _gradient(weight, batches, targets)
+        if first is None:
+            first = least = divergence
+            gradient, scaled = slope, _preconditioned(slope, factors)
+            direction = scaled
+        else:
+            better = divergence < least
+            whole = better[:, None, None]
+            # Polak-Ribiere, restarted where it would go uphill; a head whose step failed tries a shorter one.
+            conditioned = _preconditioned(slope, factors)
+            beta = _dot(slope, conditioned - scaled) / _dot(gradient, scaled).clamp(min=1e-30)
+            conjugate = conditioned + beta.clamp(min=0)[:, None, None] * direction
+            conjugate = torch.where((_dot(slope, conjugate) > 0)[:, None, None], conjugate, conditioned)
+            best, direction = torch.where(whole, weight, best), torch.where(whole, conjugate, direction)
+            gradient, scaled = torch.where(whole, slope, gradient), torch.where(whole, conditioned, scaled)
+            least, length = torch.where(better, divergence, least), torch.where(better, 0.0, length / 4)
+        if step == steps:
+            break
+        curvature = _curvature(best, direction, batches)
+        newton = torch.where(curvature > 0, _dot(gradient, direction) / curvature.clamp(min=1e-30), 0.0)
+        length = torch.where(length > 0, length, newton)
+        weight = best - length[:, None, None] * direction
+    assert first is not None
+    return best, first, least
+
+
+def _gradient(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+    """`(H,)` mean divergence and its gradient `(H, d, m)`."""
+    total, gradient = weight.new_zeros(len(weight)), torch.zeros_like(weight)
+    for batch, aim in zip(batches, targets, strict=True):
+        query, slopes = batch.query(weight), []
+        total -= aim.entropy
+        for queries, keys in batch.blocks():
+            probability, lse = batch.attention(query, batch.key, queries, keys)
+            cross = lse - batch.scaling * (query[:, :, queries] * aim.mean_key[:, :, queries]).sum(-1)
+            total += (cross * batch.real[:, None, queries]).sum((0, 2))
+            slopes.append(mixed(probability, batch.key[:, :, keys]))
+        slope = (torch.cat(slopes, dim=2) - aim.mean_key) * (batch.scaling * batch.real[:, None, :, None])
+        gradient += batch.backward(slope) @ batch.inputs.flatten(0, 1)
+    count = _count(batches)
+    return total / count, gradient / count
+
+
+def _curvature(weight: Tensor, direction: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """`(H,)` second derivative of the mean divergence along a direction: the mean variance of the scores' change."""
+    total = weight.new_zeros(len(weight))
+    for batch in batches:
+        query, change = batch.query(weight), batch.query(direction)
+        for queries, keys in batch.blocks():
+            probability, _ = batch.attention(query, batch.key, queries, keys)
+            key = batch.key[:, :, keys]
+            scores = grouped(change[:, :, queries] * batch.scaling, key)
+            mean = (probability * scores).sum(-1, keepdim=True)
+            variance = (probability * (scores - mean).square_()).sum(-1)
+            total += (variance * batch.real[:, None, queries]).sum((0, 2))
+    return total / _count(batches)
+
+
+def _count(batches: Sequence[Batch]) -> Tensor:
+    return sum((batch.real.sum() for batch in batches), torch.zeros((), device=batches[0].real.device))
+
+
+Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _factors(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> Factors:
+    """Damped eigenvalues and eigenvectors of the curvature's two factors, `(H, d, d)` and `(m, m)`."""
+    keys, moment = weight.new_zeros(*weight.shape[:2], weight.shape[1]), weight.new_zeros(2 * (weight.shape[2],))
+    for batch, aim in zip(batches, targets, strict=True):
+        inputs = batch.inputs[batch.real]
+        moment += inputs.T @ inputs
+        drawn = batch.backward(aim.drawn * (batch.scaling * batch.real[:, None, :, None]))
+        keys += drawn @ drawn.mT
+    damped = []
+    for matrix, share in zip((keys, moment), DAMPING, strict=True):
+        values, vectors = torch.linalg.eigh((matrix / _count(batches)).double())
+        mean = values.mean(-1, keepdim=True).clamp(min=1e-30)
+        damped.append(((values.clamp(min=0) + share * mean).to(weight), vectors.to(weight)))
+    return damped[0], damped[1]
+
+
+def _preconditioned(gradient: Tensor, factors: Factors) -> Tensor:
+    (key_values, key_vectors), (values, vectors) = factors
+    turned = key_vectors.mT @ gradient @ vectors / (key_values[..., None] * values)
+    return key_vectors @ turned @ vectors.mT
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((1, 2))

@@ -1,0 +1,162 @@
+"""Refit a layer's query projection after its keys changed: `attention_match` on what the running model shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.attention.mask import Mask
+from hf_attnkit.editing import projections
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.observing.attention_calls import has_softmax, visible_attention
+from hf_attnkit.observing.batches import real_mask
+from hf_attnkit.observing.walk import Walk
+from hf_attnkit.refitting.attention_match import Batch, fit_queries
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention call. Shapes as in `attention.mha`; `output` `(B, T, M)` is what the layer puts out for it."""
+
+    query: Tensor
+    key: Tensor
+    mask: Mask
+    scaling: float
+    output: Tensor
+
+    def in_order(self, order: Sequence[int]) -> Attended:
+        """With these key heads, and the query heads of each, in this order."""
+        query = self.query.unflatten(1, (self.key.shape[1], -1))[:, list(order)].flatten(1, 2)
+        return replace(self, query=query, key=self.key[:, list(order)])
+
+
+def can_refit(layer: AttentionLayer) -> bool:
+    """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products."""
+    return not layer.norm and not layer.is_cross and has_softmax(layer.module)
+
+
+@contextmanager
+def attention_calls(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Callable[[Walk], Attended]]:
+    """For a while, a function that runs a walk to the layer and gives its attention call."""
+    calls: list[tuple[Tensor, Tensor, Mask, float]] = []
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
+        if module is layer.module:
+            calls.append((query, key, mask, scaling))
+
+    def run(walk: Walk) -> Attended:
+        calls.clear()
+        _, output = walk.seen(layer.index, layer.output)
+        return Attended(*calls[0], output)
+
+    with visible_attention(model), observe(note):
+        yield run
+
+
+def refit_queries(
+    model: PreTrainedModel,
+    layer: AttentionLayer,
+    walks: Sequence[Walk],
+    inputs: Sequence[dict[str, Any]],
+    targets: Sequence[Attended],
+) -> tuple[float, float]:
+    """Change the layer's query projection so that it attends as in `targets`.
+
+    Args:
+        walks, inputs: the changed model's, one each for a batch.
+        targets: the untouched model's calls.
+
+    Returns:
+        Mean KL divergence in nats from the untouched model's attention, over heads and real tokens, before and after.
+
+    Raises:
+        RuntimeError: if the model's queries are not what the projection and the rotary embedding make them.
+        ValueError: for activations that are not finite.
+    """
+    weight, bias = (None if p is None else p.detach() for p in (layer.query.weight, layer.query.bias))
+    assert weight is not None
+    rows = layer.rows("query")
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
+    present = stacked.to(dtype).unflatten(0, (-1, layer.head_dim))
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[:] = [args[0]]
+
+    batches = []
+    with attention_calls(model, layer) as run:
+        for walk, batch, target in zip(walks, inputs, targets, strict=True):
+            handle = layer.query.register_forward_pre_hook(note)
+            try:
+                call = run(walk)
+            finally:
+                handle.remove()
+            if not (call.query.isfinite().all() and target.query.isfinite().all()):
+                raise _not_finite(layer)
+            x = seen[0].to(dtype)
+            if bias is not None:
+                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+            batches.append(Batch(
+                x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
+                real_mask(x, batch), layer.rope, _rotation(layer, run, walk, dtype),
+            ))  # fmt: skip
+            _require_linear(layer, present, batches[-1], call.query)
+    fitted, before, after = fit_queries(present, batches)
+    if not (fitted.isfinite().all() and before.isfinite().all()):
+        raise _not_finite(layer)
+    fitted = fitted.flatten(0, 1)
+    new_bias = None if bias is None else fitted[:, -1].to(bias.dtype)
+    new_weight = (fitted if bias is None else fitted[:, :-1]).to(weight.dtype)
+    [edit] = projections.whole([projections.Edit(layer.query, new_weight, new_bias, rows)])
+    projections.apply(edit)
+    return float(before.mean()), float(after.mean())
+
+
+def _not_finite(layer: AttentionLayer) -> ValueError:
+    return ValueError(
+        f"layer {layer.index}: attention scores contain NaN or infinity; run the model in bfloat16 or float32 and look "
+        "for a batch that breaks it"
+    )
+
+
+def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk, dtype: torch.dtype) -> Tensor | None:
+    """What the model multiplies each pair of a query by, `(B, T, pairs)`: read from it with queries of 1 + 0i."""
+    if layer.rope is None:
+        return None
+    first, second = layer.rope.pairs()
+    one = torch.zeros(layer.num_heads, layer.head_dim)
+    one[:, first] = 1
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., layer.rows("query")] = one.flatten().to(output)
+        return output
+
+    handle = layer.query.register_forward_hook(replace)
+    try:
+        turned = run(walk).query[:, 0].to(dtype)
+    finally:
+        handle.remove()
+    return torch.complex(turned[..., first], turned[..., second])
+
+
+def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: Tensor) -> None:
+    """The proof that what is fitted is what the model computes: its own queries, again."""
+    expected = batch.query(weight)
+    error = (expected - query.to(expected)).abs().max()
+    # Rounding of the projection's output, of cosine, sine and their products, in the model's precision; and that of a
+    # long dot product in float32, in which some families rotate whatever the model's precision.
+    bound = 2**3 * torch.finfo(query.dtype).eps + 2**6 * torch.finfo(torch.float32).eps
+    if not error <= bound * expected.abs().max():
+        raise RuntimeError(
+            f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
+            "embedding, so something stands between that the families table does not know; give refit=False"
+        )

@@ -1,0 +1,141 @@
+"""Models that cannot be swapped are refused, by name or by the proof, and stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+from support.models import batch, build, outputs
+from support.unchanged import unchanged
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BloomConfig,
+    BloomForCausalLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    OPTConfig,
+    OPTModel,
+    PreTrainedModel,
+)
+
+from hf_attnkit import convert_to_gqa, head_importance, prune_heads, swap_attention
+from hf_attnkit.models import families
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def bloom() -> PreTrainedModel:
+    return BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=99)).eval()
+
+
+def deberta() -> PreTrainedModel:
+    return DebertaV2Model(DebertaV2Config(**SIZES, intermediate_size=96)).eval()
+
+
+def opt() -> PreTrainedModel:
+    return OPTModel(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)).eval()
+
+
+def test_a_family_that_is_not_in_the_table_is_refused() -> None:
+    model = opt()
+    with unchanged(model), pytest.raises(ValueError, match=r"type 'opt'.*not supported; supported: bert, .*one row in"):
+        swap_attention(model, "flash")
+
+
+TINY = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64,
+             "bos_token_id": 1, "eos_token_id": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: swap_attention(model, "mha"),
+        lambda model: swap_attention(model, "flash", layers=[1]),
+        lambda model: convert_to_gqa(model, 2),
+        lambda model: prune_heads(model, {0: [0]}),
+        lambda model: head_importance(model, method="magnitude"),
+    ],
+    ids=["swap", "one layer", "convert", "prune", "importance"],
+)
+@pytest.mark.parametrize("model_type", list(families.REFUSED))
+def test_families_that_bypass_the_interface_are_refused_by_name(model_type: str, call) -> None:
+    config = AutoConfig.for_model(model_type, **(SIZES | TINY.get(model_type, {})))
+    model = AutoModel.from_config(config).eval()
+    reason = re.escape(families.REFUSED[model_type])
+    with unchanged(model), pytest.raises(ValueError, match=f"type '{model_type}' .* not supported .{reason}"):
+        call(model)
+
+
+@pytest.mark.parametrize("model_type", list(families.REFUSED))
+def test_the_reasons_are_true(model_type: str) -> None:
+    """No attention module of these files looks anything up in Transformers' interface."""
+    config = AutoConfig.for_model(model_type, **(SIZES | TINY.get(model_type, {})))
+    source = inspect.getsource(inspect.getmodule(type(AutoModel.from_config(config))))  # type: ignore[arg-type]
+    assert "ALL_ATTENTION_FUNCTIONS" not in source
+    own_classes = "_ATTENTION_CLASSES[" in source
+    assert own_classes == ("attention classes of its own" in families.REFUSED[model_type])
+
+
+def deberta_row() -> families.Family:
+    """What someone might add: the projections have other names and the interface is never called."""
+    attention = "attention.self"
+    (bert,) = families.FAMILIES["bert"].stacks
+    return families.Family((dataclasses.replace(
+        bert, query=f"{attention}.query_proj", key=f"{attention}.key_proj", value=f"{attention}.value_proj"
+    ),))  # fmt: skip
+
+
+def bloom_row() -> families.Family:
+    fused = "self_attention.query_key_value"
+    return families.Family((families.Stack("h", "self_attention", fused, fused, fused, "self_attention.dense"),))
+
+
+@pytest.mark.parametrize(("make", "row"), [(bloom, bloom_row), (deberta, deberta_row)], ids=["bloom", "deberta"])
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "one layer"])
+def test_the_proof_refuses_models_that_never_call(make, row, layers, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    model.config._attn_implementation_internal = "sdpa"  # both accept the name and run eager code
+    monkeypatch.setitem(families.FAMILIES, model.config.model_type, row())
+    ids = torch.ones(1, 5, dtype=torch.long)
+    before = model(ids)[0]
+    numbers = r"\[1\]" if layers else r"\[0, 1\]"
+    with unchanged(model), pytest.raises(ValueError, match=f"layers {numbers} .* never called the attention interface"):
+        swap_attention(model, "flash", layers=layers)
+    assert torch.equal(model(ids)[0], before)
+
+
+def test_the_proof_names_the_layer_that_does_not_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer of three with attention of its own."""
+    model = build("llama", num_hidden_layers=3)
+    attention = model.layers[1].self_attn
+    monkeypatch.setattr(attention, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
+    with unchanged(model), pytest.raises(ValueError, match=r"layers \[1\] of LlamaModel never called"):
+        swap_attention(model, "flash")
+    swap_attention(model, "flash", layers=[0, 2])
+    assert outputs(model, batch(model)).isfinite().all()
+
+
+def test_an_error_in_the_proof_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("bert")
+    swap_attention(model, "mha", layers=[0])
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(model.encoder.layer[1], "forward", broken)
+    with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
+        swap_attention(model, {0: "flash", 1: ("sliding_window", {"window": 3})})
+
+
+def test_a_set_name_without_kinds_fails_at_the_first_forward() -> None:
+    model = build("bert")
+    model.set_attn_implementation("hf_attnkit")
+    with pytest.raises(ValueError, match=r"no kind of attention was chosen.*load_pretrained.*swap_attention"):
+        model(**batch(model))

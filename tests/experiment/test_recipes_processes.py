@@ -1,0 +1,171 @@
+"""Recipes on two processes: as on one, whole or sharded. Gloo on the CPU stands for NCCL on GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import finetune_glue
+import prune_heads_glue
+import pytest
+import torch
+import uptrain_gqa_glue
+from support.recipe_runs import flags, run
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+import hf_attnkit
+from hf_attnkit.experiment import sharding as sharded
+
+# accelerate shards on accelerators alone, PyTorch on the CPU as well. Where FSDP is asked for the processes are passed
+# off as a GPU's each, after their devices have been chosen. KILL_AT: the training step that they die before.
+LAUNCHED = """
+import os, runpy, signal, sys, torch, transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+start = AcceleratorState.__init__
+
+def passed_off(self, *arguments, **options):
+    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    start(self, *arguments, **options)
+
+if "--fsdp" in sys.argv or "ACCELERATE_USE_FSDP" in os.environ:
+    AcceleratorState.__init__ = passed_off
+if "KILL_AT" in os.environ:
+    train, seen = transformers.Trainer.training_step, []
+    def killed(*arguments, **options):
+        seen.append(1)
+        if len(seen) == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train(*arguments, **options)
+    transformers.Trainer.training_step = killed
+torch.set_num_threads(1)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+# Plain gradient descent, since Adam would turn rounding of small gradients into steps of full size. 37 sentences to
+# evaluate on: the last batch is shared unevenly.
+TRAINED = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_eval_samples", "37",
+           "--save_strategy", "steps", "--save_steps", "4")  # fmt: skip
+CONVERTED = (*TRAINED, "--num_key_value_heads", "2", "--method", "mean", "--calibration_samples", "40")
+# Random scores are the same in every process.
+PRUNED = (*TRAINED, "--prune_fraction", "0.5", "--importance", "random")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:
+    """Without dropout, whose masks two processes do not share."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    folder = tmp_path_factory.mktemp("bert") / "model"
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+              "--fsdp_state_dict_type", "FULL_STATE_DICT", "--main_process_port", "0")  # fmt: skip
+
+
+def launch(
+    recipe: Any, arguments: list[str], folder: Path, *, by: Sequence[str] = TORCHRUN, kill_at: int | None = None
+) -> str:
+    """Run a recipe on two processes; what they wrote to standard error."""
+    (folder / "launched.py").write_text(LAUNCHED)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {} if kill_at is None else {"KILL_AT": str(kill_at)}
+    done = subprocess.run(
+        [sys.executable, "-m", *by, str(folder / "launched.py"), str(Path(recipe.__file__)), *arguments],
+        capture_output=True, text=True, env=environment, timeout=500,
+    )  # fmt: skip
+    assert (done.returncode != 0) == (kill_at is not None), done.stderr[-9000:]
+    return done.stderr
+
+
+def assert_same(two: Path, one: Path, start: Path) -> None:
+    """Metrics, and weights up to the rounding of sums in another order."""
+    (left, right) = (json.loads((folder / "results.json").read_text())["stages"] for folder in (two, one))
+    assert [stage["metrics"] for stage in left] == [stage["metrics"] for stage in right]
+    assert [stage["num_key_value_heads"] for stage in left] == [stage["num_key_value_heads"] for stage in right]
+    found, expected = (hf_attnkit.load_pretrained(folder).state_dict() for folder in (two, one))
+    # A gradient is a mean of 16 of about 1; 4 steps of 0.1 add up to 4 * 0.1 * 16 roundings of 2^-24, and what the
+    # layers make of them, 10 times as much at most.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=4 * 0.1 * 16 * 2**-24 * 10)
+    before = hf_attnkit.load_pretrained(start).state_dict()
+    assert (before["classifier.weight"] - expected["classifier.weight"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"), [(finetune_glue, TRAINED), (uptrain_gqa_glue, CONVERTED), (prune_heads_glue, PRUNED)]
+)
+def test_two_processes_with_half_the_batch_each_are_one(recipe, more, checkpoint, tmp_path, monkeypatch) -> None:
+    halved = ("--per_device_train_batch_size", "8")
+    launch(recipe, flags(checkpoint, tmp_path / "two", *more, *halved), tmp_path)
+    run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more))
+    assert_same(tmp_path / "two", tmp_path / "one", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        (uptrain_gqa_glue, CONVERTED),
+        (uptrain_gqa_glue, (*CONVERTED, "--distill", "--distill_attention_weight", "0", "--lora", "--lora_r", "4")),
+        (prune_heads_glue, PRUNED),
+    ],
+)
+def test_sharded_training_is_training(recipe, more, checkpoint, tmp_path, monkeypatch) -> None:
+    """A changed model trains sharded; its checkpoint and what is saved at the end load, and are equal."""
+    halved = ("--per_device_train_batch_size", "8", "--fsdp")
+    launch(recipe, flags(checkpoint, tmp_path / "sharded", *more, *halved), tmp_path)
+    run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more))
+    assert_same(tmp_path / "sharded", tmp_path / "one", checkpoint)
+    if "--lora" not in more:  # whose checkpoints are adapters
+        last, final = (hf_attnkit.load_pretrained(tmp_path / "sharded" / name) for name in ("checkpoint-4", "."))
+        assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+def test_sharded_training_on_gpus(checkpoint, tmp_path) -> None:
+    """What is passed off as a GPU's process above, on GPUs."""
+    arguments = flags(checkpoint, tmp_path / "out", *CONVERTED, "--per_device_train_batch_size", "8", "--fsdp")
+    arguments.remove("--use_cpu")
+    launch(uptrain_gqa_glue, arguments, tmp_path)
+    last, final = (hf_attnkit.load_pretrained(tmp_path / "out" / name) for name in ("checkpoint-4", "."))
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
+    before = hf_attnkit.load_pretrained(checkpoint).state_dict()
+    assert not torch.equal(before["classifier.weight"], final.state_dict()["classifier.weight"])
+
+
+def test_a_sharded_run_that_was_killed_goes_on(checkpoint, tmp_path) -> None:
+    """As accelerate launch asks for it, to what it would have been, bit for bit."""
+    arguments = (*CONVERTED, "--optim", "adamw_torch", "--per_device_train_batch_size", "8", "--save_steps", "2")
+    whole, killed = (flags(checkpoint, tmp_path / name, *arguments) for name in ("whole", "killed"))
+    launch(uptrain_gqa_glue, whole, tmp_path, by=ACCELERATE)
+    launch(uptrain_gqa_glue, killed, tmp_path, by=ACCELERATE, kill_at=4)
+    assert not (tmp_path / "killed" / "results.json").exists()
+    launch(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"], tmp_path, by=ACCELERATE)
+    recovered = json.loads((tmp_path / "killed" / "results.json").read_text())["stages"][-1]
+    assert recovered["resumed_from"].endswith("checkpoint-2")
+    found, expected = (hf_attnkit.load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_sharding_that_would_not_happen_is_refused(checkpoint, tmp_path) -> None:
+    """accelerate takes --fsdp on CPU processes and trains unsharded."""
+    with pytest.raises(ValueError, match="FSDP was asked for and accelerate does not shard here"):
+        sharded.keep_whole(SimpleNamespace(is_fsdp_enabled=False))
+    plugin = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
+    with pytest.raises(ValueError, match="FSDP1 is not supported"):
+        sharded.keep_whole(SimpleNamespace(is_fsdp_enabled=True, accelerator=plugin))

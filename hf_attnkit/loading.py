@@ -17,8 +17,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_grouping
+from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
-from hf_attnkit.attention.table import NAME, PARAMETERS
 from hf_attnkit.editing import projections
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads

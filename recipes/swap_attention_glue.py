@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 import hf_attnkit
 from hf_attnkit.attention import swap
-from hf_attnkit.attention.table import IMPLEMENTATIONS, Kind
+from hf_attnkit.attention.kind import Kind
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.pruning import parse_options
 from hf_attnkit.experiment.sweep import runs
@@ -96,9 +96,7 @@ def check(model: PreTrainedModel, arguments: SwapArguments, lora: LoraArguments)
 
 
 def _learns(kind: Kind, layer: AttentionLayer) -> bool:
-    create = getattr(IMPLEMENTATIONS[kind.name], "create_parameters", None)
-    heads = (layer.num_heads, layer.num_key_value_heads, layer.head_dim)
-    return create is not None and create(*heads, **kind.options) is not None
+    return kind.create_parameters(layer.num_heads, layer.num_key_value_heads, layer.head_dim) is not None
 
 
 def running(model: PreTrainedModel) -> list[str]:

@@ -6,45 +6,36 @@ without the feature.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.matrix import MATRIX
 from support.models import batch, build, outputs
 from torch import Tensor
 
 from hf_attnkit import load_pretrained, swap_attention
+from hf_attnkit.attention.table import KINDS
 
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mha": ("mha", {}),
-    "gqa": ("gqa", {}),
-    "mqa": ("mqa", {}),
-    "sliding_window": ("sliding_window", {"window": 5}),
-    "sliding_window, sinks": ("sliding_window", {"window": 5, "num_sink_tokens": 2}),
-    "local_global": ("local_global", {"window": 4, "num_global_tokens": 2}),
-    "local_global, random blocks": ("local_global", {"window": 4, "num_random_blocks": 1, "block_size": 4}),
-    "flash": ("flash", {}),
-    "flash, tiled": ("flash", {"backend": "tiled"}),
-    "linear": ("linear", {}),
-    "linear, window": ("linear", {"window": 4}),
-    "linear, hedgehog": ("linear", {"feature_map": "hedgehog"}),
-}
 DOCS = Path(__file__).parents[1] / "docs" / "attention.md"
 
 
 def model_for(row: str, family: str) -> Any:
-    name, options = ROWS[row]
-    heads = {"kv_heads": 1 if name == "mqa" else 4} if family == "llama" else {}
+    case = MATRIX[row]
+    heads = {"kv_heads": 4 if case.grouped else 1} if family == "llama" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # linear needs transfer training
-        return swap_attention(build(family, "causal" if family == "llama" else "masked", **heads), name, **options)
+        model = build(family, "causal" if family == "llama" else "masked", **heads)
+        return swap_attention(model, case.kind.name, **case.options)
 
 
 def families(row: str) -> tuple[str, ...]:
-    return ("llama",) if ROWS[row][0] == "mqa" else ("llama", "bert")
+    return ("llama", "bert") if MATRIX[row].grouped else ("llama",)
 
 
 def results(model: Any, forward: Callable[..., Tensor]) -> list[Tensor]:
@@ -124,23 +115,35 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", MATRIX)
 def test_cell(row: str, column: str, tmp_path: Path) -> None:
     for family in families(row):
         COLUMNS[column](model_for(row, family), tmp_path / family)
-    cells = [cell.strip() for cell in table_line(row).split("|")[2:-1]]
-    assert cells[list(COLUMNS).index(column)] == "yes", "docs/attention.md has to say yes here"
+    assert table(["kind", *COLUMNS])[row][list(COLUMNS).index(column)] == "yes", "docs/attention.md has to say yes here"
 
 
-def table_line(row: str) -> str:
-    table = DOCS.read_text().split("| " + " | ".join(["kind", *COLUMNS]) + " |\n")[1].split("\n\n")[0]
-    return next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
+def table(titles: list[str]) -> dict[str, list[str]]:
+    """A table of docs/attention.md: first cell of a row, without backticks -> the others."""
+    lines = DOCS.read_text().split("| " + " | ".join(titles) + " |\n")[1].split("\n\n")[0].splitlines()[1:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {first.strip("`"): others for first, *others in cells}
 
 
-def test_every_implementation_has_a_row() -> None:
-    from hf_attnkit import available_attentions
+def test_rows_of_the_documented_table_are_the_cases_of_the_matrix() -> None:
+    assert list(table(["kind", *COLUMNS])) == list(MATRIX)
 
-    assert {name for name, _ in ROWS.values()} == set(available_attentions())
+
+def test_documented_options_are_those_of_the_kinds() -> None:
+    """Names and defaults, as the table of kinds shows them."""
+    documented = {name: cells[1] for name, cells in table(["name", "what it computes", "options", "cost"]).items()}
+    expected = {}
+    for name, kind in KINDS.items():
+        shown = [
+            f"`{field.name}`" if field.default is MISSING else f"`{field.name}={json.dumps(field.default)}`"
+            for field in fields(kind)
+        ]
+        expected[name] = ", ".join(shown).replace("null", "None")
+    assert documented == expected
 
 
 def test_user_marked_global_tokens_do_not_compile_whole() -> None:

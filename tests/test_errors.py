@@ -228,7 +228,7 @@ MODEL: dict[str, Bad] = {
     "importance: direction": (
         lambda m: head_importance(m, [batch(m)], direction="sharp"),
         ValueError,
-        "direction='sharp' .*focused, diffuse",
+        "direction='sharp' .*'focused', 'diffuse'",
     ),
 }
 

@@ -193,7 +193,7 @@ class _Sums:
         inputs: Mapping[str, Any],
         separator: Tensor | None,
     ) -> None:
-        """Add one attention call. Shapes as in `mha.attention`; `separator` `(B, K)`."""
+        """Add one attention call. Shapes as in `Kind.attention`; `separator` `(B, K)`."""
         batch, num_heads, q_length, _ = query.shape
         real = real_queries(self.layer, mask, inputs)
         real = torch.ones(1, q_length, dtype=torch.bool, device=query.device) if real is None else real

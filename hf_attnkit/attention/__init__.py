@@ -1,1 +1,1 @@
-"""Attention implementations: one file each, all with the same signature, listed in `registry`."""
+"""Attention kinds, and what runs them in a model."""

@@ -11,22 +11,22 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.consistency import is_swapped
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.kernels import backends
+from hf_attnkit.attention.kind import ATTRIBUTE, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS
 from hf_attnkit.models.layers import attention_layers
 
 
 def attention_backends(model: PreTrainedModel, **inputs: Any) -> dict[int, tuple[str, str]]:
     """Which backend each swapped layer takes for these inputs, and why.
 
-    Runs one forward pass as the model stands (in training mode with its dropout; the random state is
+    Runs one forward pass of the model as it is (in training mode with its dropout; the random state is
     put back). The choice depends on device, length, padding, dropout and gradients.
 
     Args:
         inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt")`.
 
     Returns:
-        Layer number -> `(backend, reason)`. An implementation without a choice has its own name as backend.
+        Layer number -> `(backend, reason)`. A kind without a choice has its own name as backend.
 
     Raises:
         ValueError: if no layer is swapped.
@@ -41,9 +41,9 @@ def attention_backends(model: PreTrainedModel, **inputs: Any) -> dict[int, tuple
     running: list[int] = []
 
     def start(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
-        name = getattr(module, ATTRIBUTE).name
+        kind: Kind | Stock = getattr(module, ATTRIBUTE)
         running[:] = [numbers[id(module)]]
-        chosen[running[0]] = (name, "no choice" if name in IMPLEMENTATIONS else "not swapped")
+        chosen[running[0]] = (kind.name, "no choice" if isinstance(kind, Kind) else "not swapped")
 
     def note(backend: str, reason: str) -> None:
         chosen[running[0]] = (backend, reason)

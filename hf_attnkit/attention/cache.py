@@ -1,7 +1,7 @@
 """Cache layers for attention that does not need every past key: they live in Transformers' own caches.
 
 Transformers makes a cache from the config, which cannot say what a swapped layer needs. So each
-swapped module has a pre-hook (`place.py`) that puts the right layer into the cache before its first
+swapped module has a pre-hook (`cache_placement.py`) that puts the right layer into the cache before its first
 token, whoever made the cache, and hands it on to the attention call.
 
     keys of a `WindowLayer`, window 3, 2 sinks, after 8 tokens and one step with token 8:
@@ -34,7 +34,7 @@ def take(states: Tensor, index: Tensor, otherwise: Tensor | None = None) -> Tens
     return taken if otherwise is None else torch.where(inside[:, None, :, None], taken, otherwise)
 
 
-class SequenceLayer(CacheLayerMixin):
+class SequenceLayer(CacheLayerMixin):  # type: ignore[misc] # a class of Transformers
     """A cache layer that counts the tokens it has seen and stores what its attention needs.
 
     `update` hands out what the new tokens may attend to; the attention call then says with `settle`

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer, WindowLayer
-from hf_attnkit.attention.table import ATTRIBUTE, create_cache, has_cache
+from hf_attnkit.attention.kind import ATTRIBUTE, Kind, has_cache
 
 
 def add_hook(module: nn.Module) -> None:
@@ -36,6 +36,7 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """
     if not has_cache(module):
         return None
+    kind: Kind = getattr(module, ATTRIBUTE)
     cache = kwargs.get("past_key_values")
     if cache is None and args:
         cache = dict(zip(_arguments(type(module).forward), args, strict=False)).get("past_key_values")
@@ -47,12 +48,12 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if not isinstance(layer, SequenceLayer):
-        needed = create_cache(module, getattr(layer, "max_cache_len", None))
+        needed = kind.create_cache(getattr(layer, "max_cache_len", None))
         if needed is None or not _keeps_less(needed, layer):
             return None
         if layer.is_initialized and int(layer.get_seq_length()) > 0:
             raise ValueError(
-                f"layer {index} runs {getattr(module, ATTRIBUTE).name!r} attention, but its cache already holds "
+                f"layer {index} runs {kind.name!r} attention, but its cache already holds "
                 f"{int(layer.get_seq_length())} tokens of another one; start with a new cache"
             )
         layer = cache.layers[index] = needed

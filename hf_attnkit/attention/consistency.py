@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.table import ATTRIBUTE, NAME
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME
 from hf_attnkit.models.families import family_of
 from hf_attnkit.models.layers import AttentionLayer
 

@@ -16,6 +16,8 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+MaskFunction = Callable[..., Any]
+
 
 def create_mask(
     batch_size: int,
@@ -23,7 +25,7 @@ def create_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable = causal_mask_function,
+    mask_function: MaskFunction = causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
@@ -38,7 +40,7 @@ def create_mask(
     window = is_causal_window(mask_function)
     causal = window or mask_function is causal_mask_function
     if not causal and mask_function is not bidirectional_mask_function:
-        return sdpa_mask(
+        matrix: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -50,6 +52,7 @@ def create_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        return matrix
 
     visible = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if visible is not None:
@@ -73,7 +76,7 @@ def create_mask(
 _CAUSAL_WINDOW = sliding_window_causal_mask_function(1)
 
 
-def is_causal_window(mask_function: Callable) -> bool:
+def is_causal_window(mask_function: MaskFunction) -> bool:
     """Whether this is Transformers' causal window of some size, with nothing added (packed sequences).
 
     Never in a compiled graph, where a function's parts cannot be looked at.
@@ -86,6 +89,7 @@ def is_causal_window(mask_function: Callable) -> bool:
     return len(parts) == 2 and parts[1] is known[1] and parts[0].__code__ is known[0].__code__
 
 
-def _parts(conjunction: Callable) -> tuple[Callable, ...]:
+def _parts(conjunction: MaskFunction) -> tuple[MaskFunction, ...]:
     (cell,) = conjunction.__closure__  # type: ignore[misc]
-    return cell.cell_contents
+    parts: tuple[MaskFunction, ...] = cell.cell_contents
+    return parts

@@ -2,7 +2,7 @@
 
 Transformers knows a single name, `hf_attnkit`, in its `AttentionInterface` and its
 `AttentionMaskInterface`. Masks are made once per model and handed to all layers, so layers of
-different kinds need one name; which kind a layer runs stands on its attention module (`Kind`).
+different kinds need one name; which kind a layer runs is written on its attention module.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.create_mask import create_mask
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Call, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind
 
-# Arguments of a model's attention call that change the result and that no implementation here reads.
+# Arguments of a model's attention call that change the result and that no kind reads.
 _UNSUPPORTED = ("softcap", "s_aux")
+
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Mask, float], None]
@@ -34,9 +37,11 @@ _observers: list[Observer] = []
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
-    """Call `observer(module, query, key, value, mask, scaling)` at each attention call of a model
-    that runs under `NAME`, before the attention itself. Shapes as in `mha.attention`; the mask shows the keys
-    that the implementation attends to, and holds the model's position bias."""
+    """Call `observer(module, query, key, value, mask, scaling)` before each attention call of a model under `NAME`.
+
+    Shapes as in `Kind.attention`; the mask shows the keys that the kind attends to, and holds the model's position
+    bias.
+    """
     _observers.append(observer)
     try:
         yield
@@ -55,11 +60,11 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function for `AttentionInterface`: runs the kind that stands on `module`.
+    """The function for `AttentionInterface`: runs the kind that is written on `module`.
 
     Returns `(batch, queries, num_heads, head_dim)` and the weights, or `None` for kinds without.
     """
-    kind: Kind | None = getattr(module, ATTRIBUTE, None)
+    kind: Kind | Stock | None = getattr(module, ATTRIBUTE, None)
     if kind is None:
         raise ValueError(
             f"{type(module).__name__} runs under attn_implementation={NAME!r} but no kind of attention was chosen for "
@@ -83,7 +88,7 @@ def attention_forward(
 
 
 def _run(
-    kind: Kind,
+    kind: Kind | Stock,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -105,28 +110,19 @@ def _run(
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias[..., : mask.key_position.shape[1]]
         mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
-    if kind.name not in IMPLEMENTATIONS:
+    if isinstance(kind, Stock):
         _tell_observers(module, query, key, value, mask, scaling)
         # Its function adds the position bias, which is among the keywords.
         return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
-    implementation = IMPLEMENTATIONS[kind.name]
-    given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
+    given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
+    call = Call(cache, getattr(module, PARAMETERS, None), given)
     if _observers:
-        seen = (
-            implementation.seen(mask, key.shape, **kind.options, **given) if hasattr(implementation, "seen") else mask
-        )
-        _tell_observers(module, query, key, value, seen, scaling)
-    if not hasattr(implementation, "OWN_WINDOW"):
+        _tell_observers(module, query, key, value, kind.seen(mask, key.shape, call), scaling)
+    if not kind.own_window:
         mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)
-    if cache is not None:
-        given["cache"] = cache
-    if hasattr(module, PARAMETERS):
-        given["parameters"] = getattr(module, PARAMETERS)
-    output, weights = implementation.attention(
-        query, key, value, mask, scaling=scaling, dropout=dropout, **kind.options, **given
-    )
+    output, weights = kind.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
     if cache is not None:
         cache.settle(mask)
     return output.transpose(1, 2).contiguous(), weights
@@ -163,11 +159,11 @@ def _run_stock(
     )
 
 
-def stock_function(name: str, module: nn.Module) -> Callable:
+def stock_function(name: str, module: nn.Module) -> AttentionFunction:
     """Transformers' own attention function; "eager" is that of the file the module's class is from."""
-    if name == "eager":
-        return inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
-    return AttentionInterface()[name]
+    own_file = inspect.getmodule(type(module))
+    function: AttentionFunction = own_file.eager_attention_forward if name == "eager" else AttentionInterface()[name]  # type: ignore[union-attr]
+    return function
 
 
 def register() -> None:

@@ -175,7 +175,7 @@ class Mask:
     def is_trivial(self) -> bool:
         """Nothing is hidden but the future, and queries and keys are the same tokens (if causal)."""
         whole = not self.is_causal or self.query_position.shape[1] == self.key_position.shape[1]
-        return whole and self.key_visible is self.dense is self.bias is self.window is None
+        return whole and self.key_visible is None and self.dense is None and self.bias is None and self.window is None
 
     def distance(self, queries: slice = ALL, keys: slice = ALL) -> Tensor:
         """Query position minus key position, `(B, 1, q, k)`; positive for keys of the past."""
@@ -235,6 +235,12 @@ class Mask:
         if self.window is None:
             return self
         return dataclasses.replace(self, dense=self.visible(), key_visible=None, window=None, known_offset=None)
+
+    def within(self, window: int) -> Mask:
+        """This mask and a window: in `window`, or in the matrix where the mask is one."""
+        if self.dense is None:
+            return dataclasses.replace(self, window=min(window, self.window or window))
+        return self.as_matrix().also(self.distance().abs() < window)
 
     def narrow(self, window: int | None) -> tuple[Mask, int | None]:
         """The mask without the model's own window, and the smaller of both windows."""

@@ -1,6 +1,6 @@
 """Swap the attention of a model's layers, prove that each swapped layer runs it, and swap it back.
 
-The chosen kinds stand in two places that are written together: on each attention module (what runs)
+The chosen kinds are kept in two places that are written together: on each attention module (what runs)
 and in the config (what is saved), under `hf_attnkit`:
 
     {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
@@ -22,8 +22,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
 from hf_attnkit.attention.consistency import is_swapped, require_consistent, require_grouping
 from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind, check_kind
+from hf_attnkit.attention.table import make_kind
+from hf_attnkit.common import options as kind_options
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.common.state import evaluation_mode, replace_state
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
@@ -72,7 +74,7 @@ def swap_attention(
     base, kinds = _checked(model, model_layers, implementation, layers, options)
     _install(model, model_layers, base, kinds)
 
-    transfer = sorted({kind.name for kind in kinds.values() if hasattr(IMPLEMENTATIONS[kind.name], "NEEDS_TRANSFER")})
+    transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
         warnings.warn(
             f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained with "
@@ -140,16 +142,21 @@ def install_saved(model: PreTrainedModel) -> None:
 
 
 def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
-    """The kinds that a config names, by layer."""
+    """The kinds that a config names, by layer.
+
+    Raises:
+        ValueError: for an unknown name or option.
+    """
     saved = getattr(config, "hf_attnkit", None) or {"layers": {}}
-    return {int(index): Kind(name, options) for index, (name, options) in saved["layers"].items()}
+    return {int(index): make_kind(name, options) for index, (name, options) in saved["layers"].items()}
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
     """Name of the implementation that the config gives to a layer."""
-    if not is_swapped(model):
-        return model.config._attn_implementation
-    return model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
+    name: str = model.config._attn_implementation
+    if is_swapped(model):
+        name = model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
+    return name
 
 
 def _checked(
@@ -207,28 +214,22 @@ def _plan(
         named = (spec, {}) if isinstance(spec, str) else spec
         if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
             raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
-        kind = Kind(named[0], dict(named[1]))
+        kind = make_kind(named[0], dict(named[1]))
         chosen = layers is not None or isinstance(implementation, Mapping)
-        if chosen or not (model_layers[index].is_cross and _self_attention_only(kind)):
+        if chosen or not (model_layers[index].is_cross and kind.self_attention_only):
             kinds[index] = kind
     return kinds
 
 
-def _self_attention_only(kind: Kind) -> bool:
-    # A window is a distance within one sequence, whichever implementation has it.
-    windowed = kind.options.get("window") is not None
-    return windowed or hasattr(IMPLEMENTATIONS.get(kind.name), "SELF_ATTENTION_ONLY")
-
-
 def _check(kind: Kind, layer: AttentionLayer) -> None:
     """Raise `ValueError` if the layer cannot run this kind."""
-    check_kind(kind, layer.num_heads, layer.num_key_value_heads)
-    if layer.is_cross and _self_attention_only(kind):
+    kind.check_heads(layer.num_heads, layer.num_key_value_heads)
+    if layer.is_cross and kind.self_attention_only:
         raise ValueError(
             f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
             "this layer out, or give it 'mha', 'gqa' or 'flash'"
         )
-    if layer.position_bias and hasattr(IMPLEMENTATIONS[kind.name], "NO_SCORES"):
+    if layer.position_bias and not kind.forms_scores:
         raise ValueError(
             f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
             "use another attention for this model"
@@ -243,13 +244,13 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
     saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
-            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
+            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base)
             if kind != getattr(layer.module, ATTRIBUTE, None):
                 add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
-            if kind.name in IMPLEMENTATIONS:
-                saved["layers"][str(layer.index)] = [kind.name, kind.options]
+            if isinstance(kind, Kind):
+                saved["layers"][str(layer.index)] = [kind.name, kind_options.changed(kind)]
         config.hf_attnkit = saved
         config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
         model.set_attn_implementation(NAME)
@@ -268,13 +269,14 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         raise
 
 
-def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
+def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
     """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
 
     `load_pretrained` calls this before the weights are read.
     """
-    create = getattr(IMPLEMENTATIONS.get(kind.name), "create_parameters", None)
-    new = None if create is None else create(layer.num_heads, layer.num_key_value_heads, layer.head_dim, **kind.options)
+    new = None
+    if isinstance(kind, Kind):
+        new = kind.create_parameters(layer.num_heads, layer.num_key_value_heads, layer.head_dim)
     old = getattr(layer.module, PARAMETERS, None)
     if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
         return  # a checkpoint that is being loaded

@@ -1,114 +1,45 @@
-"""The table of attention kinds, and what stands on a module that runs one."""
+"""The table of attention kinds."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from hf_attnkit.attention.kind import Kind
+from hf_attnkit.attention.kinds.flash import FlashAttention
+from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
+from hf_attnkit.attention.kinds.linear import LinearAttention
+from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
+from hf_attnkit.attention.kinds.mha import MultiHeadAttention
+from hf_attnkit.attention.kinds.mqa import MultiQueryAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
+from hf_attnkit.common import options
 
-from hf_attnkit.attention.cache import SequenceLayer
-from hf_attnkit.attention.kinds import flash, gqa, linear, local_global, mha, mqa, sliding_window
+_ALL: tuple[type[Kind], ...] = (
+    MultiHeadAttention,
+    GroupedQueryAttention,
+    MultiQueryAttention,
+    SlidingWindowAttention,
+    LocalGlobalAttention,
+    FlashAttention,
+    LinearAttention,
+)
 
-NAME = "hf_attnkit"
-
-
-ATTRIBUTE = "_hf_attnkit_kind"
-
-
-PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so that it is trained and saved with it
-
-
-# name -> module with `attention(query, key, value, mask, *, scaling, dropout, **options)` and
-# `check(num_heads, num_key_value_heads, **options)`. Optionally it has
-#   NEEDS_TRANSFER        a pretrained softmax model needs training after the swap
-#   SELF_ATTENTION_ONLY   queries and keys must be of one sequence
-#   NO_SCORES             there is nothing to which a model's position bias could be added
-#   OWN_WINDOW            applies `Mask.window`, a model's own; otherwise it comes inside a full matrix
-#   seen                  (mask, key's shape, **options, **call arguments) -> the mask with the implementation's own
-#                         pattern: which keys each query attends to; where it attends to fewer than the mask says
-#   CALL_ARGUMENTS        keywords that a user may give to `model(...)`
-#   create_cache          (max_length, **options) -> its layer of a causal model's cache, or None for the usual
-#                         one; `attention` then gets it as `cache`
-#   create_parameters     (num_heads, num_key_value_heads, head_dim, **options) -> nn.Module or None; `attention`
-#                         then gets it as `parameters`
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "mha": mha,
-    "gqa": gqa,
-    "mqa": mqa,
-    "sliding_window": sliding_window,
-    "local_global": local_global,
-    "flash": flash,
-    "linear": linear,
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What one attention module runs.
-
-    Attributes:
-        name: a key of `IMPLEMENTATIONS`, or one of Transformers' own ("sdpa", "eager") for a layer
-            of a swapped model that keeps what it had.
-        options: the implementation's options.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in _ALL}
+"""Name of a kind -> its class."""
 
 
 def available_attentions() -> list[str]:
     """Names that `swap_attention` accepts."""
-    return list(IMPLEMENTATIONS)
+    return list(KINDS)
 
 
-def check_kind(kind: Kind, num_heads: int, num_key_value_heads: int) -> None:
-    """Check a kind for a layer with these numbers of heads.
-
-    Raises:
-        ValueError: unknown name, unknown or missing option, or a value the implementation refuses.
-    """
-    if kind.name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown attention {kind.name!r}; available: {', '.join(IMPLEMENTATIONS)}")
-    check_options(
-        f"attention {kind.name!r}", IMPLEMENTATIONS[kind.name].check, kind.options, num_heads, num_key_value_heads
-    )
-
-
-def check_options(what: str, check: Callable[..., None], options: Mapping[str, Any], *facts: int) -> None:
-    """Call `check(*facts, **options)`, whose keywords are the options that `what` has.
+def make_kind(name: str, given: Mapping[str, Any]) -> Kind:
+    """The kind with these options.
 
     Raises:
-        ValueError: for an unknown or missing option, and what `check` itself refuses.
+        ValueError: unknown name, unknown or missing option, or a value that the kind refuses.
     """
-    parameters = list(inspect.signature(check).parameters.values())[len(facts) :]
-    known = [parameter.name for parameter in parameters]
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        takes = ", ".join(known) if known else "no options"
-        raise ValueError(f"{what} has no option {', '.join(map(str, unknown))}; it takes {takes}")
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in options]
-    if required:
-        raise ValueError(f"{what} needs the option {', '.join(required)}, for example {required[0]}=64")
-    check(*facts, **options)
-
-
-def create_cache(module: nn.Module, max_length: int | None) -> SequenceLayer | None:
-    """The cache layer that the module's kind needs, or `None` if Transformers' own serves it.
-
-    Args:
-        max_length: that of a static cache.
-    """
-    kind: Kind = getattr(module, ATTRIBUTE)
-    return IMPLEMENTATIONS[kind.name].create_cache(max_length, **kind.options) if has_cache(module) else None
-
-
-def has_cache(module: nn.Module) -> bool:
-    """Whether the module's kind may need a cache layer of its own."""
-    kind: Kind | None = getattr(module, ATTRIBUTE, None)
-    # A shared position bias (T5) is computed for the keys of the first layer, so all must keep all keys.
-    position_bias = hasattr(module, "has_relative_attention_bias")
-    return kind is not None and not position_bias and hasattr(IMPLEMENTATIONS.get(kind.name), "create_cache")
+    if name not in KINDS:
+        raise ValueError(f"unknown attention {name!r}; available: {', '.join(KINDS)}")
+    return options.make(f"attention {name!r}", KINDS[name], given)

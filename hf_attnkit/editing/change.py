@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_grouping
-from hf_attnkit.attention.table import ATTRIBUTE, PARAMETERS, Kind
+from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Stock
 from hf_attnkit.common.state import replace_state
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.projections import Edit
@@ -46,7 +46,7 @@ class Change:
         require_consistent(model, layers)
         require_nothing_learned(layers)
         require_unshared(model, layers)
-        running = [getattr(layer.module, ATTRIBUTE, Kind(model.config._attn_implementation)).name for layer in layers]
+        running = [getattr(layer.module, ATTRIBUTE, Stock(model.config._attn_implementation)).name for layer in layers]
         require_grouping(model, heads, running)
         self._modules = [(layer.module, layer.head_dim) for layer in layers]
         self._config = with_heads(model, heads, empty)

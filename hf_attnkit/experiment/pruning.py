@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_attnkit
-from hf_attnkit.importance import check_method
+from hf_attnkit.importance import make_score
 from hf_attnkit.models.layers import attention_layers
 
 REFITS = ("none", "output", "scale")
@@ -27,7 +27,7 @@ class Scoring:
 
     def check(self) -> None:
         """Raise `ValueError` for an unknown method or option, or a mask search after other scores than Fisher's."""
-        check_method(self.method, self.options)
+        make_score(self.method, self.options)
         if self.rearranges and self.method != "fisher":
             raise ValueError(f"rearranging belongs to the scores of 'fisher', not to those of {self.method!r}")
 

@@ -105,7 +105,8 @@ def _has_tokens(inputs: Mapping[str, Any], terms: Tensor) -> Tensor:
     mask = inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(terms, dtype=torch.bool)
-    return mask.flatten(1).any(-1).to(terms.device)
+    any_token: Tensor = mask.flatten(1).any(-1)
+    return any_token.to(terms.device)
 
 
 def sum_over_examples(

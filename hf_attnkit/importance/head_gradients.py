@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.checks import choice
 from hf_attnkit.importance.gates import NO_LABELS, example_gradients
-from hf_attnkit.importance.loss import check_labels
+from hf_attnkit.importance.loss import LABELS
 from hf_attnkit.importance.processes import all_finite, from_processes
 from hf_attnkit.models.layers import editable_layers
 
@@ -34,7 +35,7 @@ def head_gradients(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]],
     Raises:
         TypeError, ValueError: as `head_importance` with method "gradient".
     """
-    check_labels(labels)
+    choice(labels, "labels", LABELS)
     layers = editable_layers(model)
     places = max(layer.num_heads for layer in layers)
     rows = [torch.zeros(0, len(layers), places)]

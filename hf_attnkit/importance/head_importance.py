@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.table import check_options
-from hf_attnkit.importance.methods import (
-    confidence,
-    contribution,
-    entropy,
-    entropy_contribution,
-    fisher,
-    gradient,
-    l0,
-    magnitude,
-    random,
-    taylor,
-)
+from hf_attnkit.common import options as score_options
+from hf_attnkit.importance.methods.confidence import Confidence
+from hf_attnkit.importance.methods.contribution import Contribution
+from hf_attnkit.importance.methods.entropy import Entropy
+from hf_attnkit.importance.methods.entropy_contribution import EntropyContribution
+from hf_attnkit.importance.methods.fisher import Fisher
+from hf_attnkit.importance.methods.gradient import Gradient
+from hf_attnkit.importance.methods.l0 import L0
+from hf_attnkit.importance.methods.magnitude import Magnitude
+from hf_attnkit.importance.methods.random import Random
+from hf_attnkit.importance.methods.taylor import Taylor
+from hf_attnkit.importance.score import Score
 from hf_attnkit.models.layers import editable_layers
 
-# method -> module with `score(model, layers, batches, **options)`: a list of `(num_heads,)` per layer,
-# higher = keep, and `check(**options)`, whose keywords are the options; `NEEDS_BATCHES = False` where it
-# looks at no data. What is summed over batches goes through `over_processes`.
-METHODS: dict[str, ModuleType] = {
-    "entropy": entropy,
-    "contribution": contribution,
-    "entropy_contribution": entropy_contribution,
-    "gradient": gradient,
-    "taylor": taylor,
-    "fisher": fisher,
-    "confidence": confidence,
-    "l0": l0,
-    "magnitude": magnitude,
-    "random": random,
-}
+_ALL: tuple[type[Score], ...] = (
+    Entropy,
+    Contribution,
+    EntropyContribution,
+    Gradient,
+    Taylor,
+    Fisher,
+    Confidence,
+    L0,
+    Magnitude,
+    Random,
+)
+
+METHODS: dict[str, type[Score]] = {score.name: score for score in _ALL}
+"""Name of a method -> its class."""
 
 
 def head_importance(
@@ -74,20 +72,23 @@ def head_importance(
         ValueError: unknown method or option, no or empty batches, a batch that is all padding, missing labels,
             activations or gradients that are not finite, a model that is not supported. The model is unchanged.
     """
-    check_method(method, options)
-    implementation = METHODS[method]
-    if batches is None and getattr(implementation, "NEEDS_BATCHES", True):
+    score = make_score(method, options)
+    if batches is None and score.needs_batches:
         raise ValueError(f"importance method {method!r} looks at data; give batches of model inputs")
     layers = editable_layers(model)
-    scores = implementation.score(model, layers, batches, **options)
+    scores = score.score(model, layers, () if batches is None else batches)
     importance = torch.full((len(layers), max(layer.num_heads for layer in layers)), torch.nan)
     for row, layer, layer_scores in zip(importance, layers, scores, strict=True):
         row[: len(layer.heads)] = layer_scores[: len(layer.heads)]
     return importance
 
 
-def check_method(method: str, options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an unknown method, an option that it does not have, or a bad value of one."""
+def make_score(method: str, options: Mapping[str, Any]) -> Score:
+    """The method with these options; what `head_importance` computes.
+
+    Raises:
+        ValueError: for an unknown method, an option that it does not have, or a bad value of one.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown importance method {method!r}; available: {', '.join(METHODS)}")
-    check_options(f"importance method {method!r}", METHODS[method].check, options)
+    return score_options.make(f"importance method {method!r}", METHODS[method], options)

@@ -24,12 +24,6 @@ LABELS = ("given", "predicted")
 IGNORED = -100  # the label that Transformers' losses leave out
 
 
-def check_labels(labels: str = "given") -> None:
-    """Raises `ValueError` unless `labels` is "given" or "predicted"."""
-    if labels not in LABELS:
-        raise ValueError(f"labels={labels!r} is unknown; it must be one of {', '.join(LABELS)}")
-
-
 def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:
     """The batch with labels for the model's loss, padding's left out, and the terms `(examples,)` of each example.
 

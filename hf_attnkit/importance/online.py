@@ -147,7 +147,8 @@ def _flash_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float) -> Te
         options["attn_mask"] = query.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     assert _FLASH is not None
     expected_key, logsumexp = _FLASH(query, key, key, **options)
-    return logsumexp - scaling * expected_key.mul_(query).sum(-1)
+    entropy: Tensor = logsumexp - scaling * expected_key.mul_(query).sum(-1)
+    return entropy
 
 
 @functools.cache

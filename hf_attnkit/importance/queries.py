@@ -83,7 +83,7 @@ class QuerySums:
 
 def mean_over_queries(
     model: PreTrainedModel,
-    layers: list[AttentionLayer],
+    layers: Sequence[AttentionLayer],
     batches: Iterable[Mapping[str, Any]],
     measure: Measure,
     *,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_attnkit.models.attributes import _attributes
+from hf_attnkit.models.attributes import head_attributes
 from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
 from hf_attnkit.models.families import Family, Stack, family_of
 
@@ -88,7 +88,7 @@ class AttentionLayer:
         return self.num_heads // self.num_key_value_heads
 
 
-def _stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
+def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
     """The family's stacks that the model has.
 
     Raises:
@@ -115,7 +115,7 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
     """
     family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
     layers: list[AttentionLayer] = []
-    for stack in _stacks(model, adapters):
+    for stack in present_stacks(model, adapters):
         for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
             if family.fixed:
                 num_heads = num_key_value_heads = getattr(model.config, stack.num_heads)
@@ -210,7 +210,7 @@ def check_heads(layers: Sequence[AttentionLayer]) -> None:
                 f"layer {layer.index}: {layer.num_heads} query heads do not divide into "
                 f"{layer.num_key_value_heads} groups"
             )
-        for name, value in _attributes(layer.num_heads, layer.num_key_value_heads, layer.head_dim).items():
+        for name, value in head_attributes(layer.num_heads, layer.num_key_value_heads, layer.head_dim).items():
             if getattr(layer.module, name, value) != value:
                 raise ValueError(
                     f"layer {layer.index}: the attention module's {name} is {getattr(layer.module, name)} but config "

@@ -8,17 +8,18 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.models.families import family_of
-from hf_attnkit.models.layers import _stacks
+from hf_attnkit.models.layers import present_stacks
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model's inputs go; images enter through a convolution, tokens through an embedding."""
-    return next(model.get_input_embeddings().parameters()).device
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return device
 
 
 def probe_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Small inputs for `model.base_model` under which every one of its attention layers runs."""
-    config, device, stacks = model.config, input_device(model), _stacks(model)
+    config, device, stacks = model.config, input_device(model), present_stacks(model)
     if model.base_model.main_input_name == "pixel_values":
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size

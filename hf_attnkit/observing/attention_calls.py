@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.attention.consistency import is_swapped, require_consistent
 from hf_attnkit.attention.dispatch import Observer, observe
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.swap import STOCK
-from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, Kind
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.batches import run_batches
 
@@ -35,7 +35,7 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     before = model.config._attn_implementation
     try:
         for layer in layers:
-            setattr(layer.module, ATTRIBUTE, Kind(before if before in STOCK else "sdpa"))
+            setattr(layer.module, ATTRIBUTE, Stock(before if before in STOCK else "sdpa"))
         model.set_attn_implementation(NAME)
         yield
     finally:
@@ -60,8 +60,8 @@ def observe_attention(
 
 def has_softmax(module: nn.Module) -> bool:
     """Whether the module attends by a softmax of scores; linear attention has no attention weights."""
-    kind: Kind | None = getattr(module, ATTRIBUTE, None)
-    return kind is None or not hasattr(IMPLEMENTATIONS.get(kind.name), "NO_SCORES")
+    kind = getattr(module, ATTRIBUTE, None)
+    return not isinstance(kind, Kind) or kind.forms_scores
 
 
 def real_queries(layer: AttentionLayer, mask: Mask, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_attnkit import head_statistics, prune_heads, swap_attention
 from hf_attnkit.attention import dispatch as registry
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import IMPLEMENTATIONS
+from hf_attnkit.attention.table import make_kind
 from hf_attnkit.models.layers import attention_layers
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "head_statistics.py"
@@ -138,6 +138,7 @@ def test_the_implementation_does_not_matter(family: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("options", [("sliding_window", {"window": 3}),
+                                     ("flash", {"window": 3}),
                                      ("sliding_window", {"window": 2, "num_sink_tokens": 2}),
                                      ("local_global", {"window": 2, "num_global_tokens": 1}),
                                      ("local_global", {"window": 2, "num_random_blocks": 1, "block_size": 2})],
@@ -158,8 +159,7 @@ def test_a_window_is_seen(family: str, options: tuple[str, dict[str, int]]) -> N
         query, key, mask, scaling = calls[id(layer.module)]
         plain = Mask.aligned(13, 13, is_causal=not reads_both_ways(model))
         eye = torch.eye(13).expand(1, key.shape[1], -1, -1)
-        attention = IMPLEMENTATIONS[options[0]].attention
-        p = attention(query, key, eye, plain, scaling=scaling, **options[1])[0]
+        p = make_kind(*options).attention(query, key, eye, plain, scaling=scaling)[0]
         assert (p > 0).float().mean() < (0.95 if reads_both_ways(model) else 0.5)
         assert ((p > 0) == mask.visible()).all()
 

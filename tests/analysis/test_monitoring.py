@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from hf_attnkit import AttentionEntropyCallback, head_importance, swap_attention
 from hf_attnkit.analysis.entropy_callback import core_model
 from hf_attnkit.attention import dispatch as registry
-from hf_attnkit.attention.table import ATTRIBUTE
+from hf_attnkit.attention.kind import ATTRIBUTE
 from hf_attnkit.models.layers import attention_layers
 
 FAMILIES = {"bert": "sequence", "llama": "causal", "t5": "causal"}

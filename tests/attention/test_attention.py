@@ -14,7 +14,7 @@ from support.reference import weights
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import linear_sums, tiles
-from hf_attnkit.attention.kinds import mha
+from hf_attnkit.attention.kinds.mha import MultiHeadAttention
 from hf_attnkit.attention.mask import Mask
 
 NAMES = list(MATRIX)
@@ -181,7 +181,7 @@ def test_layout_of_a_model(name: str) -> None:
 def test_mha_returns_the_weights() -> None:
     query, key, value = inputs(6, 3, 17, 17)
     mask = Mask.aligned(17, 17, is_causal=True, key_visible=padding("left", 17))
-    output, actual = mha.attention(query, key, value, mask, scaling=0.3)
+    output, actual = MultiHeadAttention().attention(query, key, value, mask, scaling=0.3)
     seen = mask.visible()
     reference = weights(query, key[:, [0, 0, 1, 1, 2, 2]], seen, 0.3, True, None)
     assert_exact64(actual, reference, terms=17)

@@ -14,7 +14,11 @@ from support.reference import Text, attend, everything, window, window_and_globa
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import tiles
-from hf_attnkit.attention.kinds import flash, linear, local_global, sliding_window
+from hf_attnkit.attention.kind import Call, Kind
+from hf_attnkit.attention.kinds.flash import FlashAttention
+from hf_attnkit.attention.kinds.linear import LinearAttention
+from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
 
 Problem = tuple[list[Tensor], Mask, Tensor, Text]
@@ -42,7 +46,9 @@ def problems(draw: st.DrawFn) -> Problem:
     return tensors, mask, visible, Text(i, j, first, last, is_causal)
 
 
-def check(module: Any, problem: Problem, pattern: Any, *, softmax: bool = True, real: bool = False, **options: Any):
+def check(
+    kind: Kind, problem: Problem, pattern: Any, *, softmax: bool = True, real: bool = False, **arguments: Tensor
+) -> None:
     """`real`: compare the rows of real tokens alone."""
     tensors, mask, visible, text = problem
     allowed = (visible & pattern(text))[:, None]
@@ -51,7 +57,8 @@ def check(module: Any, problem: Problem, pattern: Any, *, softmax: bool = True, 
     def rows(output: Tensor) -> Tensor:
         return output * seen if real else output
 
-    got = gradients(lambda q, k, v: rows(module.attention(q, k, v, mask, scaling=0.7, **options)[0]), *tensors)
+    call = Call(arguments=arguments)
+    got = gradients(lambda q, k, v: rows(kind.attention(q, k, v, mask, scaling=0.7, call=call)[0]), *tensors)
     want = gradients(lambda q, k, v: rows(attend(q, k, v, allowed, scaling=0.7, softmax=softmax)), *tensors)
     for actual, reference in zip(got, want, strict=True):
         assert_exact64(actual, reference, terms=tensors[1].shape[2])
@@ -69,21 +76,21 @@ tile = st.integers(1, 40)
 @given(problems(), st.integers(1, 100), tile, tile)
 def test_sliding_window(problem: Problem, size: int, query_tile: int, key_tile: int) -> None:
     with tile_sizes(query_tile, key_tile):
-        check(sliding_window, problem, partial(window, size), window=size, backend="tiled")
+        check(SlidingWindowAttention(size, backend="tiled"), problem, partial(window, size))
 
 
 @examples
 @given(problems(), st.integers(1, 40), st.integers(1, 10), tile, tile)
 def test_sinks(problem: Problem, size: int, number: int, query_tile: int, key_tile: int) -> None:
     with tile_sizes(query_tile, key_tile):
-        check(sliding_window, problem, partial(window_and_sinks, size, number), window=size, num_sink_tokens=number)
+        check(SlidingWindowAttention(size, number), problem, partial(window_and_sinks, size, number))
 
 
 @examples
 @given(problems(), st.integers(1, 100), st.integers(0, 10), tile, tile)
 def test_local_global(problem: Problem, size: int, number: int, query_tile: int, key_tile: int) -> None:
     with tile_sizes(query_tile, key_tile):
-        check(local_global, problem, partial(window_and_global, size, number), window=size, num_global_tokens=number)
+        check(LocalGlobalAttention(size, number), problem, partial(window_and_global, size, number))
 
 
 @examples
@@ -102,25 +109,24 @@ def test_marked_tokens(problem: Problem, data: st.DataObject) -> None:
         return window(size, text) | real[:, None, :] | real[:, :, None]
 
     with tile_sizes(data.draw(tile), data.draw(tile)):
-        check(local_global, problem, pattern, window=size, global_attention_mask=marks)
+        check(LocalGlobalAttention(size), problem, pattern, global_attention_mask=marks)
 
 
 @examples
 @given(problems(), st.integers(1, 30), st.integers(0, 4), st.integers(1, 4), st.integers(1, 30), st.integers(0, 9))
 def test_random_blocks(problem: Problem, size: int, number: int, per_block: int, block: int, seed: int) -> None:
-    options = {"num_global_tokens": number, "num_random_blocks": per_block, "block_size": block, "seed": seed}
     pattern = partial(window_and_random, size, number, per_block, block, seed)
-    check(local_global, problem, pattern, real=True, window=size, **options)
+    check(LocalGlobalAttention(size, number, per_block, block, seed), problem, pattern, real=True)
 
 
 @examples
 @given(problems(), tile, tile)
 def test_flash(problem: Problem, query_tile: int, key_tile: int) -> None:
     with tile_sizes(query_tile, key_tile):
-        check(flash, problem, everything, backend="tiled")
+        check(FlashAttention(backend="tiled"), problem, everything)
 
 
 @examples
 @given(problems())
 def test_linear(problem: Problem) -> None:
-    check(linear, problem, everything, softmax=False)
+    check(LinearAttention(), problem, everything, softmax=False)

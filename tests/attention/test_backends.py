@@ -12,7 +12,9 @@ from support.reference import Text, attend, window
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import backends
-from hf_attnkit.attention.kinds import flash, gqa, sliding_window
+from hf_attnkit.attention.kinds.flash import FlashAttention
+from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
 
 each_direction = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -113,8 +115,8 @@ def test_refusals(backend: str, options: dict, fields: dict, reason: str) -> Non
 def test_flex_refuses_gradients_on_a_cpu() -> None:
     query, key, value = inputs(8, 8)
     with pytest.raises(ValueError, match="backend='flex' has no backward pass on a CPU"):
-        flash.attention(query.requires_grad_(), key, value, Mask.aligned(8, 8, is_causal=True), scaling=1.0,
-                        backend="flex")  # fmt: skip
+        mask = Mask.aligned(8, 8, is_causal=True)
+        FlashAttention(backend="flex").attention(query.requires_grad_(), key, value, mask, scaling=1.0)
 
 
 def test_refusals_of_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +125,9 @@ def test_refusals_of_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_has_flash_attn", lambda: False)
     assert backends.refusal("flash_attn", cpu, cpu, mask) == "is not installed"
     with pytest.raises(ValueError, match=r"needs the flash-attn package, which is not installed: pip install flash"):
-        flash.check(4, 2, backend="flash_attn")
+        FlashAttention(backend="flash_attn")
     monkeypatch.setattr(backends, "_has_flash_attn", lambda: True)
-    flash.check(4, 2, backend="flash_attn")
+    FlashAttention(backend="flash_attn")
     assert "not cpu and torch.float64" in backends.refusal("flash_attn", cpu, cpu, mask)
 
     class OnGpu:
@@ -144,23 +146,23 @@ def test_refusals_of_flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(Mask(torch.arange(2)[None], torch.arange(8)[None], False)) is None
 
 
-@pytest.mark.parametrize("module", [flash, sliding_window])
-def test_options_are_checked(module: Any) -> None:
-    with pytest.raises(ValueError, match="backend='fast' is unknown; it must be 'auto' or one of tiled, packed, sdpa"):
-        module.check(4, 2, window=3, backend="fast")
+@pytest.mark.parametrize("kind", [FlashAttention, SlidingWindowAttention])
+def test_options_are_checked(kind: Any) -> None:
+    with pytest.raises(ValueError, match="backend='fast' must be one of 'auto', 'tiled', 'packed', 'sdpa'"):
+        kind(window=3, backend="fast")
     with pytest.raises(ValueError, match="window=0 must be"):
-        module.check(4, 2, window=0)
+        kind(window=0)
 
 
 def test_sliding_window_refuses_backends_that_cannot_serve_it() -> None:
     with pytest.raises(ValueError, match="backend='sdpa' cannot skip what is outside a window"):
-        sliding_window.check(4, 2, window=3, backend="sdpa")
+        SlidingWindowAttention(window=3, backend="sdpa")
     for backend in ("packed", "flex"):
         with pytest.raises(ValueError, match=f"backend='{backend}' has no attention sinks"):
-            sliding_window.check(4, 2, window=3, num_sink_tokens=1, backend=backend)
-        sliding_window.check(4, 2, window=3, backend=backend)
+            SlidingWindowAttention(window=3, num_sink_tokens=1, backend=backend)
+        SlidingWindowAttention(window=3, backend=backend)
     with pytest.raises(ValueError, match="num_sink_tokens=-1 must be an integer of at least 0"):
-        sliding_window.check(4, 2, window=3, num_sink_tokens=-1)
+        SlidingWindowAttention(window=3, num_sink_tokens=-1)
 
 
 CHOICES = [
@@ -230,7 +232,7 @@ def test_on_a_gpu(backend: str, size: int | None, dtype: torch.dtype, padded: bo
     options: dict[str, Any] = {"scaling": 0.2, "window": size}
     ours = gradients(lambda *t: project(backends.attend(*t, mask, backend=backend, **options)), *tensors)
     dense = Mask(mask.query_position, mask.key_position, False, dense=seen)
-    plain = gradients(lambda *t: project(gqa.attention(*t, dense, scaling=0.2)[0]), *tensors)
+    plain = gradients(lambda *t: project(GroupedQueryAttention().attention(*t, dense, scaling=0.2)[0]), *tensors)
     exact = gradients(lambda *t: project(attend(*t, seen, scaling=0.2)), *(x.double() for x in tensors))
     for actual, stock, truth in zip(ours, plain, exact, strict=True):
         assert_as_accurate(actual.cpu(), stock.cpu(), truth.cpu(), terms=300)

@@ -56,7 +56,7 @@ def test_share_of_dropped_weights(name: str) -> None:
         zeros, total = zeros + int((~kept).sum()), total + kept.numel()
     # `linear` drops a value for all queries and heads of a group alike: only keys are independent draws,
     # and they count 1 to n times, which is worth 3/4 of as many draws that count the same.
-    independent = 0.75 * 50 * 37 * kv_heads if MATRIX[name].softmax is not True else total
+    independent = 0.75 * 50 * 37 * kv_heads if MATRIX[name].features is not None else total
     assert abs(zeros / total - P) <= 5 * (P * (1 - P) / independent) ** 0.5
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.kinds import local_global
+from hf_attnkit.attention.kind import Call
+from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
 from hf_attnkit.attention.mask import Mask
 
-OPTIONS = {"window": 1, "num_global_tokens": 0, "num_random_blocks": 2, "block_size": 4, "seed": 5}
+KIND = LocalGlobalAttention(window=1, num_global_tokens=0, num_random_blocks=2, block_size=4, seed=5)
 each_direction = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def pattern(length: int, *, is_causal: bool = False, key_visible: Tensor | None = None, **options: Any) -> Tensor:
+def pattern(
+    length: int,
+    *,
+    is_causal: bool = False,
+    key_visible: Tensor | None = None,
+    marks: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """`(batch, length, length)` bool, read off the kernel: equal scores and one-hot values."""
     batch = 1 if key_visible is None else key_visible.shape[0]
     query = torch.zeros(batch, 1, length, 1, dtype=torch.float64)
     value = torch.eye(length, dtype=torch.float64).expand(batch, 1, -1, -1)
     mask = Mask.aligned(length, length, is_causal=is_causal, key_visible=key_visible)
-    output, _ = local_global.attention(query, query, value, mask, scaling=1.0, **(OPTIONS | options))
+    call = Call(arguments={} if marks is None else {"global_attention_mask": marks})
+    output, _ = replace(KIND, **options).attention(query, query, value, mask, scaling=1.0, call=call)
     return output[:, 0] > 0
 
 
@@ -80,7 +90,7 @@ def test_steps_see_what_one_pass_sees() -> None:
     for count in (1, 3, 17):
         query, key = (torch.zeros(1, 1, length, 1, dtype=torch.float64) for length in (count, 40))
         mask = Mask.receive(None, count, 40, is_causal=True, device=key.device)
-        output, _ = local_global.attention(query, key, value, mask, scaling=1.0, **OPTIONS)
+        output, _ = KIND.attention(query, key, value, mask, scaling=1.0)
         assert torch.equal(output[0, 0] > 0, whole[-count:])
 
 
@@ -91,7 +101,7 @@ def test_marked_tokens_are_global(is_causal: bool) -> None:
     marked[0, [5, 7, 11]] = 1
     hidden = torch.ones(1, 12, dtype=torch.bool)
     hidden[0, 10:] = False
-    seen = pattern(12, is_causal=is_causal, key_visible=hidden, num_random_blocks=0, global_attention_mask=marked)[0]
+    seen = pattern(12, is_causal=is_causal, key_visible=hidden, num_random_blocks=0, marks=marked)[0]
     expected = torch.eye(12, dtype=torch.bool)
     expected[[5, 7], :], expected[:, [5, 7]] = True, True
     expected = expected.tril() if is_causal else expected
@@ -100,4 +110,4 @@ def test_marked_tokens_are_global(is_causal: bool) -> None:
 
 def test_marks_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"global_attention_mask has shape \(1, 9\) for 12 queries and 12 keys"):
-        pattern(12, global_attention_mask=torch.ones(1, 9))
+        pattern(12, marks=torch.ones(1, 9))

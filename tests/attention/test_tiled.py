@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from support.accuracy import assert_exact64, gradients
 from support.reference import Text, attend, weights, window
 from torch import Tensor
 
-from hf_attnkit.attention.kernels import backends, tiled, tiles
-from hf_attnkit.attention.kernels.tiles import Extra, _product
-from hf_attnkit.attention.kinds import flash, gqa, local_global, sliding_window
+from hf_attnkit.attention.kernels import backends, packed, tiled, tiles
+from hf_attnkit.attention.kernels.tiles import Extra
+from hf_attnkit.attention.kinds.flash import FlashAttention
+from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
+from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
 
 each_direction = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -168,24 +172,24 @@ def test_what_it_cannot_apply_is_refused() -> None:
 # What lies outside the pattern is never read: NaN there reaches nothing, forward or backward.
 
 SPARSE = {
-    "window": (sliding_window, {"window": 6, "backend": "tiled"}),
-    "sinks": (sliding_window, {"window": 6, "num_sink_tokens": 2}),
-    "global": (local_global, {"window": 6, "num_global_tokens": 2}),
-    "random": (local_global, {"window": 6, "num_global_tokens": 2, "num_random_blocks": 1, "block_size": 8}),
+    "window": SlidingWindowAttention(6, backend="tiled"),
+    "sinks": SlidingWindowAttention(6, num_sink_tokens=2),
+    "global": LocalGlobalAttention(6, num_global_tokens=2),
+    "random": LocalGlobalAttention(6, num_global_tokens=2, num_random_blocks=1, block_size=8),
 }
 
 
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Scores computed by each call of the kernel's one product of queries and keys."""
     counted: list[int] = []
-    original = _product
+    original = tiles.product
 
     def product(query: Tensor, key: Tensor) -> Tensor:
         scores = original(query, key)
         counted.append(scores.numel())
         return scores
 
-    monkeypatch.setattr(tiles, "_product", product)
+    monkeypatch.setattr(tiles, "product", product)
     return counted
 
 
@@ -193,13 +197,13 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("name", SPARSE)
 def test_work_is_linear(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the length computes about twice the scores, forward and backward alike; a matrix would be four times."""
-    module, options = SPARSE[name]
+    kind = SPARSE[name]
     counted = visited(monkeypatch)
     totals = []
     for length in (256, 512):
         query, key, value = (x.requires_grad_() for x in inputs(length, length))
         mask = Mask.aligned(length, length, is_causal=is_causal)
-        output = module.attention(query, key, value, mask, scaling=0.4, **options)[0]
+        output = kind.attention(query, key, value, mask, scaling=0.4)[0]
         forward = sum(counted)
         output.sum().backward()
         assert sum(counted) == 2 * forward  # the backward pass computes the same tiles once more
@@ -257,14 +261,14 @@ def test_memory_is_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the length takes about twice the memory, forward and backward; one matrix would take four times."""
     monkeypatch.setattr(tiles, "QUERY_TILE", 64)
     monkeypatch.setattr(tiles, "KEY_TILE", 256)
-    module, options = SPARSE.get(name, (flash, {"backend": "tiled"}))
+    kind = SPARSE.get(name, FlashAttention(backend="tiled"))
     peaks = []
     for length in (1024, 2048):
         tensors = [x.float().requires_grad_() for x in inputs(length, length)]
         mask = Mask.aligned(length, length, is_causal=False, key_visible=padded(length))
 
         def both_passes(tensors: list[Tensor] = tensors, mask: Mask = mask) -> None:
-            module.attention(*tensors, mask, scaling=0.4, **options)[0].sum().backward()
+            kind.attention(*tensors, mask, scaling=0.4)[0].sum().backward()
 
         peaks.append(peak_bytes(both_passes))
     assert peaks[1] < 2.2 * peaks[0]
@@ -275,24 +279,27 @@ def test_the_record_of_memory_sees_a_matrix() -> None:
     """What the test above relies on."""
     query, key, value = (x.float() for x in inputs(1024, 1024))
     mask = Mask.aligned(1024, 1024, is_causal=True)
-    assert peak_bytes(lambda: gqa.attention(query, key, value, mask, scaling=0.4)) >= 2 * 4 * 4 * 1024**2
+    assert (
+        peak_bytes(lambda: GroupedQueryAttention().attention(query, key, value, mask, scaling=0.4))
+        >= 2 * 4 * 4 * 1024**2
+    )
 
 
-DROPPING = {"flash": (flash, {"backend": "tiled"}), **SPARSE}
+DROPPING = {"flash": FlashAttention(backend="tiled"), **SPARSE}
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_against_autograd_with_the_same_factors(name: str) -> None:
     """The factors are read off the kernel: with one-hot values its output is each weight as dropped.
     That it gives weights at all shows that dropout stays on the tiled kernel."""
-    module, options = DROPPING[name]
+    kind = DROPPING[name]
     length, rate = 70, 0.3
     query, key, value = inputs(length, length)
     mask = Mask.aligned(length, length, is_causal=True)
 
     def run(query: Tensor, key: Tensor, value: Tensor, dropout: float = rate) -> Tensor:
         torch.manual_seed(3)
-        return module.attention(query, key, value, mask, scaling=0.4, dropout=dropout, **options)[0]
+        return kind.attention(query, key, value, mask, scaling=0.4, dropout=dropout)[0]
 
     one_hot = torch.eye(length, dtype=torch.float64).expand(2, 2, -1, -1)
     whole, dropped = (run(query, key, one_hot, dropout) for dropout in (0.0, rate))
@@ -310,14 +317,12 @@ def test_dropout_against_autograd_with_the_same_factors(name: str) -> None:
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_stays_on_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `backend="auto"` too, and with no other kernel beside it."""
-    module, options = DROPPING[name]
-    monkeypatch.setattr(gqa, "attention", lambda *_, **__: pytest.fail("a matrix was formed"))
+    kind = DROPPING[name]
+    monkeypatch.setattr(packed, "attention", lambda *_, **__: pytest.fail("a matrix was formed"))
     counted = visited(monkeypatch)
-    options = {key: value for key, value in options.items() if key != "backend"}
+    kind = replace(kind, backend="auto") if hasattr(kind, "backend") else kind
     length = backends.SHORT_MATRIX + 1  # below, the automatic choice is another kernel's matrix
-    module.attention(
-        *inputs(length, length), Mask.aligned(length, length, is_causal=True), scaling=0.4, dropout=0.3, **options
-    )
+    kind.attention(*inputs(length, length), Mask.aligned(length, length, is_causal=True), scaling=0.4, dropout=0.3)
     assert counted
 
 
@@ -325,7 +330,7 @@ def test_tiles_draw_independently() -> None:
     """Neighbouring tiles, and neighbouring seeds, must not repeat each other's factors."""
     scores = torch.empty(1, 4, 256, 512)
     tiles = [
-        tiled._kept(scores, 0.5, seed, slice(q, q + 256), k).flatten()
+        tiled.kept_weights(scores, 0.5, seed, slice(q, q + 256), k).flatten()
         for seed in (0, 1, 2**31 - 2)
         for q in (0, 256)
         for k in (-1, 0, 512)

@@ -184,7 +184,7 @@ def test_joint_score_of_gradient_and_entropy() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"joint": "sum"}, "joint='sum' .*product, hies"),
+        ({"joint": "sum"}, "joint='sum' .*'product', 'hies'"),
         ({"alpha": 0.5}, "belong to joint='hies'"),
         ({"joint": "hies", "alpha": 2}, "alpha=2"),
         ({"joint": "hies", "labels": "none"}, "labels='none'"),

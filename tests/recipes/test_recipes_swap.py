@@ -14,7 +14,7 @@ from support.unchanged import unchanged
 
 import hf_attnkit
 from hf_attnkit.attention import swap
-from hf_attnkit.attention.table import Kind
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 
@@ -103,5 +103,5 @@ def test_checking_a_swap_changes_nothing() -> None:
         kinds = swap.check(model, ("sliding_window", {"window": 4}), layers=[1])
         with pytest.raises(ValueError, match="no option size"):
             swap.check(model, "sliding_window", size=4)
-    assert kinds == {1: Kind("sliding_window", {"window": 4})}
+    assert kinds == {1: SlidingWindowAttention(window=4)}
     assert json.dumps(hf_attnkit.swap_attention(model, "mha").config.hf_attnkit["layers"]["1"]) == '["mha", {}]'

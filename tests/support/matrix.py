@@ -1,20 +1,20 @@
-"""The shared test matrix: every implementation, the options to test it with, and what it must equal.
+"""The shared test matrix: every kind with the options to test it with. A new kind is one line of `MATRIX`.
 
-An implementation may have several cases: the first word of a case's name is the implementation's.
+What a case must equal is made from its own `seen`, as plain softmax in float64 under that matrix; `pattern` is written
+by hand and checks `seen` itself (`test_seen.py`). The rows of the table in docs/attention.md are the cases' names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from support.reference import (
     Text,
     attend,
-    everything,
     phi,
     plain_hedgehog,
     window,
@@ -24,102 +24,119 @@ from support.reference import (
 )
 from torch import Tensor
 
+from hf_attnkit.attention.kind import Call, Kind
+from hf_attnkit.attention.kinds.flash import FlashAttention
+from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
+from hf_attnkit.attention.kinds.linear import LinearAttention
+from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
+from hf_attnkit.attention.kinds.mha import MultiHeadAttention
+from hf_attnkit.attention.kinds.mqa import MultiQueryAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import IMPLEMENTATIONS
+from hf_attnkit.common import options
 
 
 @dataclass(frozen=True)
 class Case:
-    """One implementation under test.
+    """One kind under test.
 
     Attributes:
-        options: its options.
-        pattern: which keys a query may see, see `reference`.
-        exact: computes the model's own attention, whatever the sequence.
-        softmax: which of these count by e^score: all, none or a pattern; the others by their features.
-        features: of queries and keys, for linear attention.
-        grouped: takes more than one key/value head.
-        matrix: takes a full (queries x keys) mask, and a bias of the scores.
-        crosses: runs in cross-attention too.
-        first: needs to know where a text begins, which a full mask of a step with a cache does not tell.
+        kind: with its options.
+        pattern: which keys a query sees, written by hand, see `reference`; `None` for all that the mask shows.
+        features: of queries and keys, for linear attention; `None` if all keys count by e^score.
+        near: for linear attention, which keys count by e^score all the same.
         hidden_rows: padding's own queries follow the pattern too, instead of giving just anything.
         kernel: one of ours computes it, not PyTorch's.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
-    pattern: Callable[..., Tensor] = everything
-    exact: bool = True
-    softmax: bool | Callable[..., Tensor] = True
-    features: Callable[[Tensor], Tensor] = phi
-    grouped: bool = True
-    matrix: bool = True
-    crosses: bool = True
-    first: bool = False
+    kind: Kind
+    pattern: Callable[[Text], Tensor] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
+    near: Callable[[Text], Tensor] | None = None
     hidden_rows: bool = True
     kernel: bool = True
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return options.changed(self.kind)
 
-BLOCKS = {"num_random_blocks": 2, "block_size": 4, "seed": 3}
+    @cached_property
+    def exact(self) -> bool:
+        """Computes the model's own attention, whatever the sequence."""
+        seen = self.kind.seen(Mask.aligned(40, 40, is_causal=False), torch.Size((1, 1, 40, 1))).visible()
+        return self.kind.forms_scores and (seen is None or bool(seen.all()))
+
+    @cached_property
+    def grouped(self) -> bool:
+        """Takes more than one key/value head."""
+        return not _refuses(lambda: self.kind.check_heads(4, 2))
+
+    @property
+    def matrix(self) -> bool:
+        """Takes a full (queries x keys) mask, and a bias of the scores."""
+        return self.kind.forms_scores
+
+    @property
+    def crosses(self) -> bool:
+        """Runs in cross-attention too."""
+        return not self.kind.self_attention_only
+
+    @cached_property
+    def first(self) -> bool:
+        """Needs to know where a text begins, which a full mask of a step with a cache does not tell."""
+        matrix = torch.ones(1, 1, 2, 8, dtype=torch.bool)
+        step = Mask.receive(matrix, 2, 8, is_causal=True, device=matrix.device)
+        return _refuses(lambda: self.kind.seen(step, torch.Size((1, 1, 8, 1))))
+
+
+def _refuses(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
+
+
 MATRIX: dict[str, Case] = {
-    "mha": Case(),
-    "gqa": Case(),
-    "mqa": Case(grouped=False),
-    "sliding_window": Case({"window": 5}, partial(window, 5), exact=False, crosses=False),
-    "sliding_window sinks": Case(
-        {"window": 5, "num_sink_tokens": 3}, partial(window_and_sinks, 5, 3), exact=False, crosses=False, first=True
-    ),
-    "local_global": Case(
-        {"window": 4, "num_global_tokens": 2},
-        partial(window_and_global, 4, 2),
-        exact=False,
-        crosses=False,
-        first=True,
-    ),
-    "local_global random": Case(
-        {"window": 2, "num_global_tokens": 1, **BLOCKS},
+    "mha": Case(MultiHeadAttention()),
+    "gqa": Case(GroupedQueryAttention()),
+    "mqa": Case(MultiQueryAttention()),
+    "sliding_window": Case(SlidingWindowAttention(5), partial(window, 5)),
+    "sliding_window, sinks": Case(SlidingWindowAttention(5, num_sink_tokens=3), partial(window_and_sinks, 5, 3)),
+    "local_global": Case(LocalGlobalAttention(4, num_global_tokens=2), partial(window_and_global, 4, 2)),
+    "local_global, random blocks": Case(
+        LocalGlobalAttention(2, num_random_blocks=2, block_size=4, seed=3),
         partial(window_and_random, 2, 1, 2, 4, 3),
-        exact=False,
-        crosses=False,
-        first=True,
         hidden_rows=False,
     ),
-    "flash": Case(kernel=False),
-    "flash tiled": Case({"backend": "tiled"}),
-    "flash window": Case({"window": 7}, partial(window, 7), exact=False, crosses=False),
-    "linear": Case(exact=False, softmax=False, matrix=False, crosses=False),
-    "linear hedgehog": Case(
-        {"feature_map": "hedgehog"},
-        exact=False,
-        softmax=False,
-        features=plain_hedgehog,
-        matrix=False,
-        crosses=False,
-    ),
-    "linear hybrid": Case({"window": 4}, exact=False, softmax=partial(window, 4), matrix=False, crosses=False),
+    "flash": Case(FlashAttention(), kernel=False),
+    "flash, tiled": Case(FlashAttention(backend="tiled")),
+    "flash, window": Case(FlashAttention(window=7), partial(window, 7)),
+    "linear": Case(LinearAttention(), features=phi),
+    "linear, hedgehog": Case(LinearAttention("hedgehog"), features=plain_hedgehog),
+    "linear, window": Case(LinearAttention(window=4), features=phi, near=partial(window, 4)),
 }
-COVERED = list(dict.fromkeys(name.split()[0] for name in MATRIX))  # must be all registered implementations
+COVERED = list(dict.fromkeys(case.kind.name for case in MATRIX.values()))  # must be all registered kinds
 EXACT = [name for name, case in MATRIX.items() if case.exact]
 # Options that make every pattern cover a whole short sequence.
 LONG = {"sliding_window": {"window": 200}, "local_global": {"window": 200}}
 
 # BERT has one key/value head after convert_to_mqa only, see test_swap_save.py and test_conversion.py.
-WITH_FAMILY = [(name, family) for name in MATRIX for family in ("bert", "llama", "mistral")]
-WITH_FAMILY.remove(("mqa", "bert"))
+FAMILIES = ("bert", "llama", "mistral")
+WITH_FAMILY = [(name, family) for name in MATRIX for family in FAMILIES if family != "bert" or MATRIX[name].grouped]
 
 
 def kind(name: str) -> str:
-    """The implementation of a case."""
-    return name.split()[0]
+    """The kind's name in the name of a case."""
+    return MATRIX[name].kind.name if name in MATRIX else name
 
 
-def run(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Tensor:
-    """The implementation's output with its options of the matrix."""
-    options = {"scaling": query.shape[-1] ** -0.5} | MATRIX[name].options | options
-    implementation = IMPLEMENTATIONS[kind(name)]
-    if hasattr(implementation, "create_parameters"):
-        sizes = query.shape[1], key.shape[1], query.shape[3]
-        options["parameters"] = implementation.create_parameters(*sizes, **MATRIX[name].options)
-    output = implementation.attention(query, key, value, mask, **options)[0]
+def run(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **arguments: Any) -> Tensor:
+    """The kind's output."""
+    used = MATRIX[name].kind
+    parameters = used.create_parameters(query.shape[1], key.shape[1], query.shape[3])
+    arguments = {"scaling": query.shape[-1] ** -0.5, "call": Call(parameters=parameters)} | arguments
+    output = used.attention(query, key, value, mask, **arguments)[0]
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)
 
@@ -133,18 +150,16 @@ def open_rows(name: str, mask: Mask) -> Tensor | None:
 
 
 def visible(name: str, mask: Mask) -> Tensor:
-    """`(B, 1 or H, Q, K)`: what the definition lets each query see, from the mask's fields alone."""
-    where = text(mask)
-    seen = MATRIX[name].pattern(where)[:, None]
-    if mask.dense is not None:
-        return seen & mask.dense
-    if mask.is_causal:
-        seen = seen & (where.j <= where.i)[:, None]
-    return seen if mask.key_visible is None else seen & mask.key_visible[:, None, None, :]
+    """`(B, 1 or H, Q, K)`: what the kind says that each query sees."""
+    parts = (mask.query_position, mask.key_position, mask.key_visible, mask.dense)
+    batch = max(len(part) for part in parts if part is not None)
+    lengths = mask.query_position.shape[1], mask.key_position.shape[1]
+    seen = MATRIX[name].kind.seen(mask, torch.Size((batch, 1, lengths[1], 1))).visible()
+    return torch.ones(1, 1, *lengths, dtype=torch.bool) if seen is None else seen
 
 
 def text(mask: Mask) -> Text:
-    """Where the queries and keys of a mask stand."""
+    """Where the queries and keys of a mask are, from its fields alone."""
     i, j = mask.query_position[:, :, None], mask.key_position[:, None, :]
     first, last = j[..., :1], j[..., -1:]
     if mask.key_visible is not None:
@@ -154,16 +169,17 @@ def text(mask: Mask) -> Text:
     return Text(i, j, first, last, mask.is_causal)
 
 
-def by_score(name: str, where: Text) -> bool | Tensor:
-    """What `reference.attend` takes as `softmax`."""
-    softmax = MATRIX[name].softmax
-    return softmax if isinstance(softmax, bool) else softmax(where)[:, None]
+def weighing(name: str, mask: Mask) -> dict[str, Any]:
+    """What `reference.attend` takes as `softmax` and `features`."""
+    case = MATRIX[name]
+    if case.features is None:
+        return {}
+    return {"features": case.features, "softmax": False if case.near is None else case.near(text(mask))[:, None]}
 
 
-def expected(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Tensor:
+def expected(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **arguments: Any) -> Tensor:
     """The same by definition."""
-    options = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | options
-    options |= {"softmax": by_score(name, text(mask)), "features": MATRIX[name].features}
-    output = attend(query, key, value, visible(name, mask), **options)
+    arguments = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | weighing(name, mask) | arguments
+    output = attend(query, key, value, visible(name, mask), **arguments)
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)

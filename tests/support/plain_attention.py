@@ -1,19 +1,20 @@
-"""Each implementation as a plain attention function of Transformers' own interface, for whole models.
+"""Each kind as a plain attention function of Transformers' own interface, for whole models.
 
-Registered under `plain_<number>` with a full bool mask, made from the definition in `reference`: what
-a swapped model must equal when one pass runs over the whole batch.
+Registered under `plain_<number>` with a full bool mask, and computed by the definition in `reference` under the matrix
+that the kind's `seen` gives: what a swapped model must equal when one pass runs over the whole batch.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from support.matrix import MATRIX, by_score
-from support.reference import Text, attend
+from support.matrix import MATRIX, visible, weighing
+from support.reference import attend
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from hf_attnkit.attention.mask import Mask
 
 
 def full_mask(**arguments: Any) -> Tensor:
@@ -21,7 +22,7 @@ def full_mask(**arguments: Any) -> Tensor:
     return sdpa_mask(**arguments)
 
 
-def plain(name: str, pattern: Any) -> Any:
+def plain(name: str) -> Any:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -36,22 +37,18 @@ def plain(name: str, pattern: Any) -> Any:
         if getattr(module, "is_decoder", False) and not module.is_causal:
             output = attend(query, key, value, mask, scaling=scaling, bias=position_bias)
             return output.transpose(1, 2).contiguous(), None
-        i, j = torch.arange(query.shape[2])[None, :, None], torch.arange(key.shape[2])[None, None]
-        real = mask.any(-2)[:, 0].int()
-        first = real.argmax(-1)[:, None, None]
-        last = real.shape[1] - 1 - real.flip(-1).argmax(-1)[:, None, None]
         is_causal = not mask.triu(1).any()
-        where = Text(i, j, first, last, is_causal)
-        output = attend(query, key, value, mask & pattern(where)[:, None], scaling=scaling, bias=position_bias,
-                        softmax=by_score(name, where), features=MATRIX[name].features)  # fmt: skip
+        given = Mask.receive(mask, query.shape[2], key.shape[2], is_causal=is_causal, device=mask.device)
+        output = attend(query, key, value, visible(name, given), scaling=scaling, bias=position_bias,
+                        **weighing(name, given))  # fmt: skip
         return output.transpose(1, 2).contiguous(), None
 
     return forward
 
 
 def register(name: str) -> str:
-    """Make the implementation's definition an `attn_implementation`; returns its name."""
+    """Make the kind's definition an `attn_implementation`; returns its name."""
     stock = f"plain_{list(MATRIX).index(name)}"  # Transformers looks for a kernel where a name says flash
-    AttentionInterface.register(stock, plain(name, MATRIX[name].pattern))
+    AttentionInterface.register(stock, plain(name))
     AttentionMaskInterface.register(stock, full_mask)
     return stock

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit import convert_to_gqa, swap_attention
-from hf_attnkit.attention.table import PARAMETERS
+from hf_attnkit.attention.kind import PARAMETERS
 
 # The longest sum that rounds: over the intermediate layer.
 TERMS = 96

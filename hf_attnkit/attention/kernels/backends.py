@@ -26,6 +26,7 @@ from torch import Tensor
 
 from hf_attnkit.attention.kernels import packed, tiled
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common.checks import choice
 
 BACKENDS = ("tiled", "packed", "sdpa", "flex", "flash_attn")
 FLEX_BLOCK = 128
@@ -48,15 +49,16 @@ def listen(listener: Listener) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def check_backend(backend: str) -> None:
-    """Raises `ValueError` unless it is "auto" or one of `BACKENDS`, and installed."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend={backend!r} is unknown; it must be 'auto' or one of {', '.join(BACKENDS)}")
+def check_backend(backend: str, window: int | None = None) -> None:
+    """Raise `ValueError` unless it is "auto" or one of `BACKENDS`, installed, and able to run a window if given one."""
+    choice(backend, "backend", ("auto", *BACKENDS))
     if backend == "flash_attn" and not _has_flash_attn():
         raise ValueError(
             "backend='flash_attn' needs the flash-attn package, which is not installed: pip install flash-attn, "
             "or backend='auto'"
         )
+    if backend == "sdpa" and window is not None:
+        raise ValueError("backend='sdpa' cannot skip what is outside a window; use 'auto', 'tiled' or 'flex'")
 
 
 def choose(
@@ -142,7 +144,7 @@ def attend(
 ) -> Tensor:
     """Softmax attention, within a window if one is given, by the backend that `choose` names.
 
-    Shapes as in `mha.attention`; returns the output alone.
+    Shapes as in `Kind.attention`; returns the output alone.
     """
     if window is not None and window >= key.shape[2] and mask.known_offset is not None:
         window = None  # nothing is outside
@@ -190,7 +192,7 @@ def _flash_attn(
 
     # Its window counts the neighbours on each side, without the query's own key.
     before = -1 if window is None else window - 1
-    output = flash_attn_func(
+    output: Tensor = flash_attn_func(
         *(t.transpose(1, 2) for t in (query, key, value)),
         dropout_p=dropout, softmax_scale=scaling, causal=mask.is_causal,
         window_size=(before, 0 if mask.is_causal else before),

@@ -15,7 +15,7 @@ from hf_attnkit.attention.mask import Mask
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, dropout: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Attend. Shapes as in `kinds.mha.attention`; returns no weights."""
+    """Attend. Shapes as in `Kind.attention`; returns no weights."""
     batch, num_heads, q_length, head_dim = query.shape
     num_groups, kv_length = key.shape[1], key.shape[2]
     stacked = (query * scaling).reshape(batch, num_groups, -1, head_dim)

@@ -8,9 +8,60 @@ does not change as the sequence grows, so that decoding step by step sees what o
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hf_attnkit.attention.mask import Mask
+
+
+@dataclass(frozen=True)
+class Links:
+    """Which blocks of keys each block of queries sees.
+
+    Attributes:
+        start: `(B,)` index of each row's first token, where its first block begins.
+        blocks: `(B, num_blocks, number)` numbers of blocks; -1 where there is none.
+        block_size: tokens in a block.
+    """
+
+    start: Tensor
+    blocks: Tensor
+    block_size: int
+
+    def matrix(self, query_index: Tensor, kv_length: int) -> Tensor:
+        """The keys that each query sees by a block, bool `(B, 1, Q, K)`.
+
+        Args:
+            query_index: `(B, Q)`, of each query among the keys.
+        """
+        start, blocks = self.start, self.blocks
+        linked = torch.zeros(len(start), blocks.shape[1], blocks.shape[1] + 1, dtype=torch.bool, device=blocks.device)
+        linked = linked.scatter(2, blocks.where(blocks >= 0, blocks.shape[1]), True)[:, :, :-1]
+        query_block = (query_index - start[:, None]).clamp(min=0) // self.block_size
+        key_index = torch.arange(kv_length, device=start.device) - start[:, None]
+        of_query = linked.gather(1, query_block[:, :, None].expand(-1, -1, linked.shape[2]))
+        of_key = (key_index.clamp(min=0) // self.block_size)[:, None].expand(-1, of_query.shape[1], -1)
+        return (of_query.gather(2, of_key) & (key_index >= 0)[:, None])[:, None]
+
+
+def find_links(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: int) -> Links:
+    """Draw the blocks.
+
+    Args:
+        shape: of the keys, `(B, num_key_value_heads, K, head_dim)`.
+        number: blocks of keys for each block of queries.
+    """
+    batch, kv_length = shape[0], shape[2]
+    start = (mask.first_token() - mask.key_position[:, :1]).expand(batch, -1)[:, 0]
+    visible = mask.key_visible if mask.dense is None else mask.dense.any(-2)[:, 0]
+    if visible is None:
+        lengths = torch.full((batch,), kv_length, device=start.device)
+    else:
+        lengths = kv_length - visible.flip(-1).int().argmax(-1).expand(batch) - start
+    num_blocks = -(-kv_length // block_size)
+    return Links(start, chosen_blocks(lengths, num_blocks, number, seed, mask.is_causal, block_size), block_size)
 
 
 @functools.lru_cache(maxsize=256)

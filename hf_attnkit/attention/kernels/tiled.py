@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.kernels.tiles import Extra, _Problem, _problem, _stack
+from hf_attnkit.attention.kernels.tiles import Extra, Problem, make_problem, stack_groups
 from hf_attnkit.attention.mask import Mask
 
 
@@ -71,13 +71,14 @@ def attend(
     extras = (None, None, None, None, 0)
     if extra is not None and extra.key.shape[3] > 0:
         extras = (extra.key, extra.value, extra.index, extra.visible, extra.tile)  # type: ignore[assignment]
-    return tiled_attention(
+    output, logsumexp = tiled_attention(
         query, key, value, mask.key_visible, mask.dense, mask.bias, offset, *extras,
         mask.is_causal, window or 0, scaling, dropout, seed,
     )  # fmt: skip
+    return output, logsumexp
 
 
-def _kept(scores: Tensor, dropout: float, seed: int, queries: slice, start: int) -> Tensor:
+def kept_weights(scores: Tensor, dropout: float, seed: int, queries: slice, start: int) -> Tensor:
     """Dropout factors of a tile: 0, or 1 / (1 - dropout). `start` tells the tiles of a row apart."""
     generator = torch.Generator(device=scores.device)
     generator.manual_seed(seed * 2_147_483_647 + queries.start * 1_000_003 + start)
@@ -106,7 +107,7 @@ def tiled_attention(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, see `attend`. Without `offset` the last query stands at the last key."""
-    problem = _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
+    problem = make_problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
                        extra_visible, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)
     dtype = _sums(query)
@@ -123,8 +124,8 @@ def tiled_attention(
             weights = scores.sub_(base).exp_()
             sums = weights.sum(-1, keepdim=True)
             if dropout > 0:
-                weights = weights.mul_(_kept(weights, dropout, number, queries, start))
-            tile = (_stack(weights.to(value.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
+                weights = weights.mul_(kept_weights(weights, dropout, number, queries, start))
+            tile = (stack_groups(weights.to(value.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
             if state is not None:
                 decay = torch.exp(state[0] - base)
                 sums, tile = state[1] * decay + sums, state[2] * decay + tile
@@ -137,7 +138,7 @@ def tiled_attention(
     return output, logsumexp
 
 
-def _forward_tiles(problem: _Problem, query: Tensor, queries: slice) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _forward_tiles(problem: Problem, query: Tensor, queries: slice) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Scores, values and a number for each tile that a tile of queries sees."""
     for keys in problem.key_tiles(queries):
         yield problem.scores(query, queries, keys), problem.value[:, :, keys], keys.start
@@ -147,7 +148,7 @@ def _forward_tiles(problem: _Problem, query: Tensor, queries: slice) -> Iterator
 
 
 def _backward_tiles(
-    problem: _Problem, query: Tensor, queries: slice
+    problem: Problem, query: Tensor, queries: slice
 ) -> Iterator[tuple[Tensor, slice | int, Tensor, Tensor]]:
     """Scores, place (keys, or the number of a tile of extra keys), keys and values of the same tiles."""
     for keys in problem.key_tiles(queries):
@@ -183,7 +184,7 @@ def tiled_attention_backward(
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, bias, extra key and extra value; empty where there is none."""
-    problem = _problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
+    problem = make_problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
                        extra_visible, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)
     dtype, num_groups = _sums(query), key.shape[1]
@@ -197,19 +198,19 @@ def tiled_attention_backward(
     # Rows that see nothing have weights e^(-inf - 0) = 0.
     base = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)[..., None]
     for queries in problem.query_tiles():
-        q, gradient = query[:, :, queries] * scaling, _stack(grad_output[:, :, queries], num_groups)
-        tall_query = _stack(q, num_groups)
+        q, gradient = query[:, :, queries] * scaling, stack_groups(grad_output[:, :, queries], num_groups)
+        tall_query = stack_groups(q, num_groups)
         sum_query = torch.zeros_like(q, dtype=dtype)
         for scores, where, k, v in _backward_tiles(problem, q, queries):
             weights = scores.sub_(base[:, :, queries]).exp_()
             d_weights = (gradient @ v.transpose(-1, -2)).view(weights.shape).to(dtype)
             dropped = weights
             if dropout > 0:
-                kept = _kept(weights, dropout, number, queries, where.start if isinstance(where, slice) else -1)
+                kept = kept_weights(weights, dropout, number, queries, where.start if isinstance(where, slice) else -1)
                 dropped, d_weights = weights * kept, d_weights.mul_(kept)
             d_scores = d_weights.sub_(delta[:, :, queries]).mul_(weights)
-            tall = _stack(d_scores.to(query.dtype), num_groups)
-            d_value = _stack(dropped.to(value.dtype), num_groups).transpose(-1, -2) @ gradient
+            tall = stack_groups(d_scores.to(query.dtype), num_groups)
+            d_value = stack_groups(dropped.to(value.dtype), num_groups).transpose(-1, -2) @ gradient
             d_key = tall.transpose(-1, -2) @ tall_query
             sum_query += (tall @ k).view(q.shape)
             if isinstance(where, int):
@@ -251,7 +252,7 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *rest
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, tile, is_causal, window, scaling, dropout, seed = inputs
     ctx.save_for_backward(*output, *tensors, seed)
     ctx.options = (tile, is_causal, window, scaling, dropout)

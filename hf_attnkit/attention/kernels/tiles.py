@@ -40,7 +40,7 @@ class Extra:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The operators' arguments, and what their tiles are."""
 
     key: Tensor
@@ -76,7 +76,7 @@ class _Problem:
 
     def scores(self, query: Tensor, queries: slice, keys: slice) -> Tensor:
         """Masked scores `(B, H, q, k)` of a tile, float32 or better; `query` is scaled."""
-        scores = _product(query, self.key[:, :, keys])
+        scores = product(query, self.key[:, :, keys])
         if self.bias is not None:
             scores = scores + self.bias[..., queries if self.bias.shape[-2] > 1 else slice(None), keys]
         visible = None if self.key_visible is None else self.key_visible[:, None, None, keys]
@@ -107,7 +107,7 @@ class _Problem:
         """Masked scores `(B, H, q, E)` of a tile of queries with its extra keys."""
         extra = self.extra
         assert extra is not None
-        scores = _product(query, extra.key[:, :, tile])
+        scores = product(query, extra.key[:, :, tile])
         positions = torch.arange(queries.start, queries.stop, device=query.device) + self.offset
         distance = positions[None, :, None] - extra.index[:, tile, None, :]  # (B, q, E)
         outside = distance >= self.window if self.is_causal else distance.abs() >= self.window
@@ -118,7 +118,7 @@ class _Problem:
         return queries.start // self.extra.tile if self.extra.key.shape[2] > 1 else 0
 
 
-def _problem(
+def make_problem(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,13 +133,13 @@ def _problem(
     extra_tile: int,
     is_causal: bool,
     window: int,
-) -> _Problem:
+) -> Problem:
     extra = None
     if extra_key is not None:
         assert extra_value is not None and extra_index is not None and extra_visible is not None
         extra = Extra(extra_key, extra_value, extra_index, extra_visible, extra_tile)
     start = key.shape[2] - query.shape[2] if offset is None else int(offset)
-    return _Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
+    return Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
 
 
 def score_tiles(
@@ -150,7 +150,7 @@ def score_tiles(
     Arguments as `attend`. For each tile of queries: which they are, and their scores `(B, num_heads, q, k)` with one
     tile of keys after the other, -inf where hidden, in float32 or better; they may be overwritten.
     """
-    problem = _Problem(
+    problem = Problem(
         key, key, mask.key_visible, mask.dense, mask.bias, mask.offset(), None, mask.is_causal, window or 0,
         query.shape[2],
     )  # fmt: skip
@@ -159,13 +159,13 @@ def score_tiles(
         yield queries, (problem.scores(scaled, queries, keys) for keys in problem.key_tiles(queries))
 
 
-def _stack(tensor: Tensor, num_groups: int) -> Tensor:
+def stack_groups(tensor: Tensor, num_groups: int) -> Tensor:
     """`"b (n g) q d -> b n (g q) d"`: the heads of a group as one tall matrix."""
     return tensor.reshape(tensor.shape[0], num_groups, -1, tensor.shape[-1])
 
 
-def _product(query: Tensor, key: Tensor) -> Tensor:
+def product(query: Tensor, key: Tensor) -> Tensor:
     """`(B, H, q, k)` in float32 or better; the heads of a group read their key once."""
-    scores = _stack(query, key.shape[1]) @ key.transpose(-1, -2)
+    scores = stack_groups(query, key.shape[1]) @ key.transpose(-1, -2)
     scores = scores.view(*query.shape[:3], key.shape[2])
     return scores if scores.dtype == torch.float64 else scores.float()

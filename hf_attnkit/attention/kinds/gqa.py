@@ -6,10 +6,31 @@ key/value heads     0    |    1           and share one key and one value head
 
 from __future__ import annotations
 
-from hf_attnkit.attention.kernels.packed import attention as attention
+from dataclasses import dataclass
 
-OWN_WINDOW = True
+from torch import Tensor
+
+from hf_attnkit.attention.kernels import packed
+from hf_attnkit.attention.kind import NO_CALL, Call, Kind
+from hf_attnkit.attention.mask import Mask
 
 
-def check(num_heads: int, num_key_value_heads: int) -> None:
-    """Any number of groups is fine, one head per group (multi-head) included."""
+@dataclass(frozen=True)
+class GroupedQueryAttention(Kind):
+    """Any number of groups, one head per group (multi-head) included."""
+
+    name = "gqa"
+    own_window = True
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        call: Call = NO_CALL,
+    ) -> tuple[Tensor, None]:
+        return packed.attention(query, key, value, mask, scaling=scaling, dropout=dropout)

@@ -24,6 +24,8 @@ can sharpen, up to 2 a key, and that is all.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,104 +34,109 @@ from torch import Tensor, nn
 from hf_attnkit.attention.cache import StateLayer
 from hf_attnkit.attention.kernels import feature_maps, linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState, Map
+from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
-
-NEEDS_TRANSFER = True
-SELF_ATTENTION_ONLY = True  # the causal sums take queries and keys of one sequence
-NO_SCORES = True
-FEATURE_MAPS = ("elu", "hedgehog")
+from hf_attnkit.common.checks import choice, integer
+from hf_attnkit.common.options import store
 
 
-def check(num_heads: int, num_key_value_heads: int, *, feature_map: str = "elu", window: int | None = None) -> None:
-    """Raises `ValueError` for an unknown feature map, or a window that is no integer of at least 1."""
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map={feature_map!r} must be one of {', '.join(map(repr, FEATURE_MAPS))}")
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-        raise ValueError(
-            f"window={window!r} must be an integer of at least 1, the number of keys with softmax terms (the own one "
-            "included), or None for features alone"
-        )
+@dataclass(frozen=True)
+class LinearAttention(Kind):
+    """Forms no weights.
 
-
-def create_parameters(
-    num_heads: int, num_key_value_heads: int, head_dim: int, *, feature_map: str = "elu", window: int | None = None
-) -> nn.Module | None:
-    """What a layer with these options learns, at its start value; `None` if nothing. A window learns nothing."""
-    return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim) if feature_map == "hedgehog" else None
-
-
-def create_cache(max_length: int | None, *, feature_map: str = "elu", window: int | None = None) -> StateLayer:
-    """The cache layer of a causal model: sums of constant size, and with a window its last keys and values."""
-    return StateLayer(max_length, window or 1)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    feature_map: str = "elu",
-    window: int | None = None,
-    parameters: nn.Module | None = None,
-    cache: LinearState | StateLayer | None = None,
-) -> tuple[Tensor, None]:
-    """Attend. Shapes as in `mha.attention`; returns no weights.
-
-    There are no attention weights to drop, so `dropout` drops a key's value for all queries alike,
-    as weight dropout would if its mask were shared over queries; the normaliser is kept. Weights
-    within the window are dropped one by one.
-
-    Args:
-        scaling: of the scores in the window; features do not use it.
+    Attributes:
         feature_map: "elu" or "hedgehog".
-        window: number of keys with softmax terms on each side of a query, its own included.
-        parameters: what `create_parameters` made, for "hedgehog".
-        cache: a `LinearState`, or the layer that `create_cache` made, for causal generation. Then `query`
-            holds the new tokens, and `key` and `value` the new tokens behind those kept from before:
-            none, or with a window at most the last `window - 1`. `cache.sums` stands for all keys before
-            these, and is replaced by the sums that the next call needs: over all keys but the last
-            `window - 1`. Any split of a text into calls gives what one pass gives.
-
-    Raises:
-        ValueError: for a full attention matrix or a bias, which features summed over keys cannot
-            apply; for missing parameters, or parameters of another number of heads; for keys that do
-            not fit the state.
+        window: number of keys with softmax terms on each side of a query, its own included; `None` for features alone.
     """
-    _check_mask(mask)
-    phi_query, phi_key = _maps(feature_map, parameters)
-    kv_length, width = key.shape[2], window or 0
-    if cache is not None:
-        _check_state(query.shape[2], kv_length, width, mask)
 
-    near = None
-    if window is not None:
-        near = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=window)
-    # Mixed precision would run the sums over the sequence in 16 bits.
-    with torch.autocast(query.device.type, enabled=False):
-        kept = None
-        if dropout > 0:
-            kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
-        keys = Keys(key, value, phi_key, mask.key_visible, kept)
-        parts: Iterator[Tensor]
+    name = "linear"
+    needs_transfer = True
+    self_attention_only = True  # the causal sums take queries and keys of one sequence
+    forms_scores = False
+
+    feature_map: str = "elu"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        choice(self.feature_map, "feature_map", ("elu", "hedgehog"))
+        if self.window is not None:
+            why = "the number of keys with softmax terms (the own one included), or None for features alone"
+            store(self, window=integer(self.window, "window", minimum=1, why=why))
+
+    def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
+        """The maps of "hedgehog". A window learns nothing."""
+        if self.feature_map != "hedgehog":
+            return None
+        return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim)
+
+    def create_cache(self, max_length: int | None) -> StateLayer:
+        """Sums of constant size, and with a window its last keys and values."""
+        return StateLayer(max_length, self.window or 1)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        call: Call = NO_CALL,
+    ) -> tuple[Tensor, None]:
+        """Attend, as `Kind.attention`.
+
+        There are no attention weights to drop, so `dropout` drops a key's value for all queries alike,
+        as weight dropout would if its mask were shared over queries; the normaliser is kept. Weights
+        within the window are dropped one by one.
+
+        With a cache, for causal generation, `query` holds the new tokens, and `key` and `value` the new tokens behind
+        those kept from before: none, or with a window at most the last `window - 1`. `cache.sums` is of all keys before
+        these, and is replaced by the sums that the next call needs: over all keys but the last `window - 1`. Any split
+        of a text into calls gives what one pass gives.
+
+        Args:
+            scaling: of the scores in the window; features do not use it.
+
+        Raises:
+            ValueError: for a full attention matrix or a bias, which features summed over keys cannot
+                apply; for missing parameters, or parameters of another number of heads; for keys that do
+                not fit the state.
+        """
+        _check_mask(mask)
+        phi_query, phi_key = _maps(self.feature_map, call.parameters)
+        # Made by `create_cache`; of it only the state is used here.
+        cache = cast("LinearState | None", call.cache)
+        kv_length, width = key.shape[2], self.window or 0
         if cache is not None:
-            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
-        elif mask.is_causal:
-            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
-        elif window is None:
-            parts = linear_sums.everything(query, phi_query, keys)
-        else:
-            parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), window)
+            _check_state(query.shape[2], kv_length, width, mask)
 
-        output = linear_sums.collect(
-            _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
-        )
-        if cache is not None and width:
-            # The key that the last query still had in its window, and the next one has not.
-            cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
-    return output, None
+        near = None
+        if self.window is not None:
+            near = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=self.window)
+        # Mixed precision would run the sums over the sequence in 16 bits.
+        with torch.autocast(query.device.type, enabled=False):
+            kept = None
+            if dropout > 0:
+                kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
+            keys = Keys(key, value, phi_key, mask.key_visible, kept)
+            parts: Iterator[Tensor]
+            if cache is not None:
+                parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
+            elif mask.is_causal:
+                parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
+            elif self.window is None:
+                parts = linear_sums.everything(query, phi_query, keys)
+            else:
+                parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), self.window)
+
+            output = linear_sums.collect(
+                _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
+            )
+            if cache is not None and width:
+                # The key that the last query still had in its window, and the next one has not.
+                cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
+        return output, None
 
 
 def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -159,7 +166,7 @@ def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
     if parameters is None:
         raise ValueError(
             f"feature_map={feature_map!r} is learned and parameters=None; pass the module of "
-            "linear.create_parameters(num_heads, num_key_value_heads, head_dim, feature_map='hedgehog')"
+            "LinearAttention(feature_map='hedgehog').create_parameters(num_heads, num_key_value_heads, head_dim)"
         )
     return parameters.query, parameters.key  # type: ignore[return-value]
 

@@ -18,120 +18,122 @@ Longformer. Nothing outside the pattern is computed, forward or backward.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.cache import SequenceLayer, take, window_layer
-from hf_attnkit.attention.kernels import packed, tiled
-from hf_attnkit.attention.kernels.random_blocks import chosen_blocks
-from hf_attnkit.attention.kernels.tiles import Extra
-from hf_attnkit.attention.kinds import sliding_window
+from hf_attnkit.attention.cache import SequenceLayer, window_layer
+from hf_attnkit.attention.kernels import block_sparse, packed
+from hf_attnkit.attention.kernels.random_blocks import Links, find_links
+from hf_attnkit.attention.kind import NO_CALL, Call, Kind
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common.checks import integer
+from hf_attnkit.common.options import store
 
-CALL_ARGUMENTS = ("global_attention_mask",)
-SELF_ATTENTION_ONLY = True
-
-
-def check(
-    num_heads: int,
-    num_key_value_heads: int,
-    *,
-    window: int,
-    num_global_tokens: int = 1,
-    num_random_blocks: int = 0,
-    block_size: int = 64,
-    seed: int = 0,
-) -> None:
-    """Raises `ValueError` for an option that is no integer, or below its least value."""
-    least = {"window": 1, "num_global_tokens": 0, "num_random_blocks": 0, "block_size": 1, "seed": 0}
-    for name, value in zip(least, (window, num_global_tokens, num_random_blocks, block_size, seed), strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
-            raise ValueError(f"{name}={value!r} must be an integer of at least {least[name]}")
+MARKS = "global_attention_mask"
 
 
-def create_cache(
-    max_length: int | None,
-    *,
-    window: int,
-    num_global_tokens: int = 1,
-    num_random_blocks: int = 0,
-    block_size: int = 64,
-    seed: int = 0,
-) -> SequenceLayer | None:
-    """The cache layer of a causal model; `None`, which keeps all keys, if random blocks may need any of them."""
-    return window_layer(max_length, window, num_global_tokens) if num_random_blocks == 0 else None
+@dataclass(frozen=True)
+class LocalGlobalAttention(Kind):
+    """`model(..., global_attention_mask=...)`, `(batch, keys)`, nonzero = global, replaces `num_global_tokens`.
 
-
-def seen(
-    mask: Mask,
-    shape: torch.Size,
-    *,
-    window: int,
-    num_global_tokens: int = 1,
-    num_random_blocks: int = 0,
-    block_size: int = 64,
-    seed: int = 0,
-    global_attention_mask: Tensor | None = None,
-) -> Mask:
-    """The mask with the pattern in it, as a matrix.
-
-    Args:
-        shape: of the keys, `(B, num_key_value_heads, K, head_dim)`.
-    """
-    mask = mask.as_matrix()
-    is_global, _ = _global_tokens(mask, num_global_tokens, global_attention_mask, shape)
-    links = _links(mask, shape, num_random_blocks, block_size, seed) if num_random_blocks else None
-    return mask.also(_allowed(mask, window, is_global, links, block_size))
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    window: int,
-    num_global_tokens: int = 1,
-    num_random_blocks: int = 0,
-    block_size: int = 64,
-    seed: int = 0,
-    global_attention_mask: Tensor | None = None,
-    cache: SequenceLayer | None = None,
-) -> tuple[Tensor, None]:
-    """Attend. Shapes as in `mha.attention`; returns no weights.
-
-    Args:
-        window: keys on each side of a query, its own included.
-        num_global_tokens: how many of the first tokens are global.
+    Attributes:
+        window: number of keys on each side of a query, its own included.
+        num_global_tokens: how many of the first tokens (after left padding) are global.
         num_random_blocks: random blocks of keys for each block of queries.
         block_size: tokens in a random block.
         seed: chooses the random blocks; the same blocks in every layer that has the same seed.
-        global_attention_mask: `(batch, keys)`, nonzero = global; replaces `num_global_tokens`.
-        cache: the layer that handed out `key` and `value`, if it was made by `create_cache`.
-
-    Raises:
-        ValueError: for a `global_attention_mask` of another size, or together with a cache.
     """
-    common: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
-    if global_attention_mask is not None:
-        _check_marks(global_attention_mask, query, key, cache)
-    elif mask.is_causal and num_random_blocks == 0:
-        # A global query sees no more than the others here: all before it is global too.
-        return sliding_window.attention(
-            query, key, value, mask, window=window, num_sink_tokens=num_global_tokens, cache=cache, **common
-        )
-    is_global, positions = _global_tokens(mask, num_global_tokens, global_attention_mask, key.shape)
-    links = None
-    if num_random_blocks:
-        links = _links(mask, key.shape, num_random_blocks, block_size, seed)
-    if mask.dense is not None or mask.bias is not None or query.shape[2] != key.shape[2]:
-        allowed = _allowed(mask, window, is_global, links, block_size)
-        return packed.attention(query, key, value, mask.also(allowed), **common)
-    return _sparse(query, key, value, mask, window, is_global, positions, links, block_size, scaling, dropout), None
+
+    name = "local_global"
+    self_attention_only = True
+    call_arguments = (MARKS,)
+
+    window: int
+    num_global_tokens: int = 1
+    num_random_blocks: int = 0
+    block_size: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"window": 1, "num_global_tokens": 0, "num_random_blocks": 0, "block_size": 1, "seed": 0}
+        store(self, **{name: integer(getattr(self, name), name, minimum=minimum) for name, minimum in least.items()})
+
+    def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
+        """A matrix."""
+        mask = mask.as_matrix()
+        is_global, _ = self._global_tokens(mask, call.arguments.get(MARKS), shape)
+        return mask.also(self._allowed(mask, is_global, self._links(mask, shape)))
+
+    def create_cache(self, max_length: int | None) -> SequenceLayer | None:
+        """It keeps the global tokens and a window; all keys if random blocks may need any of them."""
+        return window_layer(max_length, self.window, self.num_global_tokens) if self.num_random_blocks == 0 else None
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        call: Call = NO_CALL,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, as `Kind.attention`; forms no weights.
+
+        Raises:
+            ValueError: for a `global_attention_mask` of another size, or together with a cache.
+        """
+        marks = call.arguments.get(MARKS)
+        if marks is not None:
+            _check_marks(marks, query, key, call.cache)
+        elif mask.is_causal and self.num_random_blocks == 0:
+            # A global query sees no more than the others here: all before it is global too.
+            window = SlidingWindowAttention(self.window, self.num_global_tokens)
+            return window.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
+        is_global, positions = self._global_tokens(mask, marks, key.shape)
+        links = self._links(mask, key.shape)
+        if mask.dense is not None or mask.bias is not None or query.shape[2] != key.shape[2]:
+            mask = mask.also(self._allowed(mask, is_global, links))
+            return packed.attention(query, key, value, mask, scaling=scaling, dropout=dropout)
+        pattern = block_sparse.Pattern(self.window, is_global, positions, links)
+        return block_sparse.attend(query, key, value, mask, pattern, scaling=scaling, dropout=dropout), None
+
+    def _global_tokens(self, mask: Mask, marks: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """`(B, K)` bool, True = global, and `(B, G)` their indices.
+
+        Rows with fewer global tokens repeat a token that is not global.
+        """
+        batch, kv_length = shape[0], shape[2]
+        if marks is None:
+            first, number = mask.first_token(), self.num_global_tokens
+            position = mask.key_position.expand(first.shape[0], -1)
+            is_global = ((position >= first) & (position < first + number)).expand(batch, -1)
+            count = min(number, kv_length)
+        else:
+            is_global = marks.bool().expand(batch, -1)
+            count = int(is_global.sum(-1).max())
+        if mask.key_visible is not None and mask.dense is None:
+            is_global = is_global & mask.key_visible
+        order = is_global.int().argsort(dim=-1, descending=True, stable=True)
+        return is_global, order[:, :count]
+
+    def _links(self, mask: Mask, shape: torch.Size) -> Links | None:
+        if not self.num_random_blocks:
+            return None
+        return find_links(mask, shape, self.num_random_blocks, self.block_size, self.seed)
+
+    def _allowed(self, mask: Mask, is_global: Tensor, links: Links | None) -> Tensor:
+        """The pattern as a matrix `(B, 1, Q, K)`: for a mask that is one, or with a cache that keeps all keys."""
+        batch, kv_length = is_global.shape
+        index = (mask.query_position - mask.key_position[:, :1]).expand(batch, -1)  # of each query among the keys
+        inside = index.clamp(0, kv_length - 1)
+        allowed = (mask.distance().abs() < self.window) | is_global[:, None, None, :]
+        allowed = allowed | is_global.gather(1, inside)[:, None, :, None]
+        return allowed if links is None else allowed | links.matrix(inside, kv_length)
 
 
 def _check_marks(marks: Tensor, query: Tensor, key: Tensor, cache: SequenceLayer | None) -> None:
@@ -141,141 +143,3 @@ def _check_marks(marks: Tensor, query: Tensor, key: Tensor, cache: SequenceLayer
             f"global_attention_mask has shape {tuple(marks.shape)} for {query.shape[2]} queries and {key.shape[2]} "
             "keys; it marks each token of one whole pass, so with a cache use num_global_tokens instead"
         )
-
-
-def _global_tokens(mask: Mask, number: int, marks: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """`(B, K)` bool, True = global, and `(B, G)` their indices; rows with fewer repeat a token that is not global."""
-    batch, kv_length = shape[0], shape[2]
-    if marks is None:
-        first = mask.first_token()
-        position = mask.key_position.expand(first.shape[0], -1)
-        is_global = ((position >= first) & (position < first + number)).expand(batch, -1)
-        count = min(number, kv_length)
-    else:
-        is_global = marks.bool().expand(batch, -1)
-        count = int(is_global.sum(-1).max())
-    if mask.key_visible is not None and mask.dense is None:
-        is_global = is_global & mask.key_visible
-    order = is_global.int().argsort(dim=-1, descending=True, stable=True)
-    return is_global, order[:, :count]
-
-
-def _links(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`(B,)` index of each row's first token, and `(B, blocks, number)` the blocks that each block sees."""
-    batch, kv_length = shape[0], shape[2]
-    start = (mask.first_token() - mask.key_position[:, :1]).expand(batch, -1)[:, 0]
-    visible = mask.key_visible if mask.dense is None else mask.dense.any(-2)[:, 0]
-    if visible is None:
-        lengths = torch.full((batch,), kv_length, device=start.device)
-    else:
-        lengths = kv_length - visible.flip(-1).int().argmax(-1).expand(batch) - start
-    num_blocks = -(-kv_length // block_size)
-    blocks = chosen_blocks(lengths, num_blocks, number, seed, mask.is_causal, block_size)
-    return start, blocks
-
-
-def _allowed(
-    mask: Mask, window: int, is_global: Tensor, links: tuple[Tensor, Tensor] | None, block_size: int
-) -> Tensor:
-    """The pattern as a matrix `(B, 1, Q, K)`: for a mask that is one already, or with a cache that keeps all keys."""
-    batch, kv_length = is_global.shape
-    index = (mask.query_position - mask.key_position[:, :1]).expand(batch, -1)  # of each query among the keys
-    inside = index.clamp(0, kv_length - 1)
-    allowed = (mask.distance().abs() < window) | is_global[:, None, None, :]
-    allowed = allowed | is_global.gather(1, inside)[:, None, :, None]
-    if links is None:
-        return allowed
-    start, blocks = links
-    linked = torch.zeros(batch, blocks.shape[1], blocks.shape[1] + 1, dtype=torch.bool, device=blocks.device)
-    linked = linked.scatter(2, blocks.where(blocks >= 0, blocks.shape[1]), True)[:, :, :-1]
-    query_block = (inside - start[:, None]).clamp(min=0) // block_size
-    key_index = torch.arange(kv_length, device=start.device) - start[:, None]
-    of_query = linked.gather(1, query_block[:, :, None].expand(-1, -1, linked.shape[2]))
-    of_key = (key_index.clamp(min=0) // block_size)[:, None].expand(-1, of_query.shape[1], -1)
-    return allowed | (of_query.gather(2, of_key) & (key_index >= 0)[:, None])[:, None]
-
-
-def _sparse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    window: int,
-    is_global: Tensor,
-    positions: Tensor,
-    links: tuple[Tensor, Tensor] | None,
-    block_size: int,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    """The pattern block by block: window and extra keys for all queries, then the rows of the global ones."""
-    common: dict[str, Any] = {"scaling": scaling, "dropout": dropout}
-    valid = is_global.gather(1, positions)
-    if links is None:
-        extra = Extra(take(key, positions)[:, :, None], take(value, positions)[:, :, None],
-                      positions[:, None], valid[:, None])  # fmt: skip
-        output = tiled.attend(query, key, value, mask, window=window, extra=extra, **common)[0]
-    else:
-        output = _with_random_blocks(
-            query, key, value, mask, window, is_global, positions, links, block_size, scaling, dropout
-        )
-    if positions.shape[1] == 0:
-        return output
-    rows = take(query, positions)
-    if mask.is_causal:
-        past = positions[:, None, :, None] >= torch.arange(key.shape[2], device=key.device)
-        seen = past if mask.key_visible is None else past & mask.key_visible[:, None, None, :]
-        full = Mask(positions, mask.key_position, True, dense=seen)
-    else:
-        full = Mask(positions, mask.key_position, False, mask.key_visible)
-    seen_all = tiled.attend(rows, key, value, full, **common)[0]
-    index = positions[:, None, :, None].expand_as(seen_all)
-    return output.scatter(2, index, torch.where(valid[:, None, :, None], seen_all, take(output, positions)))
-
-
-def _with_random_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    window: int,
-    is_global: Tensor,
-    positions: Tensor,
-    links: tuple[Tensor, Tensor],
-    block_size: int,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    """Rows are rotated so that their first tokens, and with them the blocks, stand in line."""
-    start, blocks = links
-    length, device = key.shape[2], key.device
-    steps = torch.arange(length, device=device)
-    turn, back = (steps + start[:, None]) % length, (steps - start[:, None]) % length
-    query, key, value = (take(t, turn) for t in (query, key, value))
-    visible = mask.key_visible
-    visible = torch.ones(1, length, dtype=torch.bool, device=device) if visible is None else visible
-    visible = visible.expand(len(start), -1).gather(1, turn)
-    is_global = is_global.gather(1, turn)
-    index = blocks[..., None] * block_size + torch.arange(block_size, device=device)
-    index = index.flatten(2)  # (B, blocks, number * block_size)
-    inside = (index >= 0) & (index < length)
-    flat = index.clamp(0, length - 1).flatten(1)
-    usable = (visible & ~is_global).gather(1, flat).view_as(index) & inside
-    globals_ = (positions - start[:, None]) % length
-    number = blocks.shape[1]
-    valid = is_global.gather(1, globals_)
-
-    def tiles(states: Tensor) -> Tensor:
-        random = take(states, flat).unflatten(2, (number, -1))
-        return torch.cat([take(states, globals_)[:, :, None].expand(-1, -1, number, -1, -1), random], dim=3)
-
-    extra = Extra(
-        tiles(key),
-        tiles(value),
-        torch.cat([globals_[:, None].expand(-1, number, -1), index.clamp(0, length - 1)], dim=-1),
-        torch.cat([valid[:, None].expand(-1, number, -1), usable], dim=-1),
-        block_size,
-    )
-    turned = Mask.aligned(length, length, is_causal=mask.is_causal, key_visible=visible, device=device)
-    output = tiled.attend(query, key, value, turned, scaling=scaling, dropout=dropout, window=window, extra=extra)[0]
-    return take(output, back)

@@ -8,34 +8,35 @@ the formula stays that of the paper; `gqa` computes the same without the copies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
 
-OWN_WINDOW = True
 
+@dataclass(frozen=True)
+class MultiHeadAttention(Kind):
+    """The weights it returns are those after dropout, as in Transformers' eager attention."""
 
-def check(num_heads: int, num_key_value_heads: int) -> None:
-    """Any number of heads is fine."""
+    name = "mha"
+    own_window = True
 
-
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Attend.
-
-    Args:
-        query: `(batch, num_heads, queries, head_dim)`.
-        key, value: `(batch, num_key_value_heads, keys, head_dim)`.
-        dropout: probability of dropping an attention weight; 0 outside training.
-
-    Returns:
-        The output `(batch, num_heads, queries, head_dim)` and the weights
-        `(batch, num_heads, queries, keys)`, after dropout as in Transformers' eager attention.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    weights = mask.softmax(query @ key.transpose(-1, -2) * scaling)
-    weights = F.dropout(weights, dropout)
-    return weights @ value, weights
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        call: Call = NO_CALL,
+    ) -> tuple[Tensor, Tensor]:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        weights = mask.softmax(query @ key.transpose(-1, -2) * scaling)
+        weights = F.dropout(weights, dropout)
+        return weights @ value, weights

@@ -16,7 +16,7 @@ they keep their own positions.
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,75 +25,73 @@ from torch import Tensor
 from hf_attnkit.attention.cache import SequenceLayer, window_layer
 from hf_attnkit.attention.kernels import backends, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
+from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
-
-OWN_WINDOW = SELF_ATTENTION_ONLY = True
-
-
-def check(
-    num_heads: int, num_key_value_heads: int, *, window: int, num_sink_tokens: int = 0, backend: str = "auto"
-) -> None:
-    """Raises `ValueError` for a window below 1, sinks below 0, or a backend that cannot run them."""
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ValueError(
-            f"window={window!r} must be an integer of at least 1: the number of keys, the own one included"
-        )
-    if not isinstance(num_sink_tokens, int) or isinstance(num_sink_tokens, bool) or num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens={num_sink_tokens!r} must be an integer of at least 0")
-    backends.check_backend(backend)
-    if num_sink_tokens and backend not in ("auto", "tiled"):
-        raise ValueError(f"backend={backend!r} has no attention sinks; use backend='tiled' or num_sink_tokens=0")
-    if backend == "sdpa":
-        raise ValueError("backend='sdpa' cannot skip what is outside a window; use 'auto', 'tiled' or 'flex'")
+from hf_attnkit.common.checks import integer
+from hf_attnkit.common.options import store
 
 
-def create_cache(
-    max_length: int | None, *, window: int, num_sink_tokens: int = 0, backend: str = "auto"
-) -> SequenceLayer:
-    """The cache layer of a causal model: it keeps `num_sink_tokens + window - 1` tokens."""
-    return window_layer(max_length, window, num_sink_tokens)
+@dataclass(frozen=True)
+class SlidingWindowAttention(Kind):
+    """A window longer than the sequence is full attention. A full matrix is quadratic, so it takes the dense path.
 
-
-def seen(mask: Mask, shape: torch.Size, *, window: int, num_sink_tokens: int = 0, backend: str = "auto") -> Mask:
-    """The mask with the window and the sinks in it; a matrix where there are sinks, or was one."""
-    if mask.dense is None and not num_sink_tokens:
-        return dataclasses.replace(mask, window=min(window, mask.window or window))
-    first = mask.first_token()
-    is_sink = (mask.key_position >= first) & (mask.key_position < first + num_sink_tokens)
-    return mask.as_matrix().also((mask.distance().abs() < window) | is_sink[:, None, None, :])
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    window: int,
-    num_sink_tokens: int = 0,
-    backend: str = "auto",
-    cache: SequenceLayer | None = None,
-) -> tuple[Tensor, None]:
-    """Attend within the window.
-
-    Shapes as in `mha.attention`; returns no weights. A window longer than the sequence is full
-    attention. A `mask.dense` matrix is already quadratic, so it takes the dense path.
-
-    Args:
+    Attributes:
         window: number of keys that a query sees on each side, its own included.
         num_sink_tokens: how many of the first tokens (after left padding) every query sees.
-        backend: see `backends`.
-        cache: the layer that handed out `key` and `value`, if it was made by `create_cache`.
+        backend: which kernel computes it, see `backends`.
     """
-    common: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "window": window}
-    if not num_sink_tokens:
-        mask, common["window"] = mask.narrow(window)
-        return backends.attend(query, key, value, mask, backend=backend, **common), None
-    mask = mask.as_matrix()
-    sinks, key, value = first_keys(key, value, mask, num_sink_tokens, cache)
-    matrix = mask.dense is not None or mask.bias is not None
-    if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * window:
-        return dense_with_extra(query, key, value, mask, sinks, **common), None
-    return tiled.attend(query, key, value, mask, extra=sinks, **common)[0], None
+
+    name = "sliding_window"
+    own_window = True
+    self_attention_only = True
+
+    window: int
+    num_sink_tokens: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        store(
+            self,
+            window=integer(self.window, "window", minimum=1, why="the number of keys, the own one included"),
+            num_sink_tokens=integer(self.num_sink_tokens, "num_sink_tokens", minimum=0),
+        )
+        backends.check_backend(self.backend)
+        if self.num_sink_tokens and self.backend not in ("auto", "tiled"):
+            raise ValueError(
+                f"backend={self.backend!r} has no attention sinks; use backend='tiled' or num_sink_tokens=0"
+            )
+        backends.check_backend(self.backend, self.window)
+
+    def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
+        """A matrix where there are sinks, or was one."""
+        if not self.num_sink_tokens:
+            return mask.within(self.window)
+        first = mask.first_token()
+        is_sink = (mask.key_position >= first) & (mask.key_position < first + self.num_sink_tokens)
+        return mask.as_matrix().also((mask.distance().abs() < self.window) | is_sink[:, None, None, :])
+
+    def create_cache(self, max_length: int | None) -> SequenceLayer:
+        """It keeps `num_sink_tokens + window - 1` tokens."""
+        return window_layer(max_length, self.window, self.num_sink_tokens)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        call: Call = NO_CALL,
+    ) -> tuple[Tensor, None]:
+        common: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "window": self.window}
+        if not self.num_sink_tokens:
+            mask, common["window"] = mask.narrow(self.window)
+            return backends.attend(query, key, value, mask, backend=self.backend, **common), None
+        mask = mask.as_matrix()
+        sinks, key, value = first_keys(key, value, mask, self.num_sink_tokens, call.cache)
+        matrix = mask.dense is not None or mask.bias is not None
+        if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * self.window:
+            return dense_with_extra(query, key, value, mask, sinks, **common), None
+        return tiled.attend(query, key, value, mask, extra=sinks, **common)[0], None

@@ -28,12 +28,12 @@ from transformers.masking_utils import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import IMPLEMENTATIONS
+from hf_attnkit.attention.table import make_kind
 from hf_attnkit.experiment.benchmarking.measure import Call
 
 PARTS = {"forward": "forward", "backward": "forward + backward", "decode": "decode step"}
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value -> output, shapes as in `mha.attention`
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value -> output, shapes as in `Kind.attention`
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _ours(
     def build(problem: Problem) -> Attend:
         mask = Mask.receive(None, problem.queries, problem.length, is_causal=True, device=problem.device)
         attention = functools.partial(
-            IMPLEMENTATIONS[name].attention, mask=mask, scaling=problem.head_dim**-0.5, dropout=0.0, **options
+            make_kind(name, options).attention, mask=mask, scaling=problem.head_dim**-0.5, dropout=0.0
         )
         return lambda query, key, value: attention(query, key, value)[0]
 

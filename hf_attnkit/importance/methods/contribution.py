@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,48 +12,47 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.importance.processes import over_processes
+from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.batches import real_tokens, run_batches
 
 
-def check() -> None:
-    """No options."""
-
-
-def score(model: PreTrainedModel, layers: list[AttentionLayer], batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+@dataclass(frozen=True)
+class Contribution(Score):
     """sqrt(mean over real tokens of |W_oh (a_h - mean a_h)|^2): the standard deviation over tokens of what is added.
 
-    W_oh are the columns of the output projection that belong to the head. No labels, no gradient.
-
-    Returns:
-        For each layer `(num_heads,)`, float32, at least 0, in units of the residual stream.
+    W_oh are the columns of the output projection that belong to the head. No labels, no gradient. At least 0, in units
+    of the residual stream.
     """
-    # Per layer and head sum_t [a; 1] [a; 1]^T, from which any mean and variance follows.
-    sums = [
-        torch.zeros(layer.num_heads, layer.head_dim + 1, layer.head_dim + 1, dtype=torch.float64) for layer in layers
-    ]
-    inputs: dict[str, Any] = {}
 
-    def hook(layer: AttentionLayer, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            heads = real_tokens(args[0], inputs).unflatten(-1, (layer.num_heads, layer.head_dim)).double()
-            heads = torch.cat([heads, heads.new_ones(*heads.shape[:2], 1)], dim=-1).transpose(0, 1)
-            total.add_((heads.transpose(1, 2) @ heads).cpu())
+    name = "contribution"
 
-        return look
+    def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        # Per layer and head sum_t [a; 1] [a; 1]^T, from which any mean and variance follows.
+        sizes = [(layer.num_heads, layer.head_dim + 1, layer.head_dim + 1) for layer in layers]
+        sums = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+        inputs: dict[str, Any] = {}
 
-    with ExitStack() as stack:
-        for layer, total in zip(layers, sums, strict=True):
-            stack.callback(layer.output.register_forward_pre_hook(hook(layer, total)).remove)
-        for batch, run in run_batches(model, batches, description="contribution"):
-            inputs.clear()
-            inputs.update(batch)
-            run()
-    scores = []
-    for layer, total in zip(layers, over_processes(layers, sums, "the heads' outputs"), strict=True):
-        moments = total / total[:, -1:, -1:]
-        mean = moments[:, :-1, -1]
-        covariance = moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None]
-        weight = layer.output.weight.detach().to("cpu", torch.float64).unflatten(1, (-1, layer.head_dim))
-        scores.append(torch.einsum("mhi,hij,mhj->h", weight, covariance, weight).clamp(min=0).sqrt().float())
-    return scores
+        def hook(layer: AttentionLayer, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                heads = real_tokens(args[0], inputs).unflatten(-1, (layer.num_heads, layer.head_dim)).double()
+                heads = torch.cat([heads, heads.new_ones(*heads.shape[:2], 1)], dim=-1).transpose(0, 1)
+                total.add_((heads.transpose(1, 2) @ heads).cpu())
+
+            return look
+
+        with ExitStack() as stack:
+            for layer, total in zip(layers, sums, strict=True):
+                stack.callback(layer.output.register_forward_pre_hook(hook(layer, total)).remove)
+            for batch, run in run_batches(model, batches, description="contribution"):
+                inputs.clear()
+                inputs.update(batch)
+                run()
+        scores = []
+        for layer, total in zip(layers, over_processes(layers, sums, "the heads' outputs"), strict=True):
+            moments = total / total[:, -1:, -1:]
+            mean = moments[:, :-1, -1]
+            covariance = moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None]
+            weight = layer.output.weight.detach().to("cpu", torch.float64).unflatten(1, (-1, layer.head_dim))
+            scores.append(torch.einsum("mhi,hij,mhj->h", weight, covariance, weight).clamp(min=0).sqrt().float())
+        return scores

@@ -5,19 +5,20 @@ See `online` for how.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common.checks import choice
 from hf_attnkit.importance.online import masked_entropy, visible_keys
 from hf_attnkit.importance.queries import QuerySums
+from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.attention_calls import observe_attention
-
-DIRECTIONS = ("focused", "diffuse")
 
 
 def attention_entropy(
@@ -82,25 +83,11 @@ def entropy_sums(
     return QuerySums(layers, measure, fewest_keys=2 if normalize else 1, what="entropy", inputs=inputs)
 
 
-def check(*, direction: str = "focused", normalize: bool = True) -> None:
-    """Raises `ValueError` for an unknown direction or a `normalize` that is no bool."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown; it must be one of {', '.join(DIRECTIONS)}")
-    if not isinstance(normalize, bool):
-        raise ValueError(f"normalize={normalize!r} must be True or False")
+@dataclass(frozen=True)
+class Entropy(Score):
+    """Mean entropy per head over all queries that are no padding: nats, or a fraction if normalised.
 
-
-def score(
-    model: PreTrainedModel,
-    layers: list[AttentionLayer],
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    direction: str = "focused",
-    normalize: bool = True,
-) -> list[Tensor]:
-    """Mean entropy per head over all queries that are no padding.
-
-    Args:
+    Attributes:
         direction: "focused" keeps heads of low entropy (score = -entropy), "diffuse" those of high
             entropy (score = entropy). The literature has not settled which are the ones to keep; the
             default is what measured better on fine-tuned encoders with a refit (docs/results.md), where neither
@@ -108,11 +95,20 @@ def score(
             as focused.
         normalize: divide each query's entropy by ln(number of keys it may see), so that lengths and
             causal positions compare; a query that sees one key only counts nothing then.
-
-    Returns:
-        For each layer `(num_heads,)`, float32: nats, or a fraction if normalised; negated for "focused".
     """
-    sums = entropy_sums(layers, normalize)
-    observe_attention(model, batches, sums, description="entropy")
-    means = sums.means()
-    return [(mean if direction == "diffuse" else -mean).float() for mean in means]
+
+    name = "entropy"
+
+    direction: str = "focused"
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        choice(self.direction, "direction", ("focused", "diffuse"))
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize={self.normalize!r} must be True or False")
+
+    def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        sums = entropy_sums(layers, self.normalize)
+        observe_attention(model, batches, sums, description="entropy")
+        means = sums.means()
+        return [(mean if self.direction == "diffuse" else -mean).float() for mean in means]

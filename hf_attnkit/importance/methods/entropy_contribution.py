@@ -5,61 +5,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_attnkit.importance.loss import check_labels
-from hf_attnkit.importance.methods import contribution, entropy, gradient
+from hf_attnkit.common.checks import choice, fraction
+from hf_attnkit.importance.methods.contribution import Contribution
+from hf_attnkit.importance.methods.entropy import Entropy
+from hf_attnkit.importance.methods.gradient import Gradient
+from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.layers import AttentionLayer
 
-JOINTS = ("product", "hies")
 ALPHA = 0.9
 
 
-def check(*, joint: str = "product", alpha: float | None = None, labels: str | None = None) -> None:
-    """Raises `ValueError` for an unknown `joint`, an `alpha` outside [0, 1], or options of "hies" without it."""
-    if joint not in JOINTS:
-        raise ValueError(f"joint={joint!r} is unknown; it must be one of {', '.join(JOINTS)}")
-    if joint != "hies" and (alpha is not None or labels is not None):
-        raise ValueError(f"alpha and labels belong to joint='hies'; joint={joint!r} has no gradient")
-    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1):
-        raise ValueError(f"alpha={alpha!r} must be from 0 (entropy only) to 1 (gradient only)")
-    if labels is not None:
-        check_labels(labels)
-
-
-def score(
-    model: PreTrainedModel,
-    layers: list[AttentionLayer],
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    joint: str = "product",
-    alpha: float | None = None,
-    labels: str | None = None,
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class EntropyContribution(Score):
     """Focus is 1 - entropy / ln(number of visible keys), of a head's mean normalised entropy.
 
-    Args:
+    In units of the residual stream, or from 0 to 1 for "hies".
+
+    Attributes:
         joint: "product" is focus * `contribution`, without labels. "hies" is alpha * gradient + (1 - alpha) * focus,
             both shifted and scaled to [0, 1] over all heads of the model.
         alpha: share of the gradient in "hies", 0.9 by default.
         labels: of the gradient in "hies", "given" by default; "predicted" makes a score without labels. See
             `loss.with_labels`.
-
-    Returns:
-        For each layer `(num_heads,)`, float32: units of the residual stream, or a number in [0, 1] for "hies".
     """
-    kept = list(batches)
-    focus = [1 - diffuse for diffuse in entropy.score(model, layers, kept, direction="diffuse")]
-    if joint == "product":
-        return [f * c for f, c in zip(focus, contribution.score(model, layers, kept), strict=True)]
-    share = ALPHA if alpha is None else alpha
-    gradients = gradient.score(model, layers, kept, labels=labels or "given")
-    return [share * g + (1 - share) * f for g, f in zip(_from_0_to_1(gradients), _from_0_to_1(focus), strict=True)]
+
+    name = "entropy_contribution"
+
+    joint: str = "product"
+    alpha: float | None = None
+    labels: str | None = None
+
+    def __post_init__(self) -> None:
+        choice(self.joint, "joint", ("product", "hies"))
+        if self.joint != "hies" and (self.alpha is not None or self.labels is not None):
+            raise ValueError(f"alpha and labels belong to joint='hies'; joint={self.joint!r} has no gradient")
+        if self.alpha is not None:
+            fraction(self.alpha, "alpha", why="0 is entropy only, 1 is gradient only")
+        self._gradient()
+
+    def _gradient(self) -> Gradient:
+        return Gradient("given" if self.labels is None else self.labels)
+
+    def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        kept = list(batches)
+        focus = [1 - diffuse for diffuse in Entropy(direction="diffuse").score(model, layers, kept)]
+        if self.joint == "product":
+            return [f * c for f, c in zip(focus, Contribution().score(model, layers, kept), strict=True)]
+        share = ALPHA if self.alpha is None else self.alpha
+        gradients = self._gradient().score(model, layers, kept)
+        return [share * g + (1 - share) * f for g, f in zip(_from_0_to_1(gradients), _from_0_to_1(focus), strict=True)]
 
 
 def _from_0_to_1(scores: list[Tensor]) -> list[Tensor]:

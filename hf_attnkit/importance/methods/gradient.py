@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.importance.gates import sum_over_examples
-from hf_attnkit.importance.loss import check_labels as check  # noqa: F401 - the method's options
+from hf_attnkit.importance.score import Batches, ScoreOfLoss
 from hf_attnkit.models.layers import AttentionLayer
 
 
-def score(
-    model: PreTrainedModel,
-    layers: list[AttentionLayer],
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    labels: str = "given",
-) -> list[Tensor]:
+@dataclass(frozen=True)
+class Gradient(ScoreOfLoss):
     """E_x |dL(x) / dxi_h|, the mean over examples; xi_h = 1 multiplies the head's output at all tokens of x.
 
-    The absolute value is of each example and not of a batch, so batches do not matter.
-
-    Args:
-        labels: see `loss.with_labels`.
-
-    Returns:
-        For each layer `(num_heads,)`, float32, at least 0, in the loss's unit (nats for cross-entropy): to first order
-        how much an example's loss changes if the head is removed.
+    The absolute value is of each example and not of a batch, so batches do not matter. At least 0, in the loss's unit
+    (nats for cross-entropy): to first order how much an example's loss changes if the head is removed.
     """
-    sums, number = sum_over_examples(
-        model, layers, batches, lambda gradient: gradient.sum((1, 2)).abs(), labels=labels, description="gradient"
-    )
-    return [(total / number).float() for total in sums]
+
+    name = "gradient"
+
+    def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        sums, number = sum_over_examples(
+            model, layers, batches, lambda gradient: gradient.sum((1, 2)).abs(), labels=self.labels,
+            description="gradient",
+        )  # fmt: skip
+        return [(total / number).float() for total in sums]

@@ -3,31 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.checks import integer
+from hf_attnkit.common.options import store
+from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.layers import AttentionLayer
 
-NEEDS_BATCHES = False
 
+@dataclass(frozen=True)
+class Random(Score):
+    """Independent uniform numbers in [0, 1), the same for the same seed."""
 
-def check(*, seed: int = 0) -> None:
-    """Raises `ValueError` unless `seed` is an integer of at least 0."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be an integer of at least 0")
+    name = "random"
+    needs_batches = False
 
+    seed: int = 0
 
-def score(
-    model: PreTrainedModel,
-    layers: list[AttentionLayer],
-    batches: Iterable[Mapping[str, Any]] | None,
-    *,
-    seed: int = 0,
-) -> list[Tensor]:
-    """Independent uniform numbers in [0, 1), the same for the same seed. For each layer `(num_heads,)`."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(layer.num_heads, generator=generator) for layer in layers]
+    def __post_init__(self) -> None:
+        store(self, seed=integer(self.seed, "seed", minimum=0))
+
+    def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return [torch.rand(layer.num_heads, generator=generator) for layer in layers]

@@ -94,17 +94,17 @@ MODEL: dict[str, Bad] = {
     "swap: mapping and layers": (
         lambda m: swap_attention(m, {0: "flash"}, layers=[1]),
         ValueError,
-        r"layers cannot be given beside a mapping; write \{layer: \(name, options\)\}",
+        r"layers cannot be given next to a mapping; write \{layer: \(name, options\)\}",
     ),
     "swap: mapping and option": (
         lambda m: swap_attention(m, {0: "flash"}, window=3),
         ValueError,
-        "window cannot be given beside a mapping",
+        "window cannot be given next to a mapping",
     ),
     "swap: options twice": (
         lambda m: swap_attention(m, ("sliding_window", {"window": 3}), window=3),
         ValueError,
-        "options stand twice",
+        "options are given twice",
     ),
     "swap: second layer bad": (
         lambda m: swap_attention(m, {0: "flash", 1: ("sliding_window", {"window": 0})}),

@@ -16,7 +16,7 @@ ORDER = ("cli", "experiment", "analysis", "conversion", "pruning", "importance",
          "editing", "attention", "models", "common")  # fmt: skip
 # The same within folders that have floors of their own.
 INSIDE = {
-    "attention": ("attention_backends", "swap", "cache_placement", "consistency", "dispatch", "table", "kinds",
+    "attention": ("attention_backends", "swap", "cache_placement", "consistency", "dispatch", "table", "kinds", "kind",
                   "kernels"),
     "conversion": ("convert", "checkpoints", "plan", "methods", "predicted_loss", "heads"),
 }  # fmt: skip

@@ -41,7 +41,7 @@ class AttentionEntropyCallback(TrainerCallback):  # type: ignore[misc] # a class
 
     After the first step of `train()` and at each multiple of `every_n_steps` it gives `Trainer.log` for each layer
     `attention_entropy/layer_0/mean` and `attention_entropy/layer_0/min`: mean and minimum over the heads of their mean
-    entropy, as a fraction of ln(number of visible keys), in [0, 1]; 1 is uniform, 0 is one key. So they stand in
+    entropy, as a fraction of ln(number of visible keys), in [0, 1]; 1 is uniform, 0 is one key. So they are in
     `state.log_history` and in every report that the trainer writes. Layers of linear attention, which have no attention
     weights, are left out.
 
@@ -200,7 +200,7 @@ def _eager(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _calling_trainer() -> Trainer:
-    """The trainer that is calling: it passes callbacks neither itself nor its loggers, but stands in the call stack.
+    """The trainer that is calling: it passes callbacks neither itself nor its loggers, but is in the call stack.
 
     Raises:
         RuntimeError: if none is.

@@ -20,7 +20,7 @@ def attention_backends(model: PreTrainedModel, **inputs: Any) -> dict[int, tuple
     """Which backend each swapped layer takes for these inputs, and why.
 
     Runs one forward pass of the model as it is (in training mode with its dropout; the random state is
-    put back). The choice depends on device, length, padding, dropout and gradients.
+    restored). The choice depends on device, length, padding, dropout and gradients.
 
     Args:
         inputs: what the model takes, for example `**tokenizer(texts, return_tensors="pt")`.

@@ -2,7 +2,7 @@
 
 Transformers makes a cache from the config, which cannot say what a swapped layer needs. So each
 swapped module has a pre-hook (`cache_placement.py`) that puts the right layer into the cache before its first
-token, whoever made the cache, and hands it on to the attention call.
+token, whoever made the cache, and passes it on to the attention call.
 
     keys of a `WindowLayer`, window 3, 2 sinks, after 8 tokens and one step with token 8:
 
@@ -37,8 +37,8 @@ def take(states: Tensor, index: Tensor, otherwise: Tensor | None = None) -> Tens
 class SequenceLayer(CacheLayerMixin):  # type: ignore[misc] # a class of Transformers
     """A cache layer that counts the tokens it has seen and stores what its attention needs.
 
-    `update` hands out what the new tokens may attend to; the attention call then says with `settle`
-    that it is done, and the layer drops what no later token needs.
+    `update` returns what the new tokens may attend to. After the attention call, `settle` drops what no later
+    token needs.
 
     Attributes:
         keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
@@ -66,11 +66,11 @@ class SequenceLayer(CacheLayerMixin):  # type: ignore[misc] # a class of Transfo
 
     @property
     def num_sinks(self) -> int:
-        """How many of the keys handed out are copies of sinks, in front of the others."""
+        """How many of the keys returned are copies of sinks, in front of the others."""
         return 0 if self.sink_position is None else self.sink_position.shape[1]
 
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
-        """`(kv_length,)` positions of the keys handed out last, without the sinks; the new tokens are the last."""
+        """`(kv_length,)` positions of the keys returned last, without the sinks; the new tokens are the last."""
         return torch.arange(kv_length, device=device) + (self.seen - kv_length)
 
     def query_positions(self, q_length: int, device: torch.device) -> Tensor:
@@ -195,7 +195,7 @@ class StaticWindowLayer(SequenceLayer):
     """The same in tensors of one size: position t lies in slot `num_sink_tokens + t % window`.
 
     A step overwrites the oldest token in place instead of moving all others, so that it can run in a
-    compiled graph. Several new tokens at once are handed out in order behind the kept ones.
+    compiled graph. Several new tokens at once are returned in order behind the kept ones.
     """
 
     seen: Tensor
@@ -206,7 +206,7 @@ class StaticWindowLayer(SequenceLayer):
         super().__init__(max_length)
         self.window, self.num_sink_tokens = min(window, max_length), num_sink_tokens
         self.seen = torch.zeros((), dtype=torch.long)
-        self._in_order = True  # whether the keys handed out last stand in order
+        self._in_order = True  # whether the keys returned last are in order
         self._new: tuple[Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -294,7 +294,7 @@ def window_layer(max_length: int | None, window: int, num_sink_tokens: int = 0) 
 
 
 class StateLayer(WindowLayer):
-    """A recurrent state of constant size, and the last `window - 1` tokens beside it.
+    """A recurrent state of constant size, and the last `window - 1` tokens next to it.
 
     Attributes:
         sums: `(B, num_key_value_heads, features, head_dim + 1)` float32 or better, or `None` before

@@ -29,7 +29,7 @@ def remove_hook(module: nn.Module) -> None:
 
 
 def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Put the kind's layer into an empty place of the cache, and hand it on to the attention call.
+    """Put the kind's layer into an empty place of the cache, and pass it on to the attention call.
 
     Raises:
         ValueError: if another attention has already filled the cache.

@@ -1,4 +1,4 @@
-"""Whether config, modules and implementation of a swapped model say the same."""
+"""Whether config, modules and `attn_implementation` of a swapped model agree."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def create_mask(
         # Reading values would break a compiled graph, so there the padding is kept even if empty.
         if not is_tracing(visible) and bool(visible.all()):
             visible = None
-    # `None` promises that the last query stands at the last key. A StaticCache's offset is a
+    # `None` promises that the last query is at the last key. A StaticCache's offset is a
     # tensor and its keys reach beyond the queries, so there the positions are always given.
     static = isinstance(q_offset, Tensor) or (causal and not allow_is_causal_skip)
     if visible is None and not static and not window and q_offset + q_length == kv_offset + kv_length:

@@ -31,7 +31,7 @@ class Call:
     """What an attention call brings besides query, key, value and mask.
 
     Attributes:
-        cache: the layer that handed out key and value, if `Kind.create_cache` made it.
+        cache: the layer that returned key and value, if `Kind.create_cache` made it.
         parameters: what `Kind.create_parameters` made.
         arguments: those keywords of `Kind.call_arguments` that were given to `model(...)`.
     """

@@ -27,12 +27,12 @@ ALL = slice(None)
 
 
 class Positions(Protocol):
-    """What knows the positions of the keys that it handed out: a cache layer of `cache.py`."""
+    """What knows the positions of the keys that it returned: a cache layer of `cache.py`."""
 
     max_length: int | None
 
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
-        """`(kv_length,)` positions of the keys handed out last."""
+        """`(kv_length,)` positions of the keys returned last."""
 
     def query_positions(self, q_length: int, device: torch.device) -> Tensor:
         """`(q_length,)` positions of the new tokens."""
@@ -72,7 +72,7 @@ class Mask:
         key_visible: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Mask:
-        """A mask whose last query stands at the last key, as in a decode step with a cache."""
+        """A mask whose last query is at the last key, as in a decode step with a cache."""
         queries = torch.arange(kv_length - q_length, kv_length, device=device)[None]
         keys = torch.arange(kv_length, device=device)[None]
         return cls(queries, keys, is_causal, key_visible, known_offset=kv_length - q_length)
@@ -92,7 +92,7 @@ class Mask:
         """Read the tensor that came through a model's forward; see the table above.
 
         Args:
-            cache: the layer that handed out the keys, if it is one of ours; it knows their positions.
+            cache: the layer that returned the keys, if it is one of ours; it knows their positions.
             window: the `sliding_window` of the attention call; counts if the tensor says so.
 
         Raises:
@@ -165,7 +165,7 @@ class Mask:
         mask = cls.aligned(q_length, kv_length, is_causal=is_causal, device=matrix.device)
         queries = mask.query_position
         if is_causal and q_length != kv_length:
-            # With a cache the queries need not stand at its end (StaticCache); in a causal mask
+            # With a cache the queries need not be at its end (StaticCache); in a causal mask
             # the last key that a query sees is its own.
             last = kv_length - 1 - visible.flip(-1).int().argmax(-1)
             queries = last[:, 0].expand(-1, q_length)

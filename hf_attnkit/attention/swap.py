@@ -31,7 +31,7 @@ from hf_attnkit.common.state import evaluation_mode, replace_state
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.probe import input_device, probe_inputs
 
-# Transformers' own implementations that can serve beside ours in one model: their masks are tensors
+# Transformers' own implementations that can serve next to ours in one model: their masks are tensors
 # that can be made from ours.
 STOCK = ("sdpa", "eager")
 
@@ -40,38 +40,36 @@ Spec = str | tuple[str, Mapping[str, Any]]
 
 def swap_attention(
     model: PreTrainedModel,
-    implementation: Spec | Mapping[int, Spec],
+    kind: Spec | Mapping[int, Spec],
     *,
     layers: Iterable[int] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Run another attention implementation in the model's layers.
+    """Run another kind of attention in the model's layers.
 
     The swap is proved by a forward pass over four tokens (or an empty image): if any of the layers did
-    not run its new implementation, the model is put back and an error raised.
+    not run its new kind, the model is restored and an error raised.
 
     Args:
         model: a model of a supported family; changed in place.
-        implementation: a name of `available_attentions()`, or a mapping `{layer index: name or
-            (name, options)}`.
+        kind: a name of `available_attentions()`, or a mapping `{layer index: name or (name, options)}`.
         layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
             need queries and keys of one sequence leave cross-attention out. Other layers keep what
             they run. Layers are numbered through encoder self-attention, decoder self-attention,
             decoder cross-attention.
-        options: the implementation's options, for example `window=64`; with a mapping they stand in
-            the mapping.
+        options: the kind's options, for example `window=64`; with a mapping they are in the mapping.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
-        ValueError: unknown implementation or option, layer out of range, unsupported family, or a
+        ValueError: unknown kind or option, layer out of range, unsupported family, or a
             model whose attention does not go through Transformers' attention interface. The model
             is then unchanged.
     """
     model_layers = attention_layers(model)
-    base, kinds = _checked(model, model_layers, implementation, layers, options)
+    base, kinds = _checked(model, model_layers, kind, layers, options)
     _install(model, model_layers, base, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
@@ -86,7 +84,7 @@ def swap_attention(
 
 def check(
     model: PreTrainedModel,
-    implementation: Spec | Mapping[int, Spec],
+    kind: Spec | Mapping[int, Spec],
     *,
     layers: Iterable[int] | None = None,
     **options: Any,
@@ -96,7 +94,7 @@ def check(
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
     """
-    return _checked(model, attention_layers(model), implementation, layers, options)[1]
+    return _checked(model, attention_layers(model), kind, layers, options)[1]
 
 
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -152,7 +150,7 @@ def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
-    """Name of the implementation that the config gives to a layer."""
+    """Name of what a layer runs as the config says: a kind, or one of Transformers' own implementations."""
     name: str = model.config._attn_implementation
     if is_swapped(model):
         name = model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
@@ -162,12 +160,12 @@ def saved_kind(model: PreTrainedModel, index: int) -> str:
 def _checked(
     model: PreTrainedModel,
     model_layers: list[AttentionLayer],
-    implementation: Spec | Mapping[int, Spec],
+    given: Spec | Mapping[int, Spec],
     layers: Iterable[int] | None,
     options: dict[str, Any],
 ) -> tuple[str, dict[int, Kind]]:
     """What the model ran before its first swap, and the kind of each layer to swap, all of it possible."""
-    kinds = _plan(model, model_layers, implementation, layers, options)
+    kinds = _plan(model, model_layers, given, layers, options)
     for index, kind in kinds.items():
         _check(kind, model_layers[index])
     require_consistent(model, model_layers)
@@ -186,26 +184,26 @@ def _checked(
 def _plan(
     model: PreTrainedModel,
     model_layers: list[AttentionLayer],
-    implementation: Spec | Mapping[int, Spec],
+    given: Spec | Mapping[int, Spec],
     layers: Iterable[int] | None,
     options: dict[str, Any],
 ) -> dict[int, Kind]:
     """The kind of each layer to swap, indices checked."""
-    if isinstance(implementation, Mapping):
+    if isinstance(given, Mapping):
         if layers is not None or options:
-            given = "layers" if layers is not None else ", ".join(options)
-            raise ValueError(f"{given} cannot be given beside a mapping; write {{layer: (name, options)}}")
-        specs = dict(implementation)
+            other = "layers" if layers is not None else ", ".join(options)
+            raise ValueError(f"{other} cannot be given next to a mapping; write {{layer: (name, options)}}")
+        specs = dict(given)
     else:
         if layers is not None and not isinstance(layers, Iterable):
             raise TypeError(f"layers={layers!r} must be a list of layer numbers")
         indices = range(len(model_layers)) if layers is None else list(layers)
-        if isinstance(implementation, str):
-            specs = dict.fromkeys(indices, (implementation, options))
+        if isinstance(given, str):
+            specs = dict.fromkeys(indices, (given, options))
         elif options:
-            raise ValueError(f"options stand twice: in {implementation!r} and as {', '.join(options)}")
+            raise ValueError(f"options are given twice: in {given!r} and as {', '.join(options)}")
         else:
-            specs = dict.fromkeys(indices, implementation)
+            specs = dict.fromkeys(indices, given)
     if not specs:
         raise ValueError("no layer to swap: layers or the mapping is empty")
     kinds = {}
@@ -215,7 +213,7 @@ def _plan(
         if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
             raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
         kind = make_kind(named[0], dict(named[1]))
-        chosen = layers is not None or isinstance(implementation, Mapping)
+        chosen = layers is not None or isinstance(given, Mapping)
         if chosen or not (model_layers[index].is_cross and kind.self_attention_only):
             kinds[index] = kind
     return kinds

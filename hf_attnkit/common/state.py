@@ -1,4 +1,4 @@
-"""A module's or config's state: put elsewhere for a while, or put back."""
+"""A module's or config's state: changed within a context, or restored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replace_state(owner: Any, state: dict[str, Any]) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode for a while, then each in the mode that it had."""
+    """Within the context, every module is in evaluation mode; then each in the mode that it had."""
     was_training = {module: module.training for module in model.modules()}
     try:
         model.eval()

@@ -1,6 +1,6 @@
 """Gates on heads' outputs, and what the loss says about them: shared by gradient, fisher, taylor and l0.
 
-A gate xi_h = 1 (Michel et al. 2019, arXiv 1905.10650) multiplies what head h hands to the output projection:
+A gate xi_h = 1 (Michel et al. 2019, arXiv 1905.10650) multiplies what head h passes to the output projection:
 
     input of the output projection  (B, T, H * D)  ->  (B, T, H, D) * gate (B, 1, H, 1)  ->  (B, T, H * D)
 
@@ -31,7 +31,7 @@ NO_LABELS = "no example of the batches has a label that counts; labels of -100 a
 def gated(
     layers: Sequence[AttentionLayer], inputs: Mapping[str, Any], gate: Callable[[int, Tensor], Tensor]
 ) -> Iterator[None]:
-    """For a while, multiply the heads' outputs at real tokens.
+    """Within the context, the heads' outputs at real tokens are multiplied by gates.
 
     Args:
         gate: called with the place of a layer and its heads' outputs `(B, T, H, D)`, gives their factors,

@@ -60,7 +60,7 @@ def read_pruned_heads(config: PreTrainedConfig) -> None:
     if family is None or family.fixed or family.has_key_value_heads:
         raise ValueError(f"{where} cannot be understood for models of type {config.model_type!r}")
     if config.per_layer_config is not None and "per_layer_config" in config.to_diff_dict():
-        raise ValueError(f"{where} stands beside per_layer_config; take out the one that does not fit the weights")
+        raise ValueError(f"{where} and per_layer_config are both there; remove the one that does not fit the weights")
     if not isinstance(given, dict) or not all(isinstance(heads, (list, tuple)) for heads in given.values()):
         raise ValueError(f"{where} must be {{layer: [head, ...]}}")
     numbers = [config.num_attention_heads] * config.num_hidden_layers

@@ -23,7 +23,7 @@ class Stack:
         head_dim: name of the attention module's attribute with the size of a head.
         name: what messages call the stack, in families that have several.
         num_heads: the config's field, where it is not the same for all layers of the model.
-        fused: `query`, `key` and `value` are one `nn.Linear`, whose rows stand in this order.
+        fused: `query`, `key` and `value` are one `nn.Linear`, whose rows are in this order.
         is_cross: whether queries and keys come from two sequences.
     """
 
@@ -217,7 +217,7 @@ def family_of(model: PreTrainedModel, *, adapters: bool = False) -> Family:
     model_type = model.config.model_type
     if model_type not in FAMILIES:
         reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
-        remedy = "" if reason else ". A family is one row in hf_attnkit/families.py"
+        remedy = "" if reason else ". A family is one row in hf_attnkit/models/families.py"
         raise ValueError(
             f"models of type {model_type!r} ({type(model).__name__}) are not supported{reason}; supported: "
             f"{', '.join(FAMILIES)}{remedy}"

@@ -1,4 +1,4 @@
-"""Run batches through a model and look at every attention call, whatever implementation it runs."""
+"""Run batches through a model and look at every attention call, whatever attention it runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hf_attnkit.observing.batches import run_batches
 
 @contextmanager
 def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
-    """Lead the model's attention through our interface for a while, each layer running what it ran.
+    """Within the context, every attention call of the model goes through `hf_attnkit`; each layer runs what it ran.
 
-    Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are stood in for by SDPA.
+    SDPA replaces fused kernels whose masks are not tensors (flash-attention, FlexAttention).
 
     Args:
         adapters: accept a model with PEFT adapters inside.

@@ -1,8 +1,8 @@
-"""Run a model layer by layer on a batch: look at one layer, change it, go on to the next without starting anew.
+"""Run a model layer by layer on a batch: look at one layer, change it, continue with the next without a new start.
 
 Looking at layer l of a model that changes from the bottom up would take a forward pass for each layer, though the
 layers below l - 1 have not changed since. So the output of layer l - 2 is kept, and the model's own forward runs
-with the layers up to that one put out of action:
+with the layers up to that one skipped:
 
     embeddings, masks   0 .. l - 2   l - 1            l
     run                 skipped      run, and kept    run up to the module that is looked at
@@ -31,7 +31,7 @@ class _Reached(Exception):
 
 
 class Walk:
-    """One batch on its way through a model's layers."""
+    """One batch, and how far through a model's layers it is."""
 
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         """
@@ -97,7 +97,7 @@ class Walk:
 
 @contextmanager
 def _returning(block: nn.Module, output: Any) -> Iterator[None]:
-    """The block gives this output and does nothing, for a while."""
+    """Within the context, the block returns this output and computes nothing."""
     before = block.__dict__.get("forward")
     block.forward = lambda *args, **kwargs: output
     try:

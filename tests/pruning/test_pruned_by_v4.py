@@ -94,5 +94,5 @@ def test_both_ways_of_saying_it_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text()) | {"pruned_heads": {"0": [1]}}
     (tmp_path / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="stands beside per_layer_config"):
+    with pytest.raises(ValueError, match="and per_layer_config are both there"):
         load_pretrained(tmp_path)

@@ -40,7 +40,7 @@ class HedgehogMap(nn.Module):
         if (x.shape[1], x.shape[3]) != tuple(self.bias.shape):
             raise ValueError(
                 f"the Hedgehog map was made for {self.bias.shape[0]} heads of size {self.bias.shape[1]} and got "
-                f"{x.shape[1]} heads of size {x.shape[3]}; make it anew for the layer as it is now"
+                f"{x.shape[1]} heads of size {x.shape[3]}; make a new one for the layer as it is now"
             )
         x = _wide(x)
         mapped = torch.einsum("bhnd,hed->bhne", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype)[:, None]

@@ -18,7 +18,7 @@ def first_keys(
 ) -> tuple[Extra, Tensor, Tensor]:
     """The first `number` tokens of each row as extra keys, and the other keys and values.
 
-    They are taken from `key` and `value`, or from the copies in front of them that a cache handed out.
+    They are taken from `key` and `value`, or from the copies in front of them that a cache returned.
     """
     batch, start = key.shape[0], mask.key_position[:, :1]
     if cache is None or cache.sink_position is None or cache.sink_visible is None:

@@ -26,7 +26,7 @@ from hf_attnkit.attention.kernels import linear_sums
 
 
 def outside(query: Tensor, phi: linear_sums.Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
-    """Bidirectional: sums over the keys `window` or more before and after each query; query 0 stands
+    """Bidirectional: sums over the keys `window` or more before and after each query; query 0 is
     at key `offset`. Two sums, since all keys less those of the window would cancel."""
     after = linear_sums.suffix(query, phi, keys, offset + window)
     start = 0

@@ -47,7 +47,7 @@ def attend(
     Args:
         query: `(B, num_heads, Q, head_dim)`.
         key, value: `(B, num_key_value_heads, K, head_dim)`.
-        mask: what may be seen besides; its keys must stand at consecutive positions. Its `bias` gets a gradient.
+        mask: what may be seen besides; its keys must be at consecutive positions. Its `bias` gets a gradient.
         scaling: factor of the scores.
         dropout: probability of dropping a weight; the log-sum-exp is that before dropout.
         window: keys on each side of a query, its own included; all if `None`. Not together with `mask.dense`.
@@ -106,7 +106,7 @@ def tiled_attention(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, see `attend`. Without `offset` the last query stands at the last key."""
+    """Output and log-sum-exp, see `attend`. Without `offset` the last query is at the last key."""
     problem = make_problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
                        extra_visible, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)

@@ -21,7 +21,7 @@ KEY_TILE = 512
 
 @dataclass(frozen=True)
 class Extra:
-    """Keys that queries see beside their window. T is 1 (all queries) or the number of query tiles.
+    """Keys that queries see besides their window. T is 1 (all queries) or the number of query tiles.
 
     A key that lies in a query's window as well is counted there, and only there.
 
@@ -64,7 +64,7 @@ class Problem:
     def key_tiles(self, queries: slice) -> Iterator[slice]:
         """The tiles of keys of which these queries may see a part."""
         first, last = queries.start + self.offset, queries.stop - 1 + self.offset
-        if self.dense is not None:  # rows may stand at different positions, so nothing is known to be hidden
+        if self.dense is not None:  # rows may be at different positions, so nothing is known to be hidden
             first, last = 0, self.key.shape[2] - 1
         begin = max(0, first - self.window + 1) if self.window else 0
         end = last + 1 if self.is_causal else last + self.window if self.window else self.key.shape[2]

@@ -1,4 +1,4 @@
-"""What a head adds to the residual stream, less its mean, which could as well stand in a bias."""
+"""What a head adds to the residual stream, less its mean over tokens, which a bias could add as well."""
 
 from __future__ import annotations
 

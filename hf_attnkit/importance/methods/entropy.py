@@ -36,7 +36,7 @@ def attention_entropy(
         query: `(batch, num_heads, query_length, head_dim)`, after any rotary embedding.
         key: `(batch, num_key_value_heads, key_length, head_dim)`; heads are grouped, not repeated.
         scaling: factor of the scores; `head_dim ** -0.5` by default.
-        is_causal: query i sees keys up to i; with more keys than queries, the last query stands at
+        is_causal: query i sees keys up to i; with more keys than queries, the last query is at
             the last key.
         attention_mask: `(batch, key_length)`, nonzero for real tokens.
         normalize: divide by ln(number of visible keys), so that 1 is uniform whatever the length; a

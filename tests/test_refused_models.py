@@ -30,7 +30,7 @@ CHANGES = {
     "mqa": convert_to_mqa,
     "prune": lambda m: prune_heads(m, {0: [0, 1]}),
     "importance": lambda m: head_importance(m, method="magnitude"),
-    "entropy": lambda m: head_importance(m, [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]),
+    "entropy": lambda m: head_importance(m, [{"input_ids": torch.ones(1, 3, dtype=torch.long)}], method="entropy"),
 }
 EDITS = {name: change for name, change in CHANGES.items() if name != "swap"}
 every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

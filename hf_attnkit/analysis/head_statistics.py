@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common.checks import integer
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
 from hf_attnkit.observing.batches import run_batches
@@ -107,9 +108,10 @@ def head_statistics(
             `separator` is NaN.
 
     Raises:
-        TypeError: if `model` is not a plain `PreTrainedModel`, or `separator_ids` holds something that is no integer.
-        ValueError: no or empty batches, no query that sees two keys, scores that are not finite, separator ids for
-            batches without token ids, a model that is not supported or has linear attention alone.
+        TypeError: if `model` is not a plain `PreTrainedModel`.
+        ValueError: no or empty batches, no query that sees two keys, scores that are not finite, separator ids that
+            are no integers or for batches without token ids, a model that is not supported or has linear attention
+            alone.
     """
     layers = attention_layers(model)
     looked_at = [layer for layer in layers if has_softmax(layer.module)]
@@ -154,11 +156,8 @@ def _separator_ids(model: PreTrainedModel, given: int | Sequence[int] | None) ->
         found = getattr(model.config, "sep_token_id", None)
     if found is None:
         found = getattr(model.config, "eos_token_id", None)
-    ids = [] if found is None else [found] if isinstance(found, int) else list(found)
-    for number in ids:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"separator_ids={given!r} must be token ids, such as tokenizer.sep_token_id")
-    return ids
+    ids = [] if found is None else list(found) if isinstance(found, Sequence) else [found]
+    return [integer(number, "separator_ids", why="a token id, such as tokenizer.sep_token_id") for number in ids]
 
 
 def _is_separator(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.matrix import MATRIX
@@ -12,7 +14,7 @@ from support.subprocesses import run_python
 from support.swapping import build_for, swapped
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, restore_attention
+from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, restore_attention, swap_attention
 
 
 @pytest.mark.parametrize("family", ["bert", *DECODERS])
@@ -44,6 +46,28 @@ def test_every_head_type_reloads(family: str, head: str, tmp_path: Path) -> None
     again = aligned(load_pretrained(tmp_path))
     assert type(again) is type(model)
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
+
+
+def test_a_checkpoint_may_name_options_at_their_defaults(tmp_path: Path) -> None:
+    """Saved are the options that differ from the defaults; a config.json that names all of them means the same."""
+    given = {"window": 4, "num_sink_tokens": 0, "backend": "auto"}
+    model = swap_attention(build("llama"), "sliding_window", **given)
+    assert model.config.hf_attnkit["layers"]["0"] == ["sliding_window", {"window": 4}]
+    expected = outputs(model, batch(model))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["hf_attnkit"]["layers"] = {"0": ["sliding_window", given], "1": ["sliding_window", {"window": 4}]}
+    path.write_text(json.dumps(config))
+    assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), batch(model)), expected)
+
+
+def test_options_may_be_integers_of_other_libraries(tmp_path: Path) -> None:
+    """They are saved as JSON knows them."""
+    model = swap_attention(build("llama"), "sliding_window", window=np.int64(4), num_sink_tokens=torch.tensor(1))
+    assert model.config.hf_attnkit["layers"]["1"] == ["sliding_window", {"window": 4, "num_sink_tokens": 1}]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), batch(model)), outputs(model, batch(model)))
 
 
 def test_a_reloaded_model_restores(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def eager_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], normalize: 
 def test_entropy_is_that_of_eager_attention(family: str, normalize: bool) -> None:
     model = build("llama", "causal", 8, 2) if family == "grouped" else build(family)
     inputs = batch(model, LENGTHS)
-    actual = head_importance(model, [inputs], direction="diffuse", normalize=normalize)
+    actual = head_importance(model, [inputs], method="entropy", direction="diffuse", normalize=normalize)
     assert actual.shape == (2, 8) and actual.dtype == torch.float32
     assert actual.max() - actual.min() > 0.05  # heads differ, so that a mixed-up order shows
     assert (actual - eager_entropy(model, inputs, normalize)).abs().max() <= tolerance(1 if normalize else 3)
@@ -74,14 +74,14 @@ def test_padding_and_batch_size_do_not_count(family: str) -> None:
     """One padded batch, one sentence at a time, and other batches of them: the same scores."""
     model = build(family)
     inputs = batch(model, LENGTHS)
-    together = head_importance(model, [inputs])
+    together = head_importance(model, [inputs], method="entropy")
     alone = [
         {"input_ids": inputs["input_ids"][row][mask.bool()][None], "attention_mask": torch.ones(1, int(mask.sum()))}
         for row, mask in enumerate(inputs["attention_mask"])
     ]
     halves = [{name: tensor[:2] for name, tensor in inputs.items()}, alone[2]]
     for batches in (alone, halves, reversed(alone), iter(alone)):
-        assert (head_importance(model, batches) - together).abs().max() <= tolerance()
+        assert (head_importance(model, batches, method="entropy") - together).abs().max() <= tolerance()
 
 
 @pytest.mark.parametrize("other", ["eager", "mha", "gqa", "flash", "one layer swapped"])
@@ -89,7 +89,7 @@ def test_padding_and_batch_size_do_not_count(family: str) -> None:
 def test_the_implementation_does_not_matter(family: str, other: str) -> None:
     model = build(family)
     inputs = batch(model, LENGTHS)
-    expected = head_importance(model, [inputs])
+    expected = head_importance(model, [inputs], method="entropy")
     if other == "eager":
         model.set_attn_implementation("eager")
     elif other == "one layer swapped":
@@ -97,27 +97,33 @@ def test_the_implementation_does_not_matter(family: str, other: str) -> None:
     else:
         swap_attention(model, other)
     with unchanged(model):
-        assert (head_importance(model, [inputs]) - expected).abs().max() <= tolerance()
+        assert (head_importance(model, [inputs], method="entropy") - expected).abs().max() <= tolerance()
 
 
 def test_entropy_sees_the_window_that_the_model_has() -> None:
     """Mistral's window limits the keys: with a window of 1 every query sees one key."""
     narrow = build("mistral", sliding_window=2)
     inputs = batch(narrow, LENGTHS)
-    assert head_importance(narrow, [inputs], direction="diffuse", normalize=False).max() <= torch.tensor(2.0).log()
     assert (
-        head_importance(build("mistral"), [inputs], direction="diffuse", normalize=False).max()
+        head_importance(narrow, [inputs], method="entropy", direction="diffuse", normalize=False).max()
+        <= torch.tensor(2.0).log()
+    )
+    assert (
+        head_importance(build("mistral"), [inputs], method="entropy", direction="diffuse", normalize=False).max()
         > torch.tensor(2.0).log()
     )
     lone = build("mistral", sliding_window=1)
-    assert torch.equal(head_importance(lone, [inputs], direction="diffuse", normalize=False), torch.zeros(2, 8))
+    assert torch.equal(
+        head_importance(lone, [inputs], method="entropy", direction="diffuse", normalize=False), torch.zeros(2, 8)
+    )
 
 
 def test_focused_is_the_opposite_of_diffuse() -> None:
     model = build("bert")
     inputs = [batch(model)]
     assert torch.equal(
-        head_importance(model, inputs, direction="focused"), -head_importance(model, inputs, direction="diffuse")
+        head_importance(model, inputs, method="entropy", direction="focused"),
+        -head_importance(model, inputs, method="entropy", direction="diffuse"),
     )
 
 
@@ -157,7 +163,7 @@ def test_contribution_and_confidence_are_their_definitions(family: str, implemen
     confidence = torch.cat(weights, dim=-1).mean(-1)
     if implementation == "flash":
         swap_attention(model, "flash")
-    focus = 1 - head_importance(model, [inputs], direction="diffuse")
+    focus = 1 - head_importance(model, [inputs], method="entropy", direction="diffuse")
     for method, expected in {
         "contribution": contribution,
         "confidence": confidence,
@@ -199,10 +205,10 @@ def test_options_of_entropy_contribution(options: dict, message: str) -> None:
 def test_swapped_windows_count_and_other_attention_is_refused() -> None:
     model = swap_attention(build("llama"), "sliding_window", window=2)
     inputs = batch(model, LENGTHS)
-    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    scores = head_importance(model, [inputs], method="entropy", direction="diffuse", normalize=False)
     assert scores.min() > 0 and scores.max() <= torch.tensor(2.0).log()
     swap_attention(model, "local_global", window=2)  # and the first token
-    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    scores = head_importance(model, [inputs], method="entropy", direction="diffuse", normalize=False)
     assert scores.max() <= torch.tensor(3.0).log()
     real = inputs["attention_mask"].bool()
     place = inputs["attention_mask"].cumsum(-1) - 1
@@ -220,7 +226,7 @@ def test_swapped_windows_count_and_other_attention_is_refused() -> None:
     with pytest.warns(UserWarning, match="linear"):
         swap_attention(model, "linear")
     with unchanged(model), pytest.raises(ValueError, match=r"layer 0 runs linear attention.*restore_attention"):
-        head_importance(model, [inputs])
+        head_importance(model, [inputs], method="entropy")
 
 
 def test_magnitude_definition() -> None:
@@ -291,8 +297,8 @@ def test_the_model_is_left_as_it_was(family: str, method: str, implementation: s
 def test_a_model_in_training_is_scored_without_dropout() -> None:
     model = build("bert", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     inputs = [batch(model)]
-    expected = head_importance(model, inputs)
-    assert torch.equal(head_importance(model.train(), inputs), expected)
+    expected = head_importance(model, inputs, method="entropy")
+    assert torch.equal(head_importance(model.train(), inputs, method="entropy"), expected)
 
 
 def test_another_call_after_an_error_observes_only_itself() -> None:
@@ -301,5 +307,5 @@ def test_another_call_after_an_error_observes_only_itself() -> None:
 
     model = build("bert")
     with pytest.raises(ValueError, match="must be a mapping"):
-        head_importance(model, [batch(model), None])
+        head_importance(model, [batch(model), None], method="entropy")
     assert registry._observers == []

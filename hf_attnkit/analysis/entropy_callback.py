@@ -107,7 +107,7 @@ class AttentionEntropyCallback(TrainerCallback):  # type: ignore[misc] # a class
         for layer, mean in zip(self._layers, means, strict=True):
             values[f"{PREFIX}/layer_{layer.index}/mean"] = float(mean.mean())
             values[f"{PREFIX}/layer_{layer.index}/min"] = float(mean.min())
-        # Logging takes the wish to log this step's loss for fulfilled.
+        # `Trainer.log` clears the request to log this step's loss.
         should_log = control.should_log
         self._trainer.log(values)
         control.should_log = should_log
@@ -144,7 +144,7 @@ class AttentionEntropyCallback(TrainerCallback):  # type: ignore[misc] # a class
         model = core_model(wrapped)
         if not model.config.is_encoder_decoder:  # which may make its decoder's inputs of the labels
             probe = {name: value for name, value in probe.items() if name not in LABELS} | spare_options(model)
-        # What only splits batches or averages gradients has no part in a forward pass; what shards weights has.
+        # A forward pass does not need what only splits batches or averages gradients; it needs what shards weights.
         is_copy = isinstance(wrapped, (nn.DataParallel, nn.parallel.DistributedDataParallel))
         runs: Any = wrapped.module if is_copy else wrapped
         sums = entropy_sums(self._layers, True, probe)

@@ -9,8 +9,8 @@ query i with attention p_i = softmax(s_i) over the keys j that it may see:
     distance    sum_j p_ij |i - j|               redundancy  sum_j min(p_ij of one head, p_ij of another)
     previous    p_i,i-1      next  p_i,i+1
 
-Each is a mean over queries. Heads are compared on the same query, so the attention of all heads of one layer to a
-block of queries exists at a time, at most `BLOCK_NUMBERS` numbers, and never a whole matrix.
+Each is a mean over queries. Heads are compared on the same query, so the attention of all heads of one layer is in
+memory for one block of queries at a time: at most `BLOCK_NUMBERS` numbers, never a whole matrix.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ MEANS = ("entropy", "confidence", "distance", *SHARES)
 class HeadStatistics:
     """Statistics of every head, each `(num_layers, num_heads)`, float32.
 
-    Means over all tokens of all batches, padding left out, and left out too queries that see a single key, which
-    have no choice. NaN where a layer has fewer heads, where a layer's attention is no softmax ("linear"), and where
+    Means over all tokens of all batches. Padding does not count, nor do queries that see a single key, which have no
+    choice. NaN where a layer has fewer heads, where a layer's attention is no softmax ("linear"), and where
     no query sees such a token (the next one in a causal model).
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 import torch.distributed as dist
 from transformers.utils import logging
@@ -24,9 +24,19 @@ class ProgressBar(Protocol[T]):
         """Move on by so many units."""
 
 
+@overload
 def progress_bar(
-    items: Iterable[T] | None = None, *, description: str, unit: str, total: int | None = None, **options: Any
-) -> ProgressBar[T]:
+    items: Iterable[T], *, description: str, unit: str, total: int | None = None, **options: Any
+) -> ProgressBar[T]: ...
+
+
+@overload
+def progress_bar(*, description: str, unit: str, total: int, **options: Any) -> ProgressBar[None]: ...
+
+
+def progress_bar(
+    items: Iterable[Any] | None = None, *, description: str, unit: str, total: int | None = None, **options: Any
+) -> ProgressBar[Any]:
     """A bar on stderr that moves as `items` are iterated over, or by its `update`.
 
     It is shown on the main process only, and never after `transformers.utils.logging.disable_progress_bar()`.

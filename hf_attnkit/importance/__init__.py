@@ -1,4 +1,4 @@
-"""Head importance: one file per method, all (num_layers, num_heads), higher = keep."""
+"""Head importance: one file a method, all (num_layers, num_heads), higher = keep."""
 
 from hf_attnkit.importance.head_gradients import head_gradients
 from hf_attnkit.importance.head_importance import METHODS, head_importance, make_score

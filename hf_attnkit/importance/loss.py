@@ -1,8 +1,8 @@
 """The model's own loss, and what share of a batch's mean each example has in it.
 
 A batch's loss is a mean over its examples (classification) or over all of its tokens that have a label (language
-models). Example i with n_i of the N terms adds n_i / N of its own loss, so what is computed from the mean is brought
-to the example's own by N / n_i.
+models). Example i, which has n_i of the N terms, adds n_i / N of its own loss to it. So a gradient of the mean by what
+belongs to the example alone is multiplied by N / n_i.
 """
 
 from __future__ import annotations

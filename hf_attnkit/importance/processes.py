@@ -1,4 +1,4 @@
-"""One place where sums over queries, tokens or examples become those of all processes."""
+"""Sums over queries, tokens or examples, added over all processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The table of model families: where a model keeps its attention layers, and what running it cannot tell.
-
-A family says where a model keeps its attention layers and where a layer keeps its query, key, value
-and output projections.
-"""
+"""The table of model families: where a model keeps its attention layers, and what running it cannot tell."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class Rope:
 
     Attributes:
         pairing: "half" or "interleaved", see `Family`.
-        size: the first so many components of a head are rotated, the others are not.
+        size: how many components of a head are rotated; they are its first ones.
     """
 
     pairing: str
@@ -43,7 +43,7 @@ class AttentionLayer:
         module: the module whose forward calls the attention interface.
         query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
         num_heads, num_key_value_heads, head_dim: as the config says.
-        is_empty: whether its one head is a stand-in; see the top of this file.
+        is_empty: whether its one head is a stand-in; see `config_heads.py`.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.

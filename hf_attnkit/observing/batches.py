@@ -57,7 +57,7 @@ def on_device(
 
 
 def spare_options(model: PreTrainedModel) -> dict[str, Any]:
-    """Keywords of the model's forward that spare it what nobody looks at: a cache, and logits of all but one token."""
+    """Keywords of the model's forward that turn off what is not needed: the cache, and logits before the last token."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in {"logits_to_keep": 1, "use_cache": False}.items() if name in known}
 

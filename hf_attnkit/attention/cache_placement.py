@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer, WindowLayer
+from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.kind import ATTRIBUTE, Kind, has_cache
+from hf_attnkit.attention.window_cache import WindowLayer
 
 
 def add_hook(module: nn.Module) -> None:

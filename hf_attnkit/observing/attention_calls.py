@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.choose_kinds import STOCK
 from hf_attnkit.attention.consistency import is_swapped, require_consistent
 from hf_attnkit.attention.dispatch import Observer, observe
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.swap import STOCK
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.batches import run_batches
 

@@ -31,11 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_attnkit.attention.cache import StateLayer
 from hf_attnkit.attention.kernels import feature_maps, linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState, Map
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.window_cache import StateLayer
 from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.options import store
 

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.cache import SequenceLayer, window_layer
+from hf_attnkit.attention.cache import SequenceLayer
 from hf_attnkit.attention.kernels import block_sparse, packed
 from hf_attnkit.attention.kernels.random_blocks import Links, find_links
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.window_cache import window_layer
 from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 

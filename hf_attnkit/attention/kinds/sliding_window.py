@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.cache import SequenceLayer, window_layer
+from hf_attnkit.attention.cache import SequenceLayer
 from hf_attnkit.attention.kernels import backends, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.window_cache import window_layer
 from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 

@@ -1,0 +1,101 @@
+"""From what a user asks of `swap_attention` to the kind of each layer, checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_attnkit.attention.consistency import is_swapped, require_consistent
+from hf_attnkit.attention.kind import Kind
+from hf_attnkit.attention.table import make_kind
+from hf_attnkit.common.checks import in_range
+from hf_attnkit.models.layers import AttentionLayer
+
+# Transformers' own implementations that can serve next to ours in one model: their masks are tensors
+# that can be made from ours.
+STOCK = ("sdpa", "eager")
+
+Spec = str | tuple[str, Mapping[str, Any]]
+
+
+def choose_kinds(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    given: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> tuple[str, dict[int, Kind]]:
+    """What the model ran before its first swap, and the kind of each layer to swap, all of it possible.
+
+    Raises:
+        TypeError, ValueError: as `swap_attention`, but for its proof.
+    """
+    kinds = _plan(model, model_layers, given, layers, options)
+    for index, kind in kinds.items():
+        check_kind(kind, model_layers[index])
+    require_consistent(model, model_layers)
+    base = model.config._attn_implementation
+    if is_swapped(model):
+        base = model.config.hf_attnkit["base"]
+    elif base not in STOCK and len(kinds) < len(model_layers):
+        raise ValueError(
+            f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
+            f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
+            "attn_implementation='sdpa'"
+        )
+    return base, kinds
+
+
+def _plan(
+    model: PreTrainedModel,
+    model_layers: list[AttentionLayer],
+    given: Spec | Mapping[int, Spec],
+    layers: Iterable[int] | None,
+    options: dict[str, Any],
+) -> dict[int, Kind]:
+    """The kind of each layer to swap, indices checked."""
+    if isinstance(given, Mapping):
+        if layers is not None or options:
+            other = "layers" if layers is not None else ", ".join(options)
+            raise ValueError(f"{other} cannot be given next to a mapping; write {{layer: (name, options)}}")
+        specs = dict(given)
+    else:
+        if layers is not None and not isinstance(layers, Iterable):
+            raise TypeError(f"layers={layers!r} must be a list of layer numbers")
+        indices = range(len(model_layers)) if layers is None else list(layers)
+        if isinstance(given, str):
+            specs = dict.fromkeys(indices, (given, options))
+        elif options:
+            raise ValueError(f"options are given twice: in {given!r} and as {', '.join(options)}")
+        else:
+            specs = dict.fromkeys(indices, given)
+    if not specs:
+        raise ValueError("no layer to swap: layers or the mapping is empty")
+    kinds = {}
+    for layer, spec in specs.items():
+        index = in_range(layer, len(model_layers), "layer")
+        named = (spec, {}) if isinstance(spec, str) else spec
+        if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
+            raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
+        kind = make_kind(named[0], dict(named[1]))
+        chosen = layers is not None or isinstance(given, Mapping)
+        if chosen or not (model_layers[index].is_cross and kind.self_attention_only):
+            kinds[index] = kind
+    return kinds
+
+
+def check_kind(kind: Kind, layer: AttentionLayer) -> None:
+    """Raise `ValueError` if the layer cannot run this kind."""
+    kind.check_heads(layer.num_heads, layer.num_key_value_heads)
+    if layer.is_cross and kind.self_attention_only:
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
+            "this layer out, or give it 'mha', 'gqa' or 'flash'"
+        )
+    if layer.position_bias and not kind.forms_scores:
+        raise ValueError(
+            f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
+            "use another attention for this model"
+        )

@@ -58,10 +58,8 @@ def head_importance(
             Score on training data. "magnitude" and "random" need none. "gradient", "taylor", "fisher" and "l0" need
             the loss, so batches with `labels` (of causal language models the input serves for them).
         method: a key of `hf_attnkit.importance.METHODS`; docs/importance.md defines them.
-        options: the method's own: `direction` ("focused" or "diffuse") and `normalize` of "entropy"; `joint`
-            ("product" or "hies"), `alpha` and `labels` of "entropy_contribution"; `labels` ("given" or "predicted")
-            of "gradient", "taylor" and "fisher"; `steps`, `penalty`, `learning_rate`, `seed` and `labels` of "l0";
-            `seed` of "random".
+        options: the method's own: the fields of its class in `METHODS`, with their defaults there. For example
+            `labels="predicted"` for the scores that need the loss.
 
     Returns:
         `(num_layers, num_heads)`, float32, higher = keep. Where layers have different numbers of

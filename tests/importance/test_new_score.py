@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,12 +42,23 @@ class NegativeGradient(ScoreOfLoss):
         return [-score for score in Gradient(self.labels).score(model, layers, batches)]
 
 
-@pytest.fixture(autouse=True)
+def test_documented_are_all_scores_and_their_options() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "importance.md").read_text()
+    table = text.split("| method | score of head h |")[1].split("\n\n")[0]
+    rows = [line.split("|")[1].strip(" `") for line in table.splitlines()[2:]]
+    assert sorted(rows) == sorted(METHODS)
+    for score in METHODS.values():
+        for field in fields(score):
+            assert f"`{field.name}=" in text or f"`{field.name}`" in text, f"option {field.name} of {score.name}"
+
+
+@pytest.fixture
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
     for score in (Place, NegativeGradient):
         monkeypatch.setitem(METHODS, score.name, score)
 
 
+@pytest.mark.usefixtures("_listed")
 def test_a_new_score() -> None:
     model = build("llama", "causal")
     assert torch.equal(head_importance(model, method="place", factor=3), 3.0 * torch.arange(8).expand(2, -1))
@@ -55,6 +67,7 @@ def test_a_new_score() -> None:
     assert torch.equal(head_importance(model, inputs, method="negative_gradient", labels="predicted"), -gradient)
 
 
+@pytest.mark.usefixtures("_listed")
 def test_its_options_are_checked() -> None:
     model = build("llama", "causal")
     with pytest.raises(ValueError, match="importance method 'place' has no option labels; it takes factor"):

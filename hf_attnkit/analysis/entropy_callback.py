@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.common.checks import fraction, integer
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.importance.methods.entropy import entropy_sums
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
@@ -61,16 +62,11 @@ class AttentionEntropyCallback(TrainerCallback):
     """
 
     def __init__(self, every_n_steps: int = 100, max_examples: int = 8, collapse_threshold: float = 0.05) -> None:
-        for name, value in {"every_n_steps": every_n_steps, "max_examples": max_examples}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        is_number = isinstance(collapse_threshold, (int, float)) and not isinstance(collapse_threshold, bool)
-        if not is_number or not 0 <= collapse_threshold <= 1:
-            raise ValueError(
-                f"collapse_threshold={collapse_threshold!r} must be a number from 0 to 1: a fraction of the entropy of "
-                "uniform attention"
-            )
-        self.every_n_steps, self.max_examples, self.collapse_threshold = every_n_steps, max_examples, collapse_threshold
+        self.every_n_steps = integer(every_n_steps, "every_n_steps", minimum=1)
+        self.max_examples = integer(max_examples, "max_examples", minimum=1)
+        self.collapse_threshold = fraction(
+            collapse_threshold, "collapse_threshold", why="a fraction of the entropy of uniform attention"
+        )
         self._trainer: Trainer | None = None
         self._layers: list[AttentionLayer] = []
         self._hook: Any = None

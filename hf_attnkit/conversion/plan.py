@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import grouping as groupings
 from hf_attnkit.conversion import head_numbers as targets
@@ -149,7 +149,10 @@ def plan_gqa(
         losses = [
             {number: _loss(layer, number, moment, method, key_method, grouping) for number in possible}
             for layer, moment, possible in zip(
-                tqdm(layers, desc="losses", unit="layer"), statistics.second_moments, options, strict=True
+                progress_bar(layers, description="losses", unit="layer"),
+                statistics.second_moments,
+                options,
+                strict=True,
             )
         ]
         total = int(budget * sum(layer.num_key_value_heads for layer in layers) + 1e-9)
@@ -159,7 +162,10 @@ def plan_gqa(
     edits: list[Edit] = []
     planned = []
     for layer, number, moment in zip(
-        tqdm(layers, desc=f"merging heads ({method})", unit="layer"), numbers, statistics.second_moments, strict=True
+        progress_bar(layers, description=f"merging heads ({method})", unit="layer"),
+        numbers,
+        statistics.second_moments,
+        strict=True,
     ):
         present = heads.read(layer)
         groups = _groups(present, number, moment, method, key_method, grouping)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.probe import input_device
 
@@ -47,7 +47,7 @@ def on_device(
         ValueError: if `batches` is empty, or a batch is no mapping or all padding.
     """
     device, seen = input_device(model), 0
-    for batch in tqdm(batches, desc=description, unit="batch"):
+    for batch in progress_bar(batches, description=description, unit="batch"):
         yield to_device(batch, device, labels=labels)
         seen += 1
     if not seen:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.change import Change
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
@@ -90,7 +90,7 @@ def refit(
         if not inputs:
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
         untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
-        for layer in tqdm(attention_layers(model), desc="refit", unit="layer"):
+        for layer in progress_bar(attention_layers(model), description="refit", unit="layer"):
             assert change.covers(layer.output) and (change.covers(layer.query) or order is None), layer.name
             if order is not None and can_refit(layer):
                 with change.undone(), attention_calls(model, layer) as run:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_attnkit.common.progress import progress_bar
+from hf_attnkit.common.progress import ProgressBar, progress_bar
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES, Entry, Reader, Writer
 from hf_attnkit.conversion.checkpoints.source import PROJECTIONS, Checkpoint
 from hf_attnkit.conversion.grouping import adjacent
@@ -73,6 +73,7 @@ class ShardConversion:
     def write_shards(self, folder: Path) -> None:
         """Write those shards that are not there yet."""
         sizes = {shard: sum(e.nbytes for e in self.entries(shard).values()) for shard in self._checkpoint.shards}
+        bar: ProgressBar[None]
         with progress_bar(total=sum(sizes.values()), description="converting", unit="B", unit_scale=True) as bar:
             for shard, reader in self._checkpoint.shards.items():
                 if self._is_complete(folder / shard, shard):

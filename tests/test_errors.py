@@ -195,7 +195,7 @@ MODEL: dict[str, Bad] = {
         "'tailor'; available: entropy, .*, taylor, .*, magnitude, random",
     ),
     "importance: option": (
-        lambda m: head_importance(m, [], seed=1),
+        lambda m: head_importance(m, [], method="entropy", seed=1),
         ValueError,
         "no option seed; it takes direction, normalize",
     ),
@@ -226,7 +226,7 @@ MODEL: dict[str, Bad] = {
         "must be a mapping .*got tuple",
     ),
     "importance: direction": (
-        lambda m: head_importance(m, [batch(m)], direction="sharp"),
+        lambda m: head_importance(m, [batch(m)], method="entropy", direction="sharp"),
         ValueError,
         "direction='sharp' .*focused, diffuse",
     ),

@@ -98,7 +98,7 @@ def test_values_and_steps(family: str, tmp_path: Path) -> None:
     probe = {name: tensor[:3] for name, tensor in seen[0].items() if isinstance(tensor, Tensor) and tensor.dim()}
     for step, values in found.items():
         assert list(values) == [f"attention_entropy/layer_{i}/{what}" for i in range(2) for what in ("mean", "min")]
-        entropy = head_importance(kept.models[step], [probe], direction="diffuse").double()
+        entropy = head_importance(kept.models[step], [probe], method="entropy", direction="diffuse").double()
         for layer in range(2):
             # The same sums over the same numbers; a float32 cast of the means between.
             for name, wanted in (("mean", entropy[layer].mean()), ("min", entropy[layer].min())):

@@ -56,7 +56,7 @@ def eager_entropy(model: PreTrainedModel, inputs: dict[str, Tensor], normalize: 
 def test_entropy_is_that_of_eager_attention(family: str, normalize: bool) -> None:
     model = build("llama", "causal", 8, 2) if family == "grouped" else build(family)
     inputs = batch(model, LENGTHS)
-    actual = head_importance(model, [inputs], direction="diffuse", normalize=normalize)
+    actual = head_importance(model, [inputs], direction="diffuse", method="entropy", normalize=normalize)
     assert actual.shape == (2, 8) and actual.dtype == torch.float32
     assert actual.max() - actual.min() > 0.05  # heads differ, so that a mixed-up order shows
     assert (actual - eager_entropy(model, inputs, normalize)).abs().max() <= tolerance(1 if normalize else 3)
@@ -104,20 +104,26 @@ def test_entropy_sees_the_window_that_the_model_has() -> None:
     """Mistral's window limits the keys: with a window of 1 every query sees one key."""
     narrow = build("mistral", sliding_window=2)
     inputs = batch(narrow, LENGTHS)
-    assert head_importance(narrow, [inputs], direction="diffuse", normalize=False).max() <= torch.tensor(2.0).log()
     assert (
-        head_importance(build("mistral"), [inputs], direction="diffuse", normalize=False).max()
+        head_importance(narrow, [inputs], direction="diffuse", method="entropy", normalize=False).max()
+        <= torch.tensor(2.0).log()
+    )
+    assert (
+        head_importance(build("mistral"), [inputs], direction="diffuse", method="entropy", normalize=False).max()
         > torch.tensor(2.0).log()
     )
     lone = build("mistral", sliding_window=1)
-    assert torch.equal(head_importance(lone, [inputs], direction="diffuse", normalize=False), torch.zeros(2, 8))
+    assert torch.equal(
+        head_importance(lone, [inputs], direction="diffuse", method="entropy", normalize=False), torch.zeros(2, 8)
+    )
 
 
 def test_focused_is_the_opposite_of_diffuse() -> None:
     model = build("bert")
     inputs = [batch(model)]
     assert torch.equal(
-        head_importance(model, inputs, direction="focused"), -head_importance(model, inputs, direction="diffuse")
+        head_importance(model, inputs, method="entropy", direction="focused"),
+        -head_importance(model, inputs, method="entropy", direction="diffuse"),
     )
 
 
@@ -157,7 +163,7 @@ def test_contribution_and_confidence_are_their_definitions(family: str, implemen
     confidence = torch.cat(weights, dim=-1).mean(-1)
     if implementation == "flash":
         swap_attention(model, "flash")
-    focus = 1 - head_importance(model, [inputs], direction="diffuse")
+    focus = 1 - head_importance(model, [inputs], method="entropy", direction="diffuse")
     for method, expected in {
         "contribution": contribution,
         "confidence": confidence,
@@ -199,10 +205,10 @@ def test_options_of_entropy_contribution(options: dict, message: str) -> None:
 def test_swapped_windows_count_and_other_attention_is_refused() -> None:
     model = swap_attention(build("llama"), "sliding_window", window=2)
     inputs = batch(model, LENGTHS)
-    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    scores = head_importance(model, [inputs], direction="diffuse", method="entropy", normalize=False)
     assert scores.min() > 0 and scores.max() <= torch.tensor(2.0).log()
     swap_attention(model, "local_global", window=2)  # and the first token
-    scores = head_importance(model, [inputs], direction="diffuse", normalize=False)
+    scores = head_importance(model, [inputs], direction="diffuse", method="entropy", normalize=False)
     assert scores.max() <= torch.tensor(3.0).log()
     real = inputs["attention_mask"].bool()
     place = inputs["attention_mask"].cumsum(-1) - 1

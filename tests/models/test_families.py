@@ -348,7 +348,7 @@ def test_importance(family: str) -> None:
     model = build(family)
     inputs = batch(model, (13, 13))
     with unchanged(model):
-        entropy = head_importance(model, [inputs], normalize=False)
+        entropy = head_importance(model, [inputs], method="entropy", normalize=False)
         random, magnitude = (head_importance(model, method=method) for method in ("random", "magnitude"))
     eager = copy.deepcopy(model).double()
     eager.set_attn_implementation("eager")

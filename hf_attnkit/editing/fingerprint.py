@@ -54,24 +54,22 @@ class Fingerprint:
             raise ValueError(f"the model is no longer what the plan was made for: {difference}; make a new plan")
 
     def _difference(self, model: PreTrainedModel) -> str:
+        parameters = dict(model.named_parameters())
+        if added := parameters.keys() ^ self._parameters.keys():
+            return f"parameters were added or removed, {min(added)!r} among them"
         layers = attention_layers(model)
         if (running := _running(model, layers)) != self._running:
             before, now = (", ".join(dict.fromkeys(names)) for names in (self._running, running))
             return f"its attention ran {before}, and runs {now} now"
-        for layer, numbers in zip(layers, self._numbers, strict=False):
+        for layer, numbers in zip(layers, self._numbers, strict=True):
             if (found := _numbers(layer)) != numbers:
                 changed = [f"{name} was {old} and is {found[name]}" for name, old in numbers.items()
                            if found[name] != old]  # fmt: skip
                 return f"layer {layer.index}: {', '.join(changed)}"
-        if len(layers) != len(self._numbers):
-            return f"it had {len(self._numbers)} attention layers, and has {len(layers)}"
         for layer, modules in zip(layers, self._modules, strict=True):
             for name, old in zip(("attention", *PROJECTIONS), modules, strict=True):
                 if getattr(layer, "module" if name == "attention" else name) is not old:
                     return f"layer {layer.index}: the {name} module was replaced"
-        parameters = dict(model.named_parameters())
-        if added := parameters.keys() ^ self._parameters.keys():
-            return f"parameters were added or removed, {min(added)!r} among them"
         for name, noted in self._parameters.items():
             if difference := _parameter_difference(noted, parameters[name]):
                 return f"the parameter {name!r} {difference}"

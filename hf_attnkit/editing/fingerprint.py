@@ -28,6 +28,7 @@ class _Noted:
 
     reference: weakref.ref[nn.Parameter]
     version: int | None
+    shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
@@ -43,7 +44,9 @@ class Fingerprint:
         self._running, self._numbers = _running(model, layers), [_numbers(layer) for layer in layers]
         self._modules = [[layer.module, *(getattr(layer, name) for name in PROJECTIONS)] for layer in layers]
         self._parameters = {
-            name: _Noted(weakref.ref(parameter), _version(parameter), parameter.dtype, parameter.device)
+            name: _Noted(
+                weakref.ref(parameter), _version(parameter), parameter.shape, parameter.dtype, parameter.device
+            )
             for name, parameter in model.named_parameters()
         }
         self._contents = [_contents(linear) for linear in _projections(layers)]
@@ -106,9 +109,9 @@ def _version(parameter: nn.Parameter) -> int | None:
 def _parameter_difference(noted: _Noted, parameter: nn.Parameter) -> str:
     if noted.reference() is not parameter:
         return "was replaced"
-    for what in ("dtype", "device"):
+    for what in ("shape", "dtype", "device"):
         if getattr(parameter, what) != getattr(noted, what):
-            return f"had {what} {getattr(noted, what)} and has {getattr(parameter, what)}"
+            return f"had the {what} {getattr(noted, what)} and has {getattr(parameter, what)}"
     return "was written" if _version(parameter) != noted.version else ""
 
 

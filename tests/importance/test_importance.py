@@ -74,14 +74,14 @@ def test_padding_and_batch_size_do_not_count(family: str) -> None:
     """One padded batch, one sentence at a time, and other batches of them: the same scores."""
     model = build(family)
     inputs = batch(model, LENGTHS)
-    together = head_importance(model, [inputs])
+    together = head_importance(model, [inputs], method="entropy")
     alone = [
         {"input_ids": inputs["input_ids"][row][mask.bool()][None], "attention_mask": torch.ones(1, int(mask.sum()))}
         for row, mask in enumerate(inputs["attention_mask"])
     ]
     halves = [{name: tensor[:2] for name, tensor in inputs.items()}, alone[2]]
     for batches in (alone, halves, reversed(alone), iter(alone)):
-        assert (head_importance(model, batches) - together).abs().max() <= tolerance()
+        assert (head_importance(model, batches, method="entropy") - together).abs().max() <= tolerance()
 
 
 @pytest.mark.parametrize("other", ["eager", "mha", "gqa", "flash", "one layer swapped"])
@@ -89,7 +89,7 @@ def test_padding_and_batch_size_do_not_count(family: str) -> None:
 def test_the_implementation_does_not_matter(family: str, other: str) -> None:
     model = build(family)
     inputs = batch(model, LENGTHS)
-    expected = head_importance(model, [inputs])
+    expected = head_importance(model, [inputs], method="entropy")
     if other == "eager":
         model.set_attn_implementation("eager")
     elif other == "one layer swapped":
@@ -97,7 +97,7 @@ def test_the_implementation_does_not_matter(family: str, other: str) -> None:
     else:
         swap_attention(model, other)
     with unchanged(model):
-        assert (head_importance(model, [inputs]) - expected).abs().max() <= tolerance()
+        assert (head_importance(model, [inputs], method="entropy") - expected).abs().max() <= tolerance()
 
 
 def test_entropy_sees_the_window_that_the_model_has() -> None:

@@ -78,7 +78,7 @@ def load_pretrained(
             f"the weights in {str(pretrained_model_name_or_path)!r} do not have the sizes that the config asks for; "
             "Transformers' report above lists them. Where it lists attention projections, the config's numbers of "
             f"heads are wrong ({_describe(config)}): correct them. Where it lists the classifier, pass "
-            "ignore_mismatched_sizes=True to start it anew"
+            "ignore_mismatched_sizes=True to start it again at random"
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)

@@ -167,5 +167,5 @@ def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: 
     if not error <= bound * expected.abs().max():
         raise RuntimeError(
             f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
-            "embedding, so something stands between that the families table does not know; give refit='output'"
+            "embedding, so something is between them that the families table does not know; give refit='output'"
         )

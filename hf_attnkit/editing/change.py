@@ -56,7 +56,8 @@ class Change:
     def made(self) -> Iterator[MadeChange]:
         """Change the model, then run the block; an error in either, also an interruption, puts the model back.
 
-        Only fields that hold numbers of heads are written, into the config and the modules as they are now.
+        Only fields that hold numbers of heads are written, into the config and the modules as they are now. The block
+        may replace parameters and must not write into them: a change that failed can then be made again.
 
         Raises:
             ValueError: if config, weights and attributes do not agree afterwards.

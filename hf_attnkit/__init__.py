@@ -11,6 +11,7 @@ from hf_attnkit.attention.swap import restore_attention, swap_attention
 from hf_attnkit.attention.table import available_attentions
 from hf_attnkit.common.version import __version__ as __version__
 from hf_attnkit.conversion import convert_to_gqa, convert_to_mqa, plan_gqa
+from hf_attnkit.editing.last_change import last_change
 from hf_attnkit.importance import attention_entropy, head_gradients, head_importance
 from hf_attnkit.loading import load_pretrained
 from hf_attnkit.models.cache_size import cache_bytes_per_token
@@ -31,6 +32,7 @@ __all__ = [
     "head_gradients",
     "head_importance",
     "head_statistics",
+    "last_change",
     "load_pretrained",
     "plan_gqa",
     "prune_heads",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -78,7 +78,7 @@ def load_pretrained(
             f"the weights in {str(pretrained_model_name_or_path)!r} do not have the sizes that the config asks for; "
             "Transformers' report above lists them. Where it lists attention projections, the config's numbers of "
             f"heads are wrong ({_describe(config)}): correct them. Where it lists the classifier, pass "
-            "ignore_mismatched_sizes=True to start it anew"
+            "ignore_mismatched_sizes=True to start it again at random"
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
@@ -125,7 +125,7 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
 
 def _describe(config: PreTrainedConfig) -> str:
     if config.model_type not in FAMILIES:
-        return config.model_type
+        return str(config.model_type)
     heads = {config_heads(config, index) for index in range(config.num_hidden_layers)}
     return ", ".join(f"{n} query and {kv} key/value heads" for n, kv in sorted(heads, reverse=True))
 
@@ -138,7 +138,7 @@ def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedMo
                 f"the config names no class of Transformers (architectures={config.architectures}); give auto_class, "
                 "for example transformers.AutoModelForSequenceClassification"
             )
-        return getattr(transformers, names[0])
+        return cast(type[PreTrainedModel], getattr(transformers, names[0]))
     if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
         return auto_class
     mapping = getattr(auto_class, "_model_mapping", None)
@@ -147,7 +147,7 @@ def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedMo
     if type(config) not in mapping:
         raise ValueError(f"{auto_class.__name__} has no class for models of type {config.model_type!r}")
     found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    return cast(type[PreTrainedModel], found[0] if isinstance(found, tuple) else found)
 
 
 def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

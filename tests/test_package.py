@@ -22,6 +22,7 @@ PUBLIC = [
     "head_gradients",
     "head_importance",
     "head_statistics",
+    "last_change",
     "load_pretrained",
     "plan_gqa",
     "prune_heads",

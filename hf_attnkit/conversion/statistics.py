@@ -1,4 +1,4 @@
-"""Second moments of each layer's attention input: all that calibration needs to know.
+"""Second moments of each layer's attention input: what "pca" and predicted losses look at.
 
 One matrix per layer, E[x x^T] with a 1 appended to x, summed in one streaming pass. Padding is left
 out; products in float32 or better, sums in float64. No activations are kept.
@@ -85,8 +85,38 @@ class StatisticsFile:
         return moment.double()
 
 
+def statistics_of(
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    calibration: Iterable[Mapping[str, Any]] | Statistics | None,
+) -> Statistics:
+    """Those of the calibration: collected from batches, checked if given, the identity without.
+
+    Raises:
+        ValueError: as `collect`; for statistics of another model, or that are not finite.
+    """
+    if calibration is None:
+        return identity(layers)
+    if not isinstance(calibration, Statistics):
+        return collect(model, layers, calibration)
+    require_sizes(layers, [len(moment) for moment in calibration.second_moments])
+    for index, moment in enumerate(calibration.second_moments):
+        require_finite(moment, index)
+    return calibration
+
+
+def require_sizes(layers: Sequence[AttentionLayer], given: Sequence[int]) -> None:
+    """Raise `ValueError` if statistics of these sizes are of another model."""
+    sizes = [layer.key.in_features + 1 for layer in layers]
+    if sizes != list(given):
+        raise ValueError(
+            f"the calibration statistics are of {len(given)} layers of sizes {sorted(set(given))}, the model has "
+            f"{len(sizes)} of sizes {sorted(set(sizes))}; collect them with this model"
+        )
+
+
 def identity(layers: Sequence[AttentionLayer]) -> Statistics:
-    """What stands in without data: uncorrelated inputs of mean 0 and variance 1."""
+    """Without data: uncorrelated inputs of mean 0 and variance 1."""
     sizes = [layer.key.in_features + 1 for layer in layers]
     return Statistics([torch.ones(size, dtype=torch.float64) for size in sizes], None)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Stock
-from hf_attnkit.common.state import replace_state
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.attributes import set_attributes
@@ -20,10 +20,9 @@ from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_
 
 
 class Change:
-    """New parameters and numbers of heads for all layers of a model; can be undone and done again.
+    """New parameters and numbers of heads for all layers of a model, computed and not yet made.
 
-    Everything that can fail is computed by the caller before. If the result still disagrees
-    anywhere, or the process is interrupted, the model is put back as it was.
+    Everything that can fail is computed by the caller before.
     """
 
     def __init__(
@@ -48,58 +47,95 @@ class Change:
         require_unshared(model, layers)
         running = [getattr(layer.module, ATTRIBUTE, Stock(model.config._attn_implementation)).name for layer in layers]
         require_grouping(model, heads, running)
+        self._empty = None if empty is None else sorted(empty)
+        with_heads(model, heads, self._empty)  # refuses what the config cannot say
         self._modules = [(layer.module, layer.head_dim) for layer in layers]
-        self._config = with_heads(model, heads, empty)
         self._edits = projections.whole(edits)
-        owners = (model.config, *(layer.module for layer in layers))
-        self._old_states = [(owner, dict(owner.__dict__)) for owner in owners]
-        self._undo = [projections.present(edit.linear) for edit in self._edits]
 
-    def apply(self) -> None:
-        """Change the model.
+    @contextmanager
+    def made(self) -> Iterator[MadeChange]:
+        """Change the model, then run the block; an error in either, also an interruption, puts the model back.
+
+        Only fields that hold numbers of heads are written, into the config and the modules as they are now. The block
+        may replace parameters and must not write into them: a change that failed can then be made again.
 
         Raises:
             ValueError: if config, weights and attributes do not agree afterwards.
         """
+        made = MadeChange(
+            [self.model.config, *(module for module, _ in self._modules)], [edit.linear for edit in self._edits]
+        )
         try:
             for edit in self._edits:
                 projections.apply(edit)
             for (module, head_dim), numbers in zip(self._modules, self.heads, strict=True):
                 set_attributes(module, *numbers, head_dim)
-            replace_state(self.model.config, self._config.__dict__)
+            _write(self.model.config, self.heads, self._modules[0][1], self._empty)
             after = editable_layers(self.model)
             if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != self.heads:
                 raise ValueError("the config did not take the new numbers of heads; the model is unchanged")
+            yield made
         except BaseException:
-            self.undo()
+            made.undo()
             raise
-        # The parameters now in the modules, so that doing it again brings back these and no copies.
-        self._edits = [projections.present(edit.linear) for edit in self._edits]
 
-    def is_current(self) -> bool:
-        """Whether the model's projections are still those that the change was computed for."""
-        return all(old.linear.weight is old.weight and old.linear.bias is old.bias for old in self._undo)
+
+class MadeChange:
+    """A change that was made: knows what the model was before, so that it can be undone, for a while or for good."""
+
+    def __init__(self, owners: Sequence[Any], linears: Sequence[nn.Linear]) -> None:
+        """
+        Args:
+            owners: objects of which attributes will be written: the config and attention modules.
+            linears: modules whose parameters will be replaced.
+        """
+        self._owners = owners
+        self._old_fields = [dict(owner.__dict__) for owner in owners]
+        self._old_parameters = [projections.present(linear) for linear in linears]
 
     def covers(self, linear: nn.Linear) -> bool:
-        """Whether the change gives this module new parameters, so that undoing it brings the old ones back."""
-        return any(old.linear is linear for old in self._undo)
-
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """The model as it was, for a while; then with the change again, as it is now."""
-        self._edits = [projections.present(edit.linear) for edit in self._edits]
-        self.undo()
-        try:
-            yield
-        finally:
-            self.apply()
+        """Whether undoing brings back this module's old parameters."""
+        return any(old.linear is linear for old in self._old_parameters)
 
     def undo(self) -> None:
         """Put the model back as it was."""
-        for owner, state in self._old_states:
-            replace_state(owner, state)
-        for edit in self._undo:
+        self._put(self._changed_fields()[0], self._old_parameters)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as it was, while the block runs; then with the change again, as it is now."""
+        old_fields, new_fields = self._changed_fields()
+        new_parameters = [projections.present(old.linear) for old in self._old_parameters]
+        self._put(old_fields, self._old_parameters)
+        try:
+            yield
+        finally:
+            self._put(new_fields, new_parameters)
+
+    def _changed_fields(self) -> tuple[list[_Field], list[_Field]]:
+        """The attributes that were written: as they were before, and as they are now."""
+        before, now = [], []
+        for owner, old in zip(self._owners, self._old_fields, strict=True):
+            new = owner.__dict__
+            for name in old.keys() | new.keys():
+                if old.get(name, _ABSENT) is not new.get(name, _ABSENT):
+                    before.append((owner, name, old.get(name, _ABSENT)))
+                    now.append((owner, name, new.get(name, _ABSENT)))
+        return before, now
+
+    @staticmethod
+    def _put(fields: Sequence[_Field], parameters: Sequence[Edit]) -> None:
+        for owner, name, value in fields:
+            if value is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                owner.__dict__[name] = value
+        for edit in parameters:
             projections.apply(edit)
+
+
+_ABSENT = object()
+_Field = tuple[Any, str, Any]  # owner, name, value; `_ABSENT` where the owner has no such attribute
 
 
 def require_nothing_learned(layers: Sequence[AttentionLayer]) -> None:
@@ -148,9 +184,16 @@ def with_heads(
         ValueError: for different numbers, in a family that `reads_config`.
     """
     config = copy.deepcopy(model.config)
-    write_heads(config, heads, attention_layers(model)[0].head_dim)
+    _write(config, heads, attention_layers(model)[0].head_dim, empty)
+    return config
+
+
+def _write(
+    config: PreTrainedConfig, heads: Sequence[tuple[int, int]], head_dim: int, empty: Iterable[int] | None
+) -> None:
+    """See `with_heads`; in place."""
+    write_heads(config, heads, head_dim)
     if empty is not None:
         config.__dict__.pop(WITHOUT_HEADS, None)
         if indices := sorted(empty):
             setattr(config, WITHOUT_HEADS, indices)
-    return config

@@ -44,7 +44,7 @@ def head_importance(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]] | None = None,
     *,
-    method: str = "entropy",
+    method: str = "entropy_contribution",
     **options: Any,
 ) -> Tensor:
     """Score every attention head.
@@ -57,7 +57,8 @@ def head_importance(
         batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
             Score on training data. "magnitude" and "random" need none. "gradient", "taylor", "fisher" and "l0" need
             the loss, so batches with `labels` (of causal language models the input serves for them).
-        method: a key of `hf_attnkit.importance.METHODS`; docs/importance.md defines them.
+        method: a key of `hf_attnkit.importance.METHODS`; docs/importance.md defines them. The default joins where a
+            head looks with what it adds: neither labels nor gradients, and better than random heads.
         options: the method's own: the fields of its class in `METHODS`, with their defaults there. For example
             `labels="predicted"` for the scores that need the loss.
 

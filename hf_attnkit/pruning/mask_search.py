@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_attnkit.pruning.select import checked_heads, group_size, groups_per_layer, heads_in
 
@@ -23,6 +24,7 @@ def rearrange_heads(
     gradients: Tensor,
     heads: Mapping[int, Iterable[int]],
     *,
+    model: PreTrainedModel | None = None,
     num_key_value_heads: int | Sequence[int] | None = None,
 ) -> dict[int, list[int]]:
     """A selection with as many heads in each layer, and in grouped layers of the same kind, that costs less.
@@ -35,14 +37,15 @@ def rearrange_heads(
         gradients: `(num_examples, num_layers, num_heads)`, as from `head_gradients`: of each example's loss with
             respect to a gate on each head's output; NaN marks places without a head.
         heads: `{layer: [head, ...]}` to remove, as from `select_heads`.
-        num_key_value_heads: for grouped models, the number of key/value heads (per layer, if they differ). Heads then
+        model: the model of the gradients; which query heads share key/value heads is read from it. Heads then
             change places with heads of their group, and groups with groups.
+        num_key_value_heads: the same without the model: the number of key/value heads (per layer, if they differ).
 
     Returns:
         `{layer: [head, ...]}`, sorted. No exchange of two would lower `(1 - m)^T F (1 - m)` of a layer any more.
 
     Raises:
-        TypeError, ValueError: for a bad shape or value, or heads that are not there.
+        TypeError, ValueError: for a bad shape or value, gradients of another model, or heads that are not there.
     """
     if not isinstance(gradients, Tensor):
         raise TypeError(
@@ -63,7 +66,7 @@ def rearrange_heads(
             raise ValueError(f"layer {layer}: gradients has NaN in other places for some examples than for the first")
     removed = checked_heads(heads, counts)
     found = {}
-    for layer, number in enumerate(groups_per_layer(num_key_value_heads, len(counts))):
+    for layer, number in enumerate(groups_per_layer(num_key_value_heads, counts, model=model, what="gradients")):
         if layer not in removed:
             continue
         size = group_size(layer, counts[layer], number)

@@ -8,7 +8,7 @@ needs equally many query heads in every remaining group:
                          q q . . | . q q .      possible: equally many in each
                          q q q . | q q q q      refused: unequal groups
 
-A layer that loses all of its heads keeps a stand-in of one head that adds nothing; see `families`.
+A layer that loses all of its heads keeps a stand-in of one head that adds nothing; see `models.config_heads`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
+from hf_attnkit.models.cache_size import cache_bytes_per_token
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.pruning.select import checked_heads
-from hf_attnkit.refitting import refit as refits
+from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
+from hf_attnkit.refitting.refit import refit_layers
+from hf_attnkit.refitting.report import RefitReport
 
 
 def prune_heads(
@@ -31,25 +36,25 @@ def prune_heads(
     heads: Mapping[int, Iterable[int]],
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-    refit: str | None = None,
+    refit: str | bool | None = None,
 ) -> PreTrainedModel:
     """Remove attention heads physically: the projections become smaller.
 
-    Numbers of heads and layers are those of the model as it stands, so after one pruning the
-    remaining heads are counted anew. A different number per layer is fine; such a model is saved
+    Numbers of heads and layers are those of the model as it is, so after one pruning the
+    remaining heads are counted again. A different number per layer is fine; such a model is saved
     with `per_layer_config` and reloads with `load_pretrained`. An optimizer made before holds the old
-    parameters and changes nothing any more: make it after.
+    parameters and changes nothing any more: make it after. `last_change(model)` says what the pruning did.
 
     Args:
         model: a model of a supported family; changed in place.
         heads: `{layer: [query head, ...]}` to remove, as from `select_heads`. Of a layer whose heads are all named
             only the bias of the output projection is left; in place of its heads it keeps one of zeros, without which
             Transformers' classes do not run.
-        calibration: batches of model inputs, on which the output projections of what is left are then fitted, so that
-            the residual stream is after each attention what it is in the untouched model, see `hf_attnkit.refit`; no
-            labels, no training.
-        refit: "output" (the default, where calibration is given) fits the output projections; "scale" fits one factor
-            per head (Kwon et al. 2022), the published baseline, and multiplies it into the output projection.
+        calibration: batches of model inputs for the refit; no labels, no training.
+        refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
+            untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
+            factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
+            "none". "full" is not defined here: it fits queries to keys that changed.
 
     Returns:
         The same model.
@@ -57,13 +62,17 @@ def prune_heads(
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
         ValueError: a layer or head out of range or named twice, unequal groups, nothing to remove, a refit without
-            calibration, an unsupported, quantized, PEFT-wrapped or weightless model, calibration batches
-            that do not run or whose activations are not finite. The model is then unchanged.
+            calibration, calibration without a refit, an unsupported, quantized, PEFT-wrapped or weightless model,
+            calibration batches that do not run or whose activations are not finite. The model is then unchanged.
     """
-    if refit is not None and refit not in refits.METHODS:
-        raise ValueError(f"refit={refit!r} must be one of {', '.join(map(repr, refits.METHODS))}")
-    if refit is not None and calibration is None:
-        raise ValueError(f"refit={refit!r} needs calibration batches; give calibration, or leave refit out")
+    word = refit_word(refit, default="output", batches=calibration is not None)
+    if word == "full":
+        raise ValueError(
+            f"refit={refit!r} fits queries to keys that a conversion merged; pruning leaves the keys of the heads that "
+            "stay as they are: give refit='output' or 'scale'"
+        )
+    if word == "none" and calibration is not None:
+        raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
     layers = editable_layers(model)
     removed = checked_heads(heads, [len(layer.heads) for layer in layers])
     if not removed:
@@ -87,13 +96,23 @@ def prune_heads(
             if len(kept_groups) < layer.num_key_value_heads:
                 edits.append(keep_rows(layer.key, kept_groups, layer.head_dim, layer.rows("key")))
                 edits.append(keep_rows(layer.value, kept_groups, layer.head_dim, layer.rows("value")))
-        elif calibration is not None:
+        elif word != "none":
             # What it gets changes with the layers below, so its output is fitted too.
             edits.append(keep_columns(layer.output, kept, layer.head_dim))
+    batches = [] if calibration is None else listed(calibration)
+    bytes_before = cache_bytes_per_token(model)
     change = Change(model, edits, numbers, empty)
-    change.apply()
-    if calibration is not None:
-        refits.refit(change, calibration, method=refit or "output", stream=True)
+    found: RefitReport | None = None
+    with change.made() as made:
+        if word != "none":
+            found = refit_layers(model, made, batches, RefitOptions(word), stream=True)
+    before = [(len(layer.heads), layer.num_key_value_heads if layer.heads else 0) for layer in layers]
+    after = [(0, 0) if layer.index in empty else pair for layer, pair in zip(layers, numbers, strict=True)]
+    removed_heads = {layer: tuple(sorted(gone)) for layer, gone in sorted(removed.items())}
+    record_change(
+        model,
+        PruningReport(tuple(before), tuple(after), removed_heads, found, bytes_before, cache_bytes_per_token(model)),
+    )
     return model
 
 

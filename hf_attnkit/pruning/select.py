@@ -10,13 +10,15 @@ in a grouped layer a unit is several heads:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hf_attnkit.common.checks import in_range
+from hf_attnkit.common.checks import choice, in_range, integer
+from hf_attnkit.common.checks import number as checked_number
+from hf_attnkit.models.layers import AttentionLayer, attention_layers
 
 GROUPS = {"whole": "in whole groups", "across": "equally many from each group"}
 
@@ -36,6 +38,7 @@ def select_heads(
     num_heads: int | None = None,
     per_layer: bool = False,
     min_heads: int = 1,
+    model: PreTrainedModel | None = None,
     num_key_value_heads: int | Sequence[int] | None = None,
     groups: str = "whole",
 ) -> dict[int, list[int]]:
@@ -48,8 +51,9 @@ def select_heads(
         num_heads: number of heads to remove; exactly one of `fraction` and `num_heads` is given.
         per_layer: apply the fraction or number to each layer by itself instead of to all together.
         min_heads: heads that every layer keeps at least; 0 allows to remove whole layers of heads.
-        num_key_value_heads: for grouped models, the number of key/value heads (per layer, if they
-            differ).
+        model: the model that was scored; which query heads share key/value heads is read from it.
+        num_key_value_heads: the same without the model: the number of key/value heads (per layer, if they differ).
+            Without both every head is by itself.
         groups: what is removed from a grouped layer. "whole": whole groups, with their keys and values, by the mean
             importance of their heads. "across": equally many heads from every group, each group's least important
             first; keys and values stay.
@@ -59,21 +63,21 @@ def select_heads(
         layer and head.
 
     Raises:
-        TypeError, ValueError: for a bad shape or value, or more heads than may be removed.
+        TypeError, ValueError: for a bad shape or value, scores of another model, or more heads than may be removed.
     """
     if (fraction is None) == (num_heads is None):
         raise ValueError("give exactly one of fraction and num_heads")
-    if fraction is not None and not 0 <= fraction < 1:
-        raise ValueError(f"fraction={fraction!r} must be at least 0 and below 1: the share of heads to remove")
-    if num_heads is not None and (not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 0):
-        raise ValueError(f"num_heads={num_heads!r} must be an integer of at least 0: the number of heads to remove")
-    units = units_of(importance, num_key_value_heads, groups)
+    if fraction is not None:
+        fraction = checked_number(fraction, "fraction", minimum=0, below=1, why="the share of heads to remove")
+    if num_heads is not None:
+        num_heads = integer(num_heads, "num_heads", minimum=0, why="the number of heads to remove")
+    units = units_of(importance, num_key_value_heads, groups, model=model)
     candidates = [removable(layer_units, min_heads) for layer_units in units]
     removed: list[Unit] = []
     for scope in [[index] for index in range(len(units))] if per_layer else [list(range(len(units)))]:
         total = sum(len(unit.heads) for index in scope for unit in units[index])
         # The small allowance keeps 0.3 * 10 heads at 3 although 0.3 * 10 is 2.9999999999999996.
-        budget = int(fraction * total + 1e-9) if fraction is not None else int(num_heads)  # type: ignore[arg-type]
+        budget = int(fraction * total + 1e-9) if num_heads is None and fraction is not None else num_heads or 0
         taken = 0
         for unit in sorted(unit for index in scope for unit in candidates[index]):
             if taken + len(unit.heads) <= budget:
@@ -90,7 +94,11 @@ def select_heads(
 
 
 def units_of(
-    importance: Tensor, num_key_value_heads: int | Sequence[int] | None = None, groups: str = "whole"
+    importance: Tensor,
+    num_key_value_heads: int | Sequence[int] | None = None,
+    groups: str = "whole",
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[list[Unit]]:
     """Per layer, what can be removed at once; all units of a layer have equally many heads.
 
@@ -101,14 +109,16 @@ def units_of(
         raise TypeError(f"importance is a {type(importance).__name__}; it must be a tensor (num_layers, num_heads)")
     if importance.dim() != 2:
         raise ValueError(f"importance has shape {tuple(importance.shape)}; it must be (num_layers, num_heads)")
-    if groups not in GROUPS:
-        raise ValueError(f"groups={groups!r} must be one of {', '.join(map(repr, GROUPS))}")
-    if groups == "across" and num_key_value_heads is None:
-        raise ValueError("groups='across' takes heads from every group; give num_key_value_heads, the number of groups")
-    counts = groups_per_layer(num_key_value_heads, len(importance))
+    choice(groups, "groups", GROUPS)
+    if groups == "across" and num_key_value_heads is None and model is None:
+        raise ValueError(
+            "groups='across' takes heads from every group; give num_key_value_heads, the number of groups, or model"
+        )
+    present = [heads_in(row, f"layer {layer}: importance") for layer, row in enumerate(importance)]
+    counts = groups_per_layer(num_key_value_heads, present, model=model, what="importance")
     units = []
     for layer, (row, number) in enumerate(zip(importance.double().cpu(), counts, strict=True)):
-        scores = row[: heads_in(row, f"layer {layer}: importance")]
+        scores = row[: present[layer]]
         size = group_size(layer, len(scores), number)
         by_group = scores.view(-1, size)
         members = torch.arange(len(scores)).view(-1, size)
@@ -126,11 +136,8 @@ def removable(units: Sequence[Unit], min_heads: int) -> list[Unit]:
     Raises:
         ValueError: for a `min_heads` that is no number of heads.
     """
-    if not isinstance(min_heads, int) or isinstance(min_heads, bool) or min_heads < 0:
-        raise ValueError(
-            f"min_heads={min_heads!r} must be an integer of at least 0: the heads that every layer keeps; 0 allows to "
-            "remove all heads of a layer"
-        )
+    why = "the heads that every layer keeps; 0 allows to remove all heads of a layer"
+    min_heads = integer(min_heads, "min_heads", minimum=0, why=why)
     total = sum(len(unit.heads) for unit in units)
     ordered = sorted(units)
     return [unit for rank, unit in enumerate(ordered) if total - (rank + 1) * len(unit.heads) >= min_heads]
@@ -165,12 +172,12 @@ def group_size(layer: int, num_heads: int, num_key_value_heads: int | None) -> i
     Raises:
         ValueError: if the heads do not divide into groups.
     """
-    number = num_heads if num_key_value_heads is None else num_key_value_heads
-    if number == 0 == num_heads:
+    if num_key_value_heads is None or num_key_value_heads == 0 == num_heads:
         return 1
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1 or num_heads % number:
-        raise ValueError(f"layer {layer}: {num_heads} heads do not divide into num_key_value_heads={number!r} groups")
-    return max(num_heads // number, 1)
+    found = integer(num_key_value_heads, f"layer {layer}: num_key_value_heads", minimum=1)
+    if num_heads % found:
+        raise ValueError(f"layer {layer}: {num_heads} heads do not divide into num_key_value_heads={found} groups")
+    return max(num_heads // found, 1)
 
 
 def checked_heads(heads: Mapping[int, Iterable[int]], counts: Sequence[int]) -> dict[int, set[int]]:
@@ -198,10 +205,39 @@ def checked_heads(heads: Mapping[int, Iterable[int]], counts: Sequence[int]) -> 
     return checked
 
 
-def groups_per_layer(num_key_value_heads: int | Sequence[int] | None, num_layers: int) -> list[int | None]:
-    """One number of key/value heads for each layer; raises `ValueError` for another number of numbers."""
+def groups_per_layer(
+    num_key_value_heads: int | Sequence[int] | None,
+    num_heads: Sequence[int],
+    *,
+    model: PreTrainedModel | None = None,
+    what: str,
+) -> Sequence[int | None]:
+    """The number of key/value heads of each layer: given, or the model's; `None` where every head is by itself.
+
+    Args:
+        num_heads: of each layer, as `what` ("importance") has them.
+
+    Raises:
+        ValueError: for both, for another number of numbers, or heads that are not the model's.
+    """
+    if model is not None:
+        if num_key_value_heads is not None:
+            raise ValueError("give model or num_key_value_heads, not both")
+        layers = attention_layers(model)
+        require_heads_of(layers, num_heads, what)
+        return [layer.num_key_value_heads if layer.heads else 0 for layer in layers]
     if not isinstance(num_key_value_heads, Sized):
-        return [num_key_value_heads] * num_layers
-    if len(num_key_value_heads) != num_layers:
-        raise ValueError(f"num_key_value_heads has {len(num_key_value_heads)} entries for {num_layers} layers")
+        return [num_key_value_heads] * len(num_heads)
+    if len(num_key_value_heads) != len(num_heads):
+        raise ValueError(f"num_key_value_heads has {len(num_key_value_heads)} entries for {len(num_heads)} layers")
     return list(num_key_value_heads)
+
+
+def require_heads_of(layers: Sequence[AttentionLayer], num_heads: Sequence[int], what: str) -> None:
+    """Raise `ValueError` if these numbers of heads, which `what` is of, are not those of the model's layers."""
+    expected = [len(layer.heads) for layer in layers]
+    if list(num_heads) != expected:
+        raise ValueError(
+            f"{what} has {list(num_heads)} heads in its layers, the model {expected}; compute it with this model as it "
+            "is now"
+        )

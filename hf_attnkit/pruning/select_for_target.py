@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.checks import integer, number
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
 from hf_attnkit.models.probe import input_device
@@ -43,8 +44,8 @@ def select_for_target(
         model: a model of a supported family; unchanged.
         importance: `(num_layers, num_heads)`, higher = keep, as from `head_importance` of this model.
         batches: model inputs of the sizes that the latency is wanted for; for `latency` only.
-        latency: share of the untouched model's forward time, in (0, 1): medians of runs of both in turn. Times of a
-            busy machine are no ground for a choice.
+        latency: share of the untouched model's forward time, in (0, 1): medians of runs of both, alternately. Do not
+            choose by times of a machine that is busy with other work.
         parameters: share of the untouched model's parameters, in (0, 1); exactly one of the two is given.
         per_layer: remove one unit of every layer at a time, instead of the least important of all.
         min_heads, groups: as `select_heads`; the numbers of key/value heads are the model's.
@@ -60,22 +61,17 @@ def select_for_target(
     if (latency is None) == (parameters is None):
         raise ValueError("give exactly one of latency and parameters")
     name, target = ("latency", latency) if latency is not None else ("parameters", parameters)
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target < 1:
-        raise ValueError(f"{name}={target!r} must be above 0 and below 1: the share of the untouched model's {name}")
+    target = number(target, name, above=0, below=1, why=f"the share of the untouched model's {name}")
     if latency is not None and batches is None:
         raise ValueError("latency is measured; give batches of model inputs")
     if latency is None and batches is not None:
         raise ValueError("parameters are counted, so batches would have no effect; leave them out")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats={repeats!r} must be an integer of at least 1")
+    repeats = integer(repeats, "repeats", minimum=1)
     layers, device = editable_layers(model), input_device(model)
     inputs = [to_device(batch, device) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
-    expected, given = [len(layer.heads) for layer in layers], [len(units) for units in units_of(importance)]
-    if expected != given:
-        raise ValueError(f"importance is of layers with {given} heads, the model's have {expected}; score this model")
-    units = units_of(importance, [layer.num_key_value_heads for layer in layers], groups)
+    units = units_of(importance, groups=groups, model=model)
     steps = _steps([removable(row, min_heads) for row in units], per_layer)
 
     def selection(count: int) -> dict[int, list[int]]:
@@ -111,12 +107,12 @@ def parameter_share(
     removed = 0
     for layer in layers:
         kept = [head for head in layer.heads if head not in heads.get(layer.index, ())]
-        # A layer without heads keeps a stand-in, see `families`.
+        # A layer without heads keeps a stand-in, see `models.config_heads`.
         query_heads = layer.num_heads - max(len(kept), 1)
         groups = layer.num_key_value_heads - max(len({head // layer.group_size for head in kept}), 1)
         width = layer.query.in_features + (layer.query.bias is not None)
         removed += layer.head_dim * (query_heads * (width + layer.output.out_features) + groups * _kv_width(layer))
-    return 1 - removed / total
+    return float(1 - removed / total)
 
 
 def _kv_width(layer: AttentionLayer) -> int:
@@ -130,7 +126,7 @@ def forward_share(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Forward time of `other` as a share of that of `model`: medians of runs in turn, after one that is not counted."""
+    """Forward time of `other` as a share of that of `model`: medians of alternate runs, after one of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
         for runner, seconds in zip((model, other), times, strict=True):
@@ -143,7 +139,7 @@ def forward_share(
                 elapsed = clock() - start
                 if turn:
                     seconds.append(elapsed)
-    return median(times[1]) / median(times[0])
+    return float(median(times[1]) / median(times[0]))
 
 
 def _wait(model: PreTrainedModel) -> None:

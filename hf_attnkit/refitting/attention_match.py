@@ -26,7 +26,6 @@ from torch import Tensor
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.models.layers import Rope
 
-STEPS = 6
 # Shares of the factors' mean diagonals that are added to them, so that directions never seen stay as they are.
 DAMPING = (0.3, 0.03)
 # Numbers of one block of scores: 4 MiB in float32, which caches hold.
@@ -139,11 +138,12 @@ def mixed(weights: Tensor, key: Tensor) -> Tensor:
     return (weights.reshape(batch, key.shape[1], -1, keys) @ key).view(batch, num_heads, length, -1)
 
 
-def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) -> tuple[Tensor, Tensor, Tensor]:
+def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fitted projection, and what it gains.
 
     Args:
         weight: `(H, d, m)`, the present one, with its bias as the last column if inputs have a 1 appended.
+        steps: of conjugate gradients; each reads all batches twice.
 
     Returns:
         The new weight, and `(H,)` mean KL divergence per real query in nats before and after, lower is better.
@@ -154,7 +154,7 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) ->
     best, first = weight, None
     direction = length = least = gradient = scaled = weight.new_zeros(())
     for step in range(steps + 1):
-        divergence, slope = _gradient(weight, batches, targets)
+        divergence, slope = mean_divergence(weight, batches, targets)
         if first is None:
             first = least = divergence
             gradient, scaled = slope, _preconditioned(slope, factors)
@@ -172,7 +172,7 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) ->
             least, length = torch.where(better, divergence, least), torch.where(better, 0.0, length / 4)
         if step == steps:
             break
-        curvature = _curvature(best, direction, batches)
+        curvature = curvature_along(best, direction, batches)
         newton = torch.where(curvature > 0, _dot(gradient, direction) / curvature.clamp(min=1e-30), 0.0)
         length = torch.where(length > 0, length, newton)
         weight = best - length[:, None, None] * direction
@@ -180,7 +180,7 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int = STEPS) ->
     return best, first, least
 
 
-def _gradient(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
+def mean_divergence(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
     """`(H,)` mean divergence and its gradient `(H, d, m)`."""
     total, gradient = weight.new_zeros(len(weight)), torch.zeros_like(weight)
     for batch, aim in zip(batches, targets, strict=True):
@@ -197,7 +197,7 @@ def _gradient(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target
     return total / count, gradient / count
 
 
-def _curvature(weight: Tensor, direction: Tensor, batches: Sequence[Batch]) -> Tensor:
+def curvature_along(weight: Tensor, direction: Tensor, batches: Sequence[Batch]) -> Tensor:
     """`(H,)` second derivative of the mean divergence along a direction: the mean variance of the scores' change."""
     total = weight.new_zeros(len(weight))
     for batch in batches:

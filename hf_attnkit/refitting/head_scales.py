@@ -1,12 +1,11 @@
 """One factor for each head that is left, in closed form: the mask tuning of Kwon et al. 2022 (arXiv 2204.09656).
 
-With W_h a_h,t what head h adds to the residual stream for token t and x_t the stream before the attention, in the
-pruned model, and x'_t, y'_t the stream and the attention's output in the untouched model, from the bottom layer up:
+With W_h a_h,t what head h puts out for token t, b the output bias, and y_t what the attention should put out:
 
-    s = argmin  sum_t | x_t + sum_h s_h W_h a_h,t + b  -  (x'_t + y'_t) |^2  +  lambda |s - 1|^2
+    s = argmin  sum_t | sum_h s_h W_h a_h,t + b - y_t |^2  +  lambda |s - 1|^2
 
-The factors go into the columns of the output projection, so that nothing is left to do at inference. The refit of
-whole projections (see `refit`) has one unknown per weight instead of one per head. The ridge lambda is the refit's, a
+The factors go into the columns of the output projection, so that nothing is left to do at inference. The fit of
+whole projections (see `outputs`) has one unknown per weight instead of one per head. The ridge lambda is that fit's, a
 share of the mean diagonal, where the paper damps an iterative solver.
 """
 
@@ -15,21 +14,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_attnkit.refitting.outputs import OutputSums
 
-def scaled(aa: Tensor, ya: Tensor, linear: nn.Linear, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
+
+def scaled(sums: OutputSums, linear: nn.Linear, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
     """The projection with each head's columns times its factor, and the bias as it was, in the projection's dtype.
 
     Args:
-        aa: `(m + 1, m + 1)`, sum of [a; 1] [a; 1]^T over tokens, float64; a holds the heads' outputs, "(h d)".
-        ya: `(M, m + 1)`, sum of y [a; 1]^T, y what the attention is to put out.
+        sums: of inputs that hold the heads' outputs, "(h d)".
     """
     old = linear.weight.detach().double()
     heads = old.unflatten(1, (-1, head_dim))  # (M, h, d)
-    cross = ya[:, :-1]
+    cross = sums.ya[:, :-1]
     if linear.bias is not None:
-        cross = cross - torch.outer(linear.bias.detach().double(), aa[-1, :-1])
-    sums = aa[:-1, :-1].view(*heads.shape[1:], *heads.shape[1:])
-    gram = torch.einsum("mhd,hdke,mke->hk", heads, sums, heads)
+        cross = cross - torch.outer(linear.bias.detach().double(), sums.aa[-1, :-1])
+    by_head = sums.aa[:-1, :-1].view(*heads.shape[1:], *heads.shape[1:])
+    gram = torch.einsum("mhd,hdke,mke->hk", heads, by_head, heads)
     target = torch.einsum("mhd,mhd->h", heads, cross.unflatten(1, (-1, head_dim)))
     strength = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -1,4 +1,4 @@
-"""Refit a layer's query projection after its keys changed: `attention_match` on what the running model shows."""
+"""Fit a layer's query projection after its keys changed: `attention_match` on what the running model shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from hf_attnkit.refitting.attention_match import Batch, fit_queries
 
 @dataclass(frozen=True)
 class Attended:
-    """One attention call. Shapes as in `attention.mha`; `output` `(B, T, M)` is what the layer puts out for it."""
+    """One attention call.
+
+    Attributes:
+        query, key: `(B, H, T, d)` and `(B, G, T, d)`, as they enter the scores.
+        mask: which keys are seen.
+        scaling: of the scores.
+        output: `(B, T, M)`, what the layer's output projection gives for it.
+    """
 
     query: Tensor
     key: Tensor
@@ -37,14 +44,14 @@ class Attended:
         return replace(self, query=query, key=self.key[:, list(order)])
 
 
-def can_refit(layer: AttentionLayer) -> bool:
+def can_fit_queries(layer: AttentionLayer) -> bool:
     """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products."""
     return not layer.norm and not layer.is_cross and has_softmax(layer.module)
 
 
 @contextmanager
-def attention_calls(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Callable[[Walk], Attended]]:
-    """For a while, a function that runs a walk to the layer and gives its attention call."""
+def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Callable[[Walk], Attended]]:
+    """A function that runs a batch as far as this layer and returns the layer's attention call; for the block only."""
     calls: list[tuple[Tensor, Tensor, Mask, float]] = []
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
@@ -60,18 +67,20 @@ def attention_calls(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[C
         yield run
 
 
-def refit_queries(
+def fit_layer_queries(
     model: PreTrainedModel,
     layer: AttentionLayer,
     walks: Sequence[Walk],
     inputs: Sequence[dict[str, Any]],
     targets: Sequence[Attended],
+    steps: int,
 ) -> tuple[float, float]:
     """Change the layer's query projection so that it attends as in `targets`.
 
     Args:
         walks, inputs: the changed model's, one each for a batch.
         targets: the untouched model's calls.
+        steps: as `fit_queries`.
 
     Returns:
         Mean KL divergence in nats from the untouched model's attention, over heads and real tokens, before and after.
@@ -92,7 +101,7 @@ def refit_queries(
         seen[:] = [args[0]]
 
     batches = []
-    with attention_calls(model, layer) as run:
+    with attention_at(model, layer) as run:
         for walk, batch, target in zip(walks, inputs, targets, strict=True):
             handle = layer.query.register_forward_pre_hook(note)
             try:
@@ -109,7 +118,7 @@ def refit_queries(
                 real_mask(x, batch), layer.rope, _rotation(layer, run, walk, dtype),
             ))  # fmt: skip
             _require_linear(layer, present, batches[-1], call.query)
-    fitted, before, after = fit_queries(present, batches)
+    fitted, before, after = fit_queries(present, batches, steps)
     if not (fitted.isfinite().all() and before.isfinite().all()):
         raise _not_finite(layer)
     fitted = fitted.flatten(0, 1)
@@ -158,5 +167,5 @@ def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: 
     if not error <= bound * expected.abs().max():
         raise RuntimeError(
             f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
-            "embedding, so something stands between that the families table does not know; give refit=False"
+            "embedding, so something is between them that the families table does not know; give refit='output'"
         )

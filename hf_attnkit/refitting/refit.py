@@ -1,152 +1,95 @@
-"""Fit output projections in closed form, so that changed attention gives what the untouched model gave.
+"""Walk through a changed model and the untouched one, layer by layer from the bottom, and fit each layer.
 
-With a_t the heads' outputs of the changed layer for token t (the layers below changed too) and y_t the
-untouched model's attention output for the same token:
+Each layer is fitted on what the refitted layers below give it: all layers in one pass measured more than twice the
+perplexity (see docs/conversion.md). The models do not start again for each layer (see `walk`), so the whole refit takes
+about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`.
 
-    W = argmin  sum_t |W a_t - y_t|^2  +  lambda |W - W_o|^2,     lambda = ridge * mean diagonal of sum_t a_t a_t^T
-
-A bias, where there is one, is free: the sums are then of a_t and y_t less their means. It generalises
-the rescaling of heads by Kwon et al. 2022 (arXiv 2204.09656) and takes no labels and no gradients.
-
-After pruning y_t is, as theirs, what brings the residual stream to where the untouched model has it behind the
-attention, so that a layer also makes up for what those below it lost: with x_t the stream before the attention and a
-prime for the untouched model, y_t = (x'_t + y'_t) - x_t.
-
-Layer by layer from the bottom, each on what the refitted layers below give it: all layers in one
-pass measured more than twice the perplexity (see docs/conversion.md). The models do not start anew for each layer
-(see `walk`), so the whole refit takes about three forward passes of each. Kept for one layer at a time: sum a a^T and
-sum y^T a.
+After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
+the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
+(x'_t + y'_t) - x_t, so that a layer also makes up for what those below it lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers.utils import logging
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
-from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.change import MadeChange
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.probe import input_device
 from hf_attnkit.observing.batches import real_tokens, to_device
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.head_scales import scaled
-from hf_attnkit.refitting.queries import attention_calls, can_refit, refit_queries
-
-logger = logging.get_logger(__name__)
-
-METHODS = ("output", "scale")
-RIDGE = 0.1
+from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.outputs import OutputSums, solve
+from hf_attnkit.refitting.queries import attention_at, can_fit_queries, fit_layer_queries
+from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 
 
-class _Sums:
-    """Running sums over tokens, with a 1 appended to `a`."""
-
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.aa = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
-        self.ya = torch.zeros(outputs, inputs + 1, dtype=torch.float64, device=device)
-
-    def add(self, a: Tensor, y: Tensor) -> None:
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        a, y = a.to(dtype), y.to(dtype)
-        a = torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-        self.aa += a.T @ a
-        self.ya += y.T @ a
-
-
-def refit(
-    change: Change,
-    batches: Iterable[Mapping[str, Any]],
+def refit_layers(
+    model: PreTrainedModel,
+    made: MadeChange,
+    batches: Sequence[Mapping[str, Any]],
+    options: RefitOptions,
     *,
-    order: Sequence[Sequence[int]] | None = None,
-    method: str = "output",
+    key_order: Sequence[Sequence[int]] | None = None,
     stream: bool = False,
-    ridge: float = RIDGE,
-) -> None:
-    """Refit the output projections of all layers after `change`, which was applied.
+) -> RefitReport:
+    """Fit every layer of a changed model to what it was before.
 
     Args:
-        change: gives every layer's output projection new parameters, and its query projection if those are fitted.
-        batches: model inputs; padding is left out. Kept, since every layer runs them.
-        order: given where keys changed, to fit the query projections too, each layer's before its output, see
-            `attention_match`: per layer, which key head of the untouched model stands where now. Layers stay out
-            whose queries are normed, or whose attention is no softmax (linear).
-        method: "output" solves for the whole projection, "scale" for one factor per head (see `rescale`).
-        stream: fit the residual stream after the attention, and not what the attention alone puts out; without `order`.
-        ridge: towards the present projection, as a share of the mean diagonal of sum a a^T.
+        made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
+        batches: model inputs, at least one; padding is left out.
+        key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
+            whose queries are normed, and in those whose attention is no softmax (linear).
+        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
 
     Raises:
-        ValueError: for no batches or activations that are not finite; the model is then as before the change.
+        ValueError: for batches that are no mappings, or activations that are not finite. The model is then partly
+            fitted: the caller undoes the change.
     """
-    assert order is None or not stream
-    model = change.model
-    try:
-        device = input_device(model)
-        inputs = [to_device(batch, device) for batch in batches]
-        if not inputs:
-            raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
-        untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
-        for layer in progress_bar(attention_layers(model), description="refit", unit="layer"):
-            assert change.covers(layer.output) and (change.covers(layer.query) or order is None), layer.name
-            if order is not None and can_refit(layer):
-                with change.undone(), attention_calls(model, layer) as run:
-                    calls = [run(walk).in_order(order[layer.index]) for walk in untouched]
-                before, after = refit_queries(model, layer, changed, inputs, calls)
-                logger.info(
-                    f"{layer.name}: KL divergence from the untouched attention {before:.3g} -> {after:.3g} nats"
-                )
-                targets = [call.output for call in calls]
-            else:
-                with change.undone():
-                    targets = [_target(walk, layer, stream) for walk in untouched]
-            sums = _Sums(layer.output.in_features, layer.output.out_features, layer.output.weight.device)
-            for batch, walk, target in zip(inputs, changed, targets, strict=True):
-                if stream:
-                    target = target - walk.before(layer.index)
-                heads, _ = walk.seen(layer.index, layer.output)
-                sums.add(real_tokens(heads, batch), real_tokens(target, batch))
-            if not (sums.aa.isfinite().all() and sums.ya.isfinite().all()):
-                raise ValueError(
-                    f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
-                    "float32 and look for a batch that breaks it"
-                )
-            if method == "scale":
-                weight, bias = scaled(sums.aa, sums.ya, layer.output, layer.head_dim, ridge)
-            else:
-                weight, bias = solve(sums.aa, sums.ya, layer.output, ridge)
-            projections.apply(projections.Edit(layer.output, weight, bias))
-    except BaseException:
-        change.undo()
-        raise
+    device = input_device(model)
+    inputs = [to_device(batch, device) for batch in batches]
+    untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
+    full, found = options.fits == "full", []
+    assert not full or (key_order is not None and not stream)
+    for layer in progress_bar(attention_layers(model), description="refit", unit="layer"):
+        assert made.covers(layer.output) and (made.covers(layer.query) or not full), layer.name
+        divergences: tuple[float | None, float | None] = None, None
+        if key_order is not None and full and can_fit_queries(layer):
+            with made.undone(), attention_at(model, layer) as run:
+                calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
+            divergences = fit_layer_queries(model, layer, changed, inputs, calls, options.query_steps)
+            targets = [call.output for call in calls]
+        else:
+            with made.undone():
+                targets = [_target(walk, layer, stream) for walk in untouched]
+        sums = OutputSums(layer.output)
+        for batch, walk, target in zip(inputs, changed, targets, strict=True):
+            if stream:
+                target = target - walk.before(layer.index)
+            heads, output = walk.seen(layer.index, layer.output)
+            sums.add(*(real_tokens(x, batch) for x in (heads, output, target)))
+        if not sums.is_finite():
+            raise ValueError(
+                f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
+                "float32 and look for a batch that breaks it"
+            )
+        if options.fits == "scale":
+            weight, bias = scaled(sums, layer.output, layer.head_dim, options.ridge)
+        else:
+            weight, bias = solve(sums, layer.output, options.ridge)
+        projections.apply(projections.Edit(layer.output, weight, bias))
+        found.append(RefittedLayer(layer.index, *divergences, sums.error_now(), sums.error_of(layer.output)))
+    return RefitReport(options.fits, sums.num_tokens, tuple(found))
 
 
 def _target(walk: Walk, layer: AttentionLayer, stream: bool) -> Tensor:
     """What the untouched model has after the attention: its output, or the residual stream with it."""
     output = walk.seen(layer.index, layer.output)[1]
     return output + walk.before(layer.index) if stream else output
-
-
-def solve(aa: Tensor, ya: Tensor, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """The ridge solution from the sums, in the projection's dtype.
-
-    Args:
-        aa: `(m + 1, m + 1)`, sum of [a; 1] [a; 1]^T, float64.
-        ya: `(M, m + 1)`, sum of y [a; 1]^T.
-    """
-    count, old = aa[-1, -1], linear.weight.detach().double()
-    gram, cross = aa[:-1, :-1], ya[:, :-1]
-    mean, target_mean = aa[:-1, -1] / count, ya[:, -1] / count
-    if linear.bias is not None:
-        gram = gram - count * torch.outer(mean, mean)
-        cross = cross - count * torch.outer(target_mean, mean)
-    strength = ridge * gram.diagonal().mean()
-    # Heads that put out nothing leave their columns undetermined, where they stay.
-    strength = strength.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weight = torch.linalg.solve(gram + strength * identity, (cross + strength * old).T).T
-    bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)
-    return weight.to(linear.weight.dtype), bias

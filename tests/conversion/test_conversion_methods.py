@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_attnkit import cache_bytes_per_token, convert_to_gqa, load_pretrained, plan_gqa
-from hf_attnkit.conversion import METHODS, Statistics, budget, grouping
+from hf_attnkit.conversion import METHODS, Statistics
 from hf_attnkit.conversion import predicted_loss as loss
 from hf_attnkit.conversion.heads import Heads, read
 from hf_attnkit.conversion.methods import pca
@@ -238,26 +238,11 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
     for method, refit in (("pca", True), ("mean", True), ("mean", "output")):
         with unchanged(broken), pytest.raises(ValueError, match="NaN or infinity"):
             convert_to_gqa(broken, 4, method=method, calibration=many(broken), refit=refit)
-    with unchanged(model), pytest.raises(ValueError, match="refit='queries' must be True, False or 'output'"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match="refit='queries' must be one of 'none', 'output', 'full', 'sc"),
+    ):
         convert_to_gqa(model, 4, calibration=many(model), refit="queries")
-
-
-def test_best_grouping_finds_equal_heads() -> None:
-    """Heads 0 and 2, and 1 and 3, are the same: grouped together, even their mean is exact."""
-    model = build("llama", kv_heads=4).double()
-    with torch.no_grad():
-        for layer in attention_layers(model):
-            for name in ("key", "value"):
-                for p in getattr(layer, name).parameters():
-                    halves = p.unflatten(0, (2, -1))
-                    halves[1] = halves[0]
-    before = outputs(model, batch(model))
-    plan = plan_gqa(model, 2, grouping="best")
-    assert all(layer.groups == ((0, 2), (1, 3)) for layer in plan.layers)
-    assert all(layer.key_loss < 1e-12 and layer.value_loss < 1e-12 for layer in plan.layers)
-    plan.apply()
-    # A permutation of heads and sums in another order.
-    assert (outputs(model, batch(model)) - before).abs().max() <= 1e-12 * before.abs().max()
 
 
 def test_the_best_grouping_weighs_keys_and_values_by_their_shares() -> None:
@@ -272,65 +257,6 @@ def test_the_best_grouping_weighs_keys_and_values_by_their_shares() -> None:
         assert abs(losses[0](range(6)) - whole.key_loss - whole.value_loss) <= 1e-9
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), shape=st.sampled_from([(4, 2), (6, 2), (6, 3), (8, 4)]))
-def test_groupings_against_all_of_them(seed: int, shape: tuple[int, int]) -> None:
-    count, groups = shape
-    generator = torch.Generator().manual_seed(seed)
-    price = {
-        g: float(torch.rand((), generator=generator)) for g in itertools.combinations(range(count), count // groups)
-    }
-    found = grouping.best(count, groups, price.__getitem__)
-    assert sorted(h for g in found for h in g) == list(range(count))
-
-    def everything(left: tuple[int, ...]) -> float:
-        if not left:
-            return 0.0
-        rest = [(left[0], *o) for o in itertools.combinations(left[1:], count // groups - 1)]
-        return min(price[g] + everything(tuple(h for h in left if h not in g)) for g in rest)
-
-    assert abs(sum(price[g] for g in found) - everything(tuple(range(count)))) < 1e-12
-
-
-def test_grouping_of_many_heads_by_swaps() -> None:
-    """20 heads in groups of 10, too many to try all: the planted groups are found."""
-    planted = {h for h in range(20) if (h * 7) % 20 < 10}
-
-    def price(group: tuple[int, ...]) -> float:
-        inside = len(planted & set(group))
-        return float(inside * (10 - inside))
-
-    found = grouping.best(20, 2, price)
-    assert planted in [set(g) for g in found] and sum(map(price, found)) == 0
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 1000), total=st.integers(3, 12))
-def test_budget_against_all_choices(seed: int, total: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    losses = [{n: float(torch.rand((), generator=generator)) for n in (1, 2, 4)} for _ in range(3)]
-    chosen = budget.spend(losses, total)
-    possible = [c for c in itertools.product((1, 2, 4), repeat=3) if sum(c) <= total]
-    least = min(sum(losses[i][n] for i, n in enumerate(c)) for c in possible)
-    assert sum(chosen) <= total and abs(sum(losses[i][n] for i, n in enumerate(chosen)) - least) < 1e-12
-
-
-def test_budget_is_spent_where_it_costs_least() -> None:
-    """Layer 1 has equal heads, so it can do with one; a uniform budget cannot know."""
-    model = build("llama", kv_heads=4)
-    with torch.no_grad():
-        layer = attention_layers(model)[1]
-        for name in ("key", "value"):
-            for p in getattr(layer, name).parameters():
-                p.copy_(p[:8].repeat(4, *[1] * (p.dim() - 1)))
-    assert [layer.num_key_value_heads for layer in plan_gqa(model, budget=0.65).layers] == [2, 2]
-    plan = plan_gqa(model, budget=0.65, uniform=False, method="pca")
-    assert [layer.num_key_value_heads for layer in plan.layers] == [4, 1]
-    before = outputs(model, batch(model))
-    plan.apply()
-    torch.testing.assert_close(outputs(model, batch(model)), before, rtol=0, atol=1e-4 * before.abs().max().item())
-
-
 def test_a_plan_prints_changes_nothing_and_is_applied_once() -> None:
     model = build("llama")
     with unchanged(model):
@@ -340,13 +266,13 @@ def test_a_plan_prints_changes_nothing_and_is_applied_once() -> None:
     assert "180 calibration tokens" in lines[-1] and "1,024 -> 384 bytes" in lines[-1]
     assert plan.apply() is model
     assert [layer.num_key_value_heads for layer in attention_layers(model)] == [2, 4]
-    with unchanged(model), pytest.raises(RuntimeError, match="applied already"):
+    with unchanged(model), pytest.raises(ValueError, match="applied already"):
         plan.apply()
     other = build("llama")
     stale = plan_gqa(other, 2)
     with torch.no_grad():
         attention_layers(other)[0].key.weight.mul_(2)
-    with unchanged(other), pytest.raises(RuntimeError, match="changed after the plan"):
+    with unchanged(other), pytest.raises(ValueError, match=r"k_proj.weight' was written"):
         stale.apply()
 
 
@@ -367,7 +293,7 @@ def test_a_norm_on_the_keys_forbids_their_transform_and_not_that_of_values() -> 
     model = build("qwen3")
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"k_norm of layer 0 stands between.*give key_method, one of mean"),
+        pytest.raises(ValueError, match=r"k_norm of layer 0 is between.*give key_method, one of mean"),
     ):
         convert_to_gqa(model, 2, method="pca")
     values = plan_gqa(model, 2, method="pca", key_method="mean")
@@ -383,51 +309,6 @@ def test_tied_projections_are_refused() -> None:
     second.weight = first.weight
     with unchanged(model), pytest.raises(ValueError, match=r"weight of .*k_proj is shared with"):
         convert_to_gqa(model, 2)
-
-
-@pytest.mark.parametrize("method", ["mean", "pca"])
-@pytest.mark.parametrize("family", ["bert", "llama", "phi3", "vit"])
-def test_refit_by_definition(family: str, method: str) -> None:
-    """In the finished model, each projection solves least squares for what it now gets and what the untouched
-    model's gave, with the ridge as rows of their own."""
-    original = build(family).double()
-    batches = many(original, 12)
-    statistics = collect(original, attention_layers(original), batches) if method == "pca" else None
-    merged = plan_gqa(copy.deepcopy(original), 2, method=method, calibration=statistics).apply()
-    model = convert_to_gqa(copy.deepcopy(original), 2, method=method, calibration=iter(batches))
-    for layer, old, before in zip(*map(attention_layers, (model, original, merged)), strict=True):
-        seen: dict[str, list[Tensor]] = {"a": [], "y": []}
-        layer.output.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach()))
-        old.output.register_forward_hook(lambda _, args, out, s=seen["y"]: s.append(out.detach()))
-        for inputs in batches:
-            model(**inputs)
-            original(**inputs)
-        masks = [
-            inputs.get("attention_mask", torch.ones(x.shape[:2])).bool()
-            for inputs, x in zip(batches, seen["y"], strict=True)
-        ]
-        a, y = (torch.cat([x[m] for x, m in zip(seen[name], masks, strict=True)]) for name in "ay")
-        bias = layer.output.bias
-        shift_a, shift_y = (x.mean(0) if bias is not None else torch.zeros_like(x[0]) for x in (a, y))
-        a, y = a - shift_a, y - shift_y
-        strength = (0.1 * a.square().sum(0).mean()).sqrt()
-        rows = torch.cat([a, strength * torch.eye(a.shape[1], dtype=a.dtype)])
-        targets = torch.cat([y, strength * before.output.weight.detach().T])
-        expected = torch.linalg.lstsq(rows, targets).solution.T
-        # Normal equations square the condition number, which the ridge keeps below 1e5 or so.
-        assert (layer.output.weight - expected).abs().max() <= 1e-10 * expected.abs().max()
-        assert not torch.allclose(expected, before.output.weight, rtol=1e-3)
-        if bias is not None:
-            assert (bias - (shift_y - expected @ shift_a)).abs().max() <= 1e-10 * bias.abs().max()
-
-
-def test_a_batch_that_fails_during_the_refit_leaves_the_model_as_it_was() -> None:
-    model = build("llama")
-    batches: list[Any] = [*many(model), {"input_ids": torch.tensor([[5000]])}]
-    with unchanged(model), pytest.raises(IndexError):
-        convert_to_gqa(model, 2, calibration=batches)
-    with unchanged(model), pytest.raises(ValueError, match="must be a mapping"):
-        convert_to_gqa(model, 2, calibration=[*many(model), (1,)])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "phi3", "glm"])

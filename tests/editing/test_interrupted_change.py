@@ -41,6 +41,7 @@ def fails_at(function: Callable, n: int, calls: list[int]) -> Callable:
 STEPS = {
     "apply": (projections, "apply"),
     "attributes": (change_module, "set_attributes"),
+    "config": (change_module, "write_heads"),
     "check": (layers, "check_heads"),
     "parameter": (projections, "_parameter"),
 }

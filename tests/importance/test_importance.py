@@ -178,7 +178,7 @@ def test_contribution_and_confidence_are_their_definitions(family: str, implemen
 def test_joint_score_of_gradient_and_entropy() -> None:
     model = build("bert", "sequence")
     inputs = [batch(model) | {"labels": torch.tensor([0, 1, 0])}]
-    parts = [head_importance(model, inputs, method="gradient"), head_importance(model, inputs)]
+    parts = [head_importance(model, inputs, method="gradient"), head_importance(model, inputs, method="entropy")]
     scaled = [(part - part.min()) / (part.max() - part.min()) for part in parts]
     for alpha in (None, 0, 0.3, 1):
         share = 0.9 if alpha is None else alpha

@@ -104,8 +104,8 @@ def test_a_real_clock() -> None:
 BAD = {
     "neither": ({}, "exactly one of latency and parameters"),
     "both": ({"latency": 0.5, "parameters": 0.5}, "exactly one of"),
-    "latency 1": ({"latency": 1.0}, r"latency=1\.0 must be above 0 and below 1"),
-    "parameters 0": ({"parameters": 0}, "parameters=0 must be above 0"),
+    "latency 1": ({"latency": 1.0}, r"latency=1\.0 must be a number above 0 and below 1"),
+    "parameters 0": ({"parameters": 0}, "parameters=0 must be a number above 0"),
     "parameters bool": ({"parameters": True}, "parameters=True"),
     "parameters text": ({"parameters": "0.5"}, r"parameters='0\.5'"),
     "no batches": ({"latency": 0.5}, "latency is measured; give batches"),
@@ -133,5 +133,8 @@ def test_scores_of_another_model() -> None:
     model = build("bert")
     importance = scores(model)
     prune_heads(model, {0: [0]})
-    with unchanged(model), pytest.raises(ValueError, match=r"layers with \[8, 8\] heads, the model's have \[7, 8\]"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"importance has \[8, 8\] heads in its layers, the model \[7, 8\]"),
+    ):
         select_for_target(model, importance, parameters=0.9)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import build
+from transformers import PreTrainedModel
 
-from hf_attnkit import select_heads
+from hf_attnkit import convert_to_gqa, head_importance, prune_heads, rearrange_heads, select_heads
 
 SCORES = torch.tensor([[0.1, 0.5, 0.3, 0.9], [0.2, 0.8, 0.7, 0.6], [1.0, 1.1, 1.2, 1.3]])
 NAN = float("nan")
@@ -136,3 +140,53 @@ def test_properties(
         assert len(kept) >= min(min_heads, heads)
         means = scores[layer].double().view(number, group).mean(1).repeat_interleave(group)
         assert not gone or not kept or means[sorted(gone)].max() <= means[sorted(kept)].min()
+
+
+# The groups of a model.
+
+
+def grouped_model() -> PreTrainedModel:
+    """8 query heads over 4 and over 2 key/value heads, then none in layer 2."""
+    model = build("llama", num_hidden_layers=3, kv_heads=4)
+    convert_to_gqa(model, [4, 2, 4])
+    return prune_heads(model, {2: range(8)})
+
+
+def test_groups_are_read_from_the_model() -> None:
+    model = grouped_model()
+    scores = head_importance(model, method="magnitude")
+    assert scores[2].isnan().all()
+    for how in ("whole", "across"):
+        for options in ({"fraction": 0.25}, {"num_heads": 4}, {"fraction": 0.5, "per_layer": True}):
+            read = select_heads(scores, model=model, groups=how, **options)
+            given = select_heads(scores, num_key_value_heads=[4, 2, 0], groups=how, **options)
+            assert read == given and read != select_heads(scores, **options)
+            prune_heads(copy.deepcopy(model), read)  # accepted: groups stay equal
+    gradients = torch.randn(5, *scores.shape, generator=torch.Generator().manual_seed(0))
+    gradients[:, scores.isnan()] = NAN
+    chosen = select_heads(gradients.square().sum(0), model=model, fraction=0.5)
+    read = rearrange_heads(gradients, chosen, model=model)
+    assert read == rearrange_heads(gradients, chosen, num_key_value_heads=[4, 2, 0])
+    prune_heads(model, read)
+
+
+def test_scores_of_another_model_are_refused() -> None:
+    model = grouped_model()
+    scores = head_importance(model, method="magnitude")
+    before = copy.deepcopy(model)
+    prune_heads(model, {0: [0, 1]})
+    message = r"has \[8, 8, 0\] heads in its layers, the model \[6, 8, 0\]; compute it with this model"
+    with pytest.raises(ValueError, match=f"importance {message}"):
+        select_heads(scores, model=model, num_heads=2)
+    with pytest.raises(ValueError, match=r"importance has \[8, 8\] heads in its layers, the model \[8, 8, 0\]"):
+        select_heads(scores[:2], model=before, num_heads=2)
+    with pytest.raises(ValueError, match=f"gradients {message}"):
+        rearrange_heads(scores[None], {0: [0]}, model=model)
+    for call in (
+        lambda: select_heads(scores, model=before, num_key_value_heads=4, num_heads=2),
+        lambda: rearrange_heads(scores[None], {0: [0]}, model=before, num_key_value_heads=4),
+    ):
+        with pytest.raises(ValueError, match="give model or num_key_value_heads, not both"):
+            call()
+    with pytest.raises(TypeError, match=r"expected a transformers.PreTrainedModel, got str"):
+        select_heads(scores, model="bert", num_heads=2)

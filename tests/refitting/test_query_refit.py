@@ -16,9 +16,11 @@ from hf_attnkit.attention.mask import Mask
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import Rope, attention_layers
 from hf_attnkit.observing.walk import Walk
-from hf_attnkit.refitting.attention_match import Batch, _curvature, _gradient, fit_queries, target
-from hf_attnkit.refitting.queries import attention_calls, can_refit
+from hf_attnkit.refitting.attention_match import Batch, curvature_along, fit_queries, mean_divergence, target
+from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.queries import attention_at, can_fit_queries
 
+STEPS = RefitOptions("full").query_steps
 EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
 
 
@@ -42,7 +44,7 @@ def example(seed: int = 0, rope: Rope | None = None, causal: bool = True) -> tup
 
 
 def gradient_of(weight: Tensor, made: Batch) -> tuple[Tensor, Tensor]:
-    return _gradient(weight, [made], [target(made, torch.Generator().manual_seed(0))])
+    return mean_divergence(weight, [made], [target(made, torch.Generator().manual_seed(0))])
 
 
 def divergence(weight: Tensor, made: Batch) -> Tensor:
@@ -84,7 +86,7 @@ def test_divergence_gradient_and_curvature_by_definition(
     with torch.no_grad():
         found, gradient = gradient_of(weight, made)
         direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        curvature = _curvature(weight, direction, [made])
+        curvature = curvature_along(weight, direction, [made])
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
     step = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -114,7 +116,7 @@ def test_queries_that_fit_already_stay() -> None:
     query = torch.einsum("hdm,btm->bhtd", weight, made.inputs)
     exact = Batch(made.inputs, made.key, query, made.key, made.mask, made.scaling, made.real)
     with torch.no_grad():
-        fitted, before, _ = fit_queries(weight, [exact])
+        fitted, before, _ = fit_queries(weight, [exact], STEPS)
     # Rounding of log-sum-exps over 9 scores of some 10.
     assert float(before.abs().max()) < 1e-13 and float((fitted - weight).abs().max()) < 1e-6
 
@@ -123,15 +125,15 @@ def test_queries_that_fit_already_stay() -> None:
 def test_refit_brings_every_layer_nearer_to_the_untouched_attention(family: str) -> None:
     original = build(family).double()
     batches = [batch(original, seed=seed) for seed in range(12)]
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, calibration=batches)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches)
     merged = plan_gqa(copy.deepcopy(original), 2).apply()
     # Layer 0 gets the same input in all three, so there the definition can be held against the models themselves.
     layers = [attention_layers(model)[0] for model in (original, merged, fitted)]
-    assert all(map(can_refit, layers))
+    assert all(map(can_fit_queries, layers))
     totals = []
     for model, layer in zip((original, merged, fitted), layers, strict=True):
         found = []
-        with attention_calls(model, layer) as run:
+        with attention_at(model, layer) as run:
             for inputs in batches:
                 call = run(Walk(model, inputs))
                 key = call.key.repeat_interleave(layer.group_size, dim=1)
@@ -165,7 +167,7 @@ def test_heads_that_were_regrouped_are_fitted_to_themselves(family: str) -> None
     batches = [batch(model, seed=seed) for seed in range(12)]
     groups = plan_gqa(model, number, grouping="best").layers[0].groups
     assert groups != tuple((i, i + 1) for i in range(0, 2 * number, 2)), "adjacent, so nothing was tested"
-    convert_to_gqa(model, number, grouping="best", calibration=batches)
+    convert_to_gqa(model, number, method="mean", grouping="best", calibration=batches)
     # The refit's solves, whose condition the ridge keeps below 1e5 or so, and divergences of rounding alone.
     assert (outputs(model, inputs) - before).abs().max() <= 1e-8 * before.abs().max()
 
@@ -174,12 +176,12 @@ def test_a_layer_whose_queries_are_normed_or_linear_keeps_them() -> None:
     model = build("qwen3")
     batches = [batch(model, seed=seed) for seed in range(4)]
     queries = [layer.query.weight for layer in attention_layers(model)]
-    convert_to_gqa(model, 2, calibration=batches)
+    convert_to_gqa(model, 2, method="mean", calibration=batches)
     assert all(torch.equal(a.query.weight, b) for a, b in zip(attention_layers(model), queries, strict=True))
     with pytest.warns(UserWarning, match="linear"):
         model = swap_attention(build("llama"), {1: "linear"})
     queries = [layer.query.weight.clone() for layer in attention_layers(model)]
-    convert_to_gqa(model, 2, calibration=batches)
+    convert_to_gqa(model, 2, method="mean", calibration=batches)
     same = [torch.equal(a.query.weight, b) for a, b in zip(attention_layers(model), queries, strict=True)]
     assert same == [False, True]
 
@@ -190,8 +192,8 @@ def test_models_in_16_bits_are_fitted_in_float32(family: str, dtype: torch.dtype
     """The weights are those of the same model in float32, rounded, up to what its activations' rounding moves."""
     model = build(family).to(dtype)
     batches = [batch(model, seed=seed) for seed in range(12)]
-    wide = convert_to_gqa(copy.deepcopy(model).float(), 2, calibration=batches)
-    fitted = convert_to_gqa(model, 2, calibration=batches)
+    wide = convert_to_gqa(copy.deepcopy(model).float(), 2, method="mean", calibration=batches)
+    fitted = convert_to_gqa(model, 2, method="mean", calibration=batches)
     for a, b in zip(attention_layers(fitted)[:1], attention_layers(wide)[:1], strict=True):
         assert a.query.weight.dtype == dtype
         assert (a.query.weight.float() - b.query.weight).norm() < 0.1 * b.query.weight.norm()
@@ -202,7 +204,7 @@ def test_something_unknown_between_projection_and_scores_is_refused() -> None:
     batches = [batch(model, seed=seed) for seed in range(4)]
     query = attention_layers(model)[1].query
     handle = query.register_forward_hook(lambda module, args, output: output * 1.5)
-    with unchanged(model), pytest.raises(RuntimeError, match=r"layer 1: the queries .* refit=False"):
+    with unchanged(model), pytest.raises(RuntimeError, match=r"layer 1: the queries .* refit='output'"):
         convert_to_gqa(model, 2, calibration=batches)
     handle.remove()
 

@@ -22,14 +22,14 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_attnkit.common.version import __version__
-from hf_attnkit.conversion import head_numbers as targets
-from hf_attnkit.conversion import plan
 from hf_attnkit.conversion.checkpoints import safetensors_stream
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES
 from hf_attnkit.conversion.checkpoints.shards import ShardConversion
 from hf_attnkit.conversion.checkpoints.source import CONFIG, INDEX, WEIGHTS, Checkpoint
-from hf_attnkit.conversion.methods.table import uses_statistics
-from hf_attnkit.conversion.statistics import StatisticsFile
+from hf_attnkit.conversion.merging import choose_merging
+from hf_attnkit.conversion.report import summary
+from hf_attnkit.conversion.statistics import StatisticsFile, require_sizes
+from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.editing.change import with_heads
 from hf_attnkit.models.cache_size import cache_bytes
 
@@ -61,7 +61,7 @@ class ConvertedCheckpoint:
             heads = f"{pairs[0]} in each of {len(pairs)} layers"
         else:
             heads = ", ".join(f"layer {index}: {pair}" for index, pair in enumerate(pairs))
-        line = plan.summary(self.method, self.key_method, self.num_tokens, self.bytes_before, self.bytes_after)
+        line = summary(self.method, self.key_method, self.num_tokens, self.bytes_before, self.bytes_after)
         return f"key/value heads {heads}\n{line}"
 
 
@@ -70,7 +70,7 @@ def convert_checkpoint(
     target: str | os.PathLike[str],
     num_key_value_heads: int | Sequence[int] | None = None,
     *,
-    method: str = "mean",
+    method: str | None = None,
     key_method: str | None = None,
     statistics: str | os.PathLike[str] | None = None,
 ) -> ConvertedCheckpoint:
@@ -83,7 +83,8 @@ def convert_checkpoint(
     Args:
         source: a folder with config.json and model.safetensors, or shards and their index.
         target: a folder that is absent, empty, or was left by the same call.
-        num_key_value_heads, method, key_method: as `convert_to_gqa`; groups are of adjacent heads.
+        num_key_value_heads, method, key_method: as `convert_to_gqa`, whose defaults they have, statistics being the
+            calibration; groups are of adjacent heads.
         statistics: a file that `Statistics.save` wrote, for "pca".
 
     Raises:
@@ -95,22 +96,21 @@ def convert_checkpoint(
     source, target = Path(source), Path(target)
     checkpoint = Checkpoint(source)
     layers = checkpoint.layers
-    key_method = method if key_method is None else key_method
-    plan.check(layers, method, key_method, "adjacent")
+    merging = choose_merging(layers, method, key_method, calibrated=statistics is not None)
+    method, key_method = merging.method, merging.key_method
     if "random" in (method, key_method):
         raise ValueError(
             "method 'random' draws heads, so a conversion that was interrupted could not be completed; take 'first', "
             "or convert_to_gqa on the loaded model"
         )
-    used = uses_statistics(method) or uses_statistics(key_method)
-    numbers = targets.numbers(layers, num_key_value_heads, allow_same=used)
+    numbers = target_heads(layers, num_key_value_heads, allow_same=merging.uses_statistics)
     moments = None
     if statistics is not None:
-        if not used:
+        if not merging.uses_statistics:
             raise ValueError(f"method {method!r} uses no data, so statistics would have no effect; leave them out")
         moments = StatisticsFile(Path(statistics))
-        plan.require_sizes(layers, moments.sizes)
-        plan.require_tokens(layers, numbers, moments.num_tokens, (method, key_method))
+        require_sizes(layers, moments.sizes)
+        merging.check_tokens(layers, numbers, moments.num_tokens)
         for index in range(len(moments.sizes)):
             moments.second_moment(index)  # refuses what is not finite, before anything is written
     config = with_heads(checkpoint.model, [(a.num_heads, n) for a, n in zip(layers, numbers, strict=True)])

@@ -99,4 +99,5 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
     """Of a Hermitian matrix, by increasing eigenvalue."""
-    return torch.linalg.eigh((matrix + matrix.mH) / 2).eigenvectors
+    vectors: Tensor = torch.linalg.eigh((matrix + matrix.mH) / 2).eigenvectors
+    return vectors

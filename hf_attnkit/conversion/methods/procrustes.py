@@ -2,7 +2,7 @@
 
 Scores do not change if a head's keys and queries are rotated together, nor outputs if its values
 are and its output projection is rotated back. Each head takes the rotation that brings it nearest to
-the mean of the others, in turns (generalised orthogonal Procrustes). Keys under a rotary embedding
+the mean of the others, one after another, many times (generalised orthogonal Procrustes). Keys under a rotary embedding
 admit only what commutes with it: an angle of its own for each rotated pair of components.
 """
 

@@ -51,7 +51,7 @@ class Merged:
     Attributes:
         heads: the new ones.
         constant: `(M,)` to add to the output bias, or `None`.
-        key_loss, value_loss: see `loss`; 0 is exact, lower is better.
+        key_loss, value_loss: see `predicted_loss`; 0 is exact, lower is better.
     """
 
     heads: Heads
@@ -127,7 +127,7 @@ def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str
 
 
 class _Part(NamedTuple):
-    """One group's new heads, and lost and total energy, see `loss`."""
+    """One group's new heads, and lost and total energy, see `predicted_loss`."""
 
     query: Tensor
     key: Tensor

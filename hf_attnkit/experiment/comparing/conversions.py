@@ -12,9 +12,9 @@ from transformers import set_seed
 
 import hf_attnkit
 from hf_attnkit.conversion import METHODS
-from hf_attnkit.conversion import head_numbers as targets
 from hf_attnkit.conversion.methods.table import uses_statistics
 from hf_attnkit.conversion.statistics import collect
+from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.models.layers import editable_layers
@@ -61,7 +61,7 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
         calibration: what its size is called in results.json, and the size: sentences or tokens.
     """
     for number in arguments.num_key_value_heads:
-        targets.numbers(editable_layers(run.model), number)  # refused before the first evaluation
+        target_heads(editable_layers(run.model), number)  # refused before the first evaluation
     original = run.model.to(run.training.device)
     run.evaluate("baseline")
     batches = list(run.calibration_batches(calibration[1]))

@@ -10,11 +10,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import hf_attnkit
-from hf_attnkit.conversion import METHODS, plan
-from hf_attnkit.conversion import head_numbers as targets
+from hf_attnkit.conversion import METHODS
 from hf_attnkit.conversion.grouping import GROUPINGS
+from hf_attnkit.conversion.merging import choose_merging
 from hf_attnkit.conversion.methods.table import uses_statistics
 from hf_attnkit.conversion.statistics import collect
+from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
@@ -77,8 +78,8 @@ def check(conversion: ConversionArguments, run: Run) -> int:
         ValueError: a number or method that does not fit the model.
     """
     layers = editable_layers(run.model)
-    [number, *_] = targets.numbers(layers, conversion.num_key_value_heads)
-    plan.check(layers, conversion.method, conversion.key_method or conversion.method, conversion.grouping)
+    [number, *_] = target_heads(layers, conversion.num_key_value_heads)
+    choose_merging(layers, conversion.method, conversion.key_method, conversion.grouping, calibrated=False)
     return number
 
 

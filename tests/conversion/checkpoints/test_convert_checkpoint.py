@@ -244,7 +244,7 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path: Path) -> None:
     refused("num_key_value_heads=3", number=3)
     refused("unknown method 'median'", method="median")
     refused("'random' draws", method="random")
-    refused("no data", statistics=good)
+    refused("no data", method="mean", statistics=good)
     refused("of 1 layers", method="pca", statistics=tmp_path / "other")
     refused("layer 1: .* NaN", method="pca", statistics=tmp_path / "nan")
     refused("nowhere", method="pca", statistics=tmp_path / "nowhere")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hf_attnkit.common.checks import integer
 from hf_attnkit.models.layers import AttentionLayer
 
 
-def numbers(
+def target_heads(
     layers: Sequence[AttentionLayer],
     num_key_value_heads: int | Sequence[int] | None,
     budget: float | None = None,
     *,
     allow_same: bool = False,
 ) -> list[int]:
-    """The number for each layer.
+    """The number of key/value heads that each layer is to have.
 
     Args:
         allow_same: whether the present numbers are a target too.
@@ -33,7 +34,7 @@ def numbers(
     return [number] * len(layers)
 
 
-def possible(layers: Sequence[AttentionLayer], *, allow_same: bool = False) -> list[int]:
+def possible_targets(layers: Sequence[AttentionLayer], *, allow_same: bool = False) -> list[int]:
     """Numbers of key/value heads that every one of these layers can be merged into."""
     most = min(layer.num_key_value_heads for layer in layers)
     found = [n for n in range(1, most + 1) if all(layer.num_key_value_heads % n == 0 for layer in layers)]
@@ -56,7 +57,7 @@ def check_budget(layers: Sequence[AttentionLayer], budget: float) -> None:
 
 def _within(budget: float, layers: Sequence[AttentionLayer]) -> int:
     present = sum(layer.num_key_value_heads for layer in layers)
-    found = [n for n in possible(layers) if n * len(layers) <= budget * present + 1e-9]
+    found = [n for n in possible_targets(layers) if n * len(layers) <= budget * present + 1e-9]
     if not found:
         raise ValueError(
             f"no uniform number of key/value heads fits budget={budget} ({_describe(layers)}); give uniform=False"
@@ -66,18 +67,19 @@ def _within(budget: float, layers: Sequence[AttentionLayer]) -> int:
 
 def _default(layers: Sequence[AttentionLayer]) -> int:
     quarter = min(layer.num_heads for layer in layers) // 4
-    found = [n for n in possible(layers) if n <= max(quarter, 1)]
+    found = [n for n in possible_targets(layers) if n <= max(quarter, 1)]
     if not found or all(layer.num_key_value_heads * 4 <= layer.num_heads for layer in layers):
         raise ValueError(
             f"the layers already have at most a quarter as many key/value heads as query heads "
-            f"({_describe(layers)}); give num_key_value_heads, one of {possible(layers)}, to merge further"
+            f"({_describe(layers)}); give num_key_value_heads, one of {possible_targets(layers)}, to merge further"
         )
     return max(found)
 
 
-def _checked(number: int | Sequence[int], layers: Sequence[AttentionLayer], allow_same: bool) -> int:
-    valid = possible(layers, allow_same=allow_same)
-    if not isinstance(number, int) or isinstance(number, bool) or number not in valid:
+def _checked(given: int | Sequence[int], layers: Sequence[AttentionLayer], allow_same: bool) -> int:
+    number = integer(given, "num_key_value_heads", minimum=1)
+    valid = possible_targets(layers, allow_same=allow_same)
+    if number not in valid:
         raise ValueError(
             f"num_key_value_heads={number!r} is not possible: it must divide each layer's present number of "
             f"key/value heads and be fewer ({_describe(layers)}); possible: {valid if valid else 'none'}"
@@ -88,16 +90,17 @@ def _checked(number: int | Sequence[int], layers: Sequence[AttentionLayer], allo
 def _listed(given: Sequence[int], layers: Sequence[AttentionLayer], allow_same: bool) -> list[int]:
     if len(given) != len(layers):
         raise ValueError(f"num_key_value_heads lists {len(given)} numbers, the model has {len(layers)} layers")
-    for layer, number in zip(layers, given, strict=True):
-        valid = possible([layer], allow_same=True)
-        if not isinstance(number, int) or isinstance(number, bool) or number not in valid:
+    numbers = [integer(number, f"num_key_value_heads[{index}]", minimum=1) for index, number in enumerate(given)]
+    for layer, number in zip(layers, numbers, strict=True):
+        valid = possible_targets([layer], allow_same=True)
+        if number not in valid:
             raise ValueError(
                 f"num_key_value_heads[{layer.index}]={number!r} is not possible: layer {layer.index} has "
                 f"{layer.num_key_value_heads} key/value heads; possible: {valid}"
             )
-    if not allow_same and all(layer.num_key_value_heads == n for layer, n in zip(layers, given, strict=True)):
+    if not allow_same and all(layer.num_key_value_heads == n for layer, n in zip(layers, numbers, strict=True)):
         raise ValueError(f"num_key_value_heads={list(given)!r} are the present numbers, so nothing would change")
-    return list(given)
+    return numbers
 
 
 def _describe(layers: Sequence[AttentionLayer]) -> str:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -43,7 +44,7 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
+def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict[str, Any]:
     """Run a recipe under `accelerate launch` and return its results; prints the command."""
     # accelerate gives a process one thread unless told otherwise, and explains each default it takes.
     launch = [
@@ -58,7 +59,8 @@ def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
     ]
     print(f"\n$ accelerate launch {shlex.join(recipe)}", flush=True)
     subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *recipe], check=True)
-    return json.loads((output / "results.json").read_text())
+    results: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return results
 
 
 def main() -> None:
@@ -74,14 +76,14 @@ def main() -> None:
     runs = {}
     for method, refit in (("mean", "false"), ("pca", "true")):
         runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit == 'true')}"] = run_recipe(
-            *("uptrain_gqa_glue.py", baseline, root / f"gqa-{method}", "--num_key_value_heads", "3"),
+            "uptrain_gqa_glue.py", baseline, root / f"gqa-{method}", "--num_key_value_heads", "3",
             *("--method", method, "--refit", refit, *RATE, "1"),
         )
     maps = {}
     for method, options in SCORES.items():
         output = root / f"pruned-{method}"
         runs[f"half of the heads, {method}, refit"] = run_recipe(
-            *("prune_heads_glue.py", baseline, output, "--importance", method, *options),
+            "prune_heads_glue.py", baseline, output, "--importance", method, *options,
             *("--prune_fraction", "0.5", "--refit", "output", *RATE, "1"),
         )
         (saved,) = json.loads((output / "head_importance.json").read_text())["rounds"]
@@ -93,7 +95,7 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
-def print_comparison(runs: dict[str, dict]) -> None:
+def print_comparison(runs: dict[str, dict[str, Any]]) -> None:
     """One row per change: the metric before, after the change and after recovery, and what became smaller."""
     table = Table(title="MiniLM-L6 on demo data made by this project (not GLUE), dev set, Matthews correlation")
     for name in ("change", "baseline", "changed", "recovered", "parameters", "key/value heads"):

@@ -19,7 +19,7 @@ import copy
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from hf_attnkit.experiment.report.heat_map import draw_importance
 from hf_attnkit.experiment.sweep import runs
 from hf_attnkit.importance import METHODS
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.observing.batches import to_device
+from hf_attnkit.pruning.select_for_target import REPEATS, forward_share
 
 REFIT_SAMPLES = 2048
 
@@ -114,18 +116,17 @@ class Pruner:
 
     def _goal(self, step: int) -> int:
         """Heads that are gone after so many rounds."""
-        share = self.arguments.prune_fraction * step / self.arguments.prune_steps
-        return int(share * self.total + 1e-9)
+        fraction = cast(float, self.arguments.prune_fraction)  # checked: without a latency target there is one
+        return int(fraction * step / self.arguments.prune_steps * self.total + 1e-9)
 
     def choose(self, model: PreTrainedModel, scores: Tensor, gradients: Tensor | None, step: int) -> Heads:
         """The heads that go in round `step`, counted from 1."""
         arguments = self.arguments
-        if self.untouched is None:
+        if self.untouched is None or arguments.latency_target is None:
             gone = self.total - number_of_heads(model)
             left = self._goal(step) - gone
             # A fraction rounds down to whole groups, which a number of heads does not.
             return arguments.select(model, scores, gradients, fraction=(left + 1e-6) / number_of_heads(model))
-        self.untouched.to(model.device)
         wanted = 1 - (1 - arguments.latency_target) * step / arguments.prune_steps
         now = self.latency(model) if step > 1 else 1.0
         if wanted >= now:
@@ -138,8 +139,11 @@ class Pruner:
         return arguments.rearranged(model, gradients, removed)
 
     def latency(self, model: PreTrainedModel) -> float:
-        """Forward time as a share of the untouched model's, both in turn, on the scored sentences."""
-        return hf_attnkit.pruning.select_for_target.forward_share(self.untouched, model, self.batches)
+        """Forward time as a share of the untouched model's, both timed alternately, on the scored sentences."""
+        if self.untouched is None:
+            return 1.0
+        inputs = [to_device(batch, model.device) for batch in self.batches]
+        return forward_share(self.untouched.to(model.device), model, inputs, REPEATS)
 
 
 def number_of_heads(model: PreTrainedModel) -> int:

@@ -23,7 +23,7 @@ except ImportError:  # Windows has no such module
 TIMED_BATCHES = 8
 
 
-def time_per_batch(trainer: Trainer, data: Dataset) -> dict[str, Any]:
+def time_per_batch(trainer: Trainer, data: Dataset[Any]) -> dict[str, Any]:
     """Forward time of a model that `trainer` has just evaluated, on the first batches of `data`.
 
     Each process times its own share; with several processes these are the main one's.

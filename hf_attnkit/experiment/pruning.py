@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import hf_attnkit
 from hf_attnkit.importance import check_method
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.pruning.select import GROUPS
 
 REFITS = ("none", "output", "scale")
 Heads = dict[int, list[int]]  # layer -> heads
@@ -45,7 +46,7 @@ class SelectionArguments:
         default="whole",
         metadata={
             "help": "Where query heads share keys and values: whole groups, or equally many heads across groups.",
-            "choices": list(hf_attnkit.pruning.select.GROUPS),
+            "choices": list(GROUPS),
         },
     )
     per_layer: bool = field(default=False, metadata={"help": "The same share of every layer."})
@@ -79,7 +80,7 @@ def key_value_heads(model: PreTrainedModel) -> list[int]:
 
 def prune(model: PreTrainedModel, removed: Heads, refit: str, batches: Iterable[Mapping[str, Any]]) -> None:
     """Remove heads, with one of `REFITS`."""
-    options = {} if refit == "none" else {"calibration": batches, "refit": refit}
+    options: dict[str, Any] = {} if refit == "none" else {"calibration": batches, "refit": refit}
     hf_attnkit.prune_heads(model, removed, **options)
 
 

@@ -246,7 +246,7 @@ def check_weights(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
 
     `Trainer` would load those whose names fit and warn of the others.
     """
-    there = {}
+    there: dict[str, tuple[int, ...]] = {}
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             there |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

@@ -134,7 +134,7 @@ def gflop(label: str, config: LlamaConfig) -> float:
     columns = (group + 4) * head if label.startswith("pca") else 0
     # Queries, keys and values times the moment.
     columns += 3 * hidden if label == "pca+statistics" else 0
-    return layers * 2 * hidden**2 * columns / 1e9
+    return float(layers * 2 * hidden**2 * columns / 1e9)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import copy
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -96,7 +97,7 @@ def main() -> None:
         write_json(arguments.output_file, {"arguments": vars(arguments) | {"output_file": None}, "rows": rows})
 
 
-def print_rows(rows: list[dict], title: str) -> None:
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     """One row for each length and model; ratios are to the first model of the length."""
     table = Table(title=f"decode, batch size 1: {title}")
     table.add_column("cached tokens", justify="right")

@@ -43,7 +43,7 @@ STEPS = ENTROPY_EVERY_N_STEPS + 1  # the first is not counted, one of the others
 PLAIN, WITHOUT, DEFAULT = "plain Trainer", "recipe, no entropies", "recipe"
 
 
-class Sentences(Dataset):
+class Sentences(Dataset[dict[str, torch.Tensor]]):
     """Random tokens and labels."""
 
     def __init__(self, number: int, length: int) -> None:
@@ -69,7 +69,7 @@ class RandomRun(Run):
     def load_model(self, path: str) -> Any:
         raise NotImplementedError("this benchmark changes no model")
 
-    def calibration_batches(self, size: int) -> list:
+    def calibration_batches(self, size: int) -> list[Any]:
         return []
 
     def trainer_options(self) -> dict[str, Any]:
@@ -123,8 +123,7 @@ def turn(
         return clock.seconds
     run = RandomRun(RunArguments(entropy_every_n_steps=0 if kind == WITHOUT else None), training, model, data)
     own = [timed(callback, measurements) for callback in run.callbacks()]
-    run.callbacks = lambda: [*own, clock]
-    run.train()
+    run.train(callbacks=[*own, clock])
     run.progress.remove()  # the next turn is a run of its own
     return clock.seconds
 
@@ -178,7 +177,7 @@ def summary(found: dict[str, list[list[float]]], measurements: list[float]) -> d
         found: seconds of each step, of each turn, of each kind.
         measurements: seconds of each measurement of entropies.
     """
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     plain = [median(seconds) for seconds in found[PLAIN]]
     steps = {kind: [step for seconds in turns for step in seconds] for kind, turns in found.items()}
     for kind, turns in found.items():

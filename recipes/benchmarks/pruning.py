@@ -26,6 +26,7 @@ import hf_attnkit
 from hf_attnkit.experiment.benchmarking.measure import Call, quartiles, time_in_turns
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.observing.batches import spare_options
 
 
 def attention_block(layer: AttentionLayer) -> nn.Module:
@@ -62,7 +63,7 @@ def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Call:
 
     @torch.no_grad()
     def run() -> None:
-        model(**inputs, **hf_attnkit.observing.batches.spare_options(model))
+        model(**inputs, **spare_options(model))
 
     return run
 

@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 # (stage, refit) -> variant -> fraction -> the metric in each run
 Curves = dict[tuple[str, str], dict[str, dict[float, list[float]]]]
@@ -48,7 +49,7 @@ def gather(runs: Iterable[Mapping[str, Any]]) -> tuple[Curves, dict[str, list[fl
 
 
 def metric_of(run: Mapping[str, Any]) -> str:
-    return next(iter(run["stages"][0]["metrics"]))
+    return str(next(iter(run["stages"][0]["metrics"])))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -76,7 +77,7 @@ def draw(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, stage: st
     refits = list(dict.fromkeys(refit for curves, _ in gathered.values() for kind, refit in curves if kind == stage))
     names = list(dict.fromkeys(name for curves, _ in gathered.values() for found in curves.values() for name in found))
     coloured = [name for name in names if name != "random"]
-    styles = {name: {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n // len(PALETTE) % len(MARKERS)]}
+    styles: dict[str, dict[str, Any]] = {name: {"color": PALETTE[n % len(PALETTE)], "marker": MARKERS[n // len(PALETTE) % len(MARKERS)]}
               for n, name in enumerate(coloured)}  # fmt: skip
     styles["random"] = {"color": "black", "linewidth": 2.6}
     rows, columns = len(refits), len(tasks)
@@ -105,8 +106,8 @@ def draw(tasks: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, stage: st
             axis.grid(alpha=0.25)
             if row == rows - 1:
                 axis.set_xlabel("% of the heads removed")
-    lines = [plt.Line2D([], [], label=name, **styles[name]) for name in names]
-    lines += [plt.Line2D([], [], color="grey", linestyle="dashed", label="untouched model")]
+    lines = [Line2D([], [], label=name, **styles[name]) for name in names]
+    lines += [Line2D([], [], color="grey", linestyle="dashed", label="untouched model")]
     figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -136,7 +136,7 @@ class _Draw:
         self.rng = rng
 
     def word(self, kind: str) -> str:
-        return self.rng.choice(getattr(self.lexicon, kind).split())
+        return str(self.rng.choice(getattr(self.lexicon, kind).split()))
 
     def two(self, kind: str) -> list[str]:
         return self.rng.sample(getattr(self.lexicon, kind).split(), 2)

@@ -59,7 +59,7 @@ def tokenized(
         ValueError: an input without any token, which no model can read; names the row, counted from 0.
     """
 
-    def encode(batch: dict[str, list]) -> dict[str, Any]:
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[column] for column in task.text_columns]
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         lengths = [len(ids) for ids in encoded["input_ids"]]

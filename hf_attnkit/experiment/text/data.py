@@ -140,7 +140,7 @@ def _held_out(documents: Sequence[str], arguments: TextArguments, called: str) -
     return Text(documents[:-held], documents[-held:], f"{called}, last {percentage}%")
 
 
-class Blocks(Dataset):
+class Blocks(Dataset[dict[str, Tensor]]):
     """Blocks of tokens: `input_ids` and the same as `labels`, `(block_size,)` each.
 
     Args:

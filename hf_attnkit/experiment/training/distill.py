@@ -134,7 +134,7 @@ class DistillationTrainer(Trainer):
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if self.weight:
             total, count = divergence(outputs["logits"], target, inputs["labels"], self.temperature)
-            if scaled:
+            if scaled and num_items_in_batch is not None:
                 # As Trainer: a sum over all accumulated batches of all processes, which DDP then averages.
                 shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 term = total * shared / num_items_in_batch

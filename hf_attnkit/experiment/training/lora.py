@@ -7,7 +7,7 @@ What is saved and evaluated afterwards has no adapters, unless the base is quant
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel, TrainingArguments, set_seed
@@ -32,12 +32,17 @@ class LoraArguments:
                 setattr(self, name, default)
             elif not self.lora:
                 raise ValueError(f"--{name} {value} has no effect without --lora; add it, or leave this out")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r} must be at least 1")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"--lora_alpha {self.lora_alpha} must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout} must be from 0 to below 1")
+        rank, alpha, dropout = self.numbers()
+        if rank < 1:
+            raise ValueError(f"--lora_r {rank} must be at least 1")
+        if not alpha > 0:
+            raise ValueError(f"--lora_alpha {alpha} must be above 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"--lora_dropout {dropout} must be from 0 to below 1")
+
+    def numbers(self) -> tuple[int, float, float]:
+        """Rank, alpha and dropout."""
+        return cast(int, self.lora_r), cast(float, self.lora_alpha), cast(float, self.lora_dropout)
 
     def check(self, training: TrainingArguments) -> None:
         """Raise `ValueError` if nothing is trained."""
@@ -85,10 +90,11 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
         for name, module in model.named_children()
         if name != model.base_model_prefix and vocabulary not in module.modules() and list(module.parameters())
     ]
+    rank, alpha, dropout = arguments.numbers()
     config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, and takes any number
+        lora_dropout=dropout,
         target_modules=projections,
         modules_to_save=heads or None,
     )

@@ -76,14 +76,23 @@ def main() -> None:
     runs = {}
     for method, refit in (("mean", "false"), ("pca", "true")):
         runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit == 'true')}"] = run_recipe(
-            "uptrain_gqa_glue.py", baseline, root / f"gqa-{method}", "--num_key_value_heads", "3",
+            "uptrain_gqa_glue.py",
+            baseline,
+            root / f"gqa-{method}",
+            "--num_key_value_heads",
+            "3",
             *("--method", method, "--refit", refit, *RATE, "1"),
         )
     maps = {}
     for method, options in SCORES.items():
         output = root / f"pruned-{method}"
         runs[f"half of the heads, {method}, refit"] = run_recipe(
-            "prune_heads_glue.py", baseline, output, "--importance", method, *options,
+            "prune_heads_glue.py",
+            baseline,
+            output,
+            "--importance",
+            method,
+            *options,
             *("--prune_fraction", "0.5", "--refit", "output", *RATE, "1"),
         )
         (saved,) = json.loads((output / "head_importance.json").read_text())["rounds"]

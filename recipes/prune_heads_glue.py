@@ -4,10 +4,11 @@
         --importance gradient --prune_fraction 0.5 --learning_rate 3e-5 --num_train_epochs 1 \\
         --per_device_train_batch_size 32 --output_dir outputs/cola-pruned
 
-`--prune_steps 3` prunes and trains in three rounds of equally many heads, each scored anew and trained for
-`--num_train_epochs`; `--latency_target 0.8` removes as many heads as it takes until a forward pass takes 0.8 of the
-time of the untouched model; `--refit` fits what is left to the model before, without labels. On grouped heads whole
-groups are removed, or with `--groups across` equally many heads of every group.
+`--prune_steps 3` prunes and trains in three rounds of equally many heads, each scored again and trained for
+`--num_train_epochs`. `--latency_target 0.8` removes heads until a forward pass takes 0.8 of the untouched model's
+time. `--refit` fits what is left to the model before, without labels. On grouped heads whole groups are removed, or
+with `--groups across` equally many heads of every group. `--control` also trains the untouched model as long, for
+comparison.
 
 Writes the recovered model, results.json (stages "baseline", and of each round "changed" and "recovered"), the scores
 and removed heads of each round (head_importance.json) and their heat maps (head_importance.png) into --output_dir.
@@ -19,19 +20,21 @@ import copy
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 import hf_attnkit
+from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.comparing.prunings import rows_of
 from hf_attnkit.experiment.files import write_json
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.pruning import REFITS, Heads, Scoring, SelectionArguments, parse_options, prune
+from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.report.heat_map import draw_importance
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.sweep import run_each
 from hf_attnkit.importance import METHODS
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.observing.batches import to_device
@@ -41,13 +44,14 @@ REFIT_SAMPLES = 2048
 
 
 @dataclass
-class PruningArguments(SelectionArguments):
+class PruningArguments(SelectionArguments, ChangeArguments):
+    reads_training_data: ClassVar[bool] = True
     prune_fraction: float | None = field(
         default=None, metadata={"help": "Share of all heads to remove, between 0 and 1."}
     )
     latency_target: float | None = field(
         default=None,
-        metadata={"help": "Instead: share of the untouched model's forward time on scored sentences, between 0 and 1."},
+        metadata={"help": "Instead: share of the untouched model's forward time to reach, between 0 and 1."},
     )
     prune_steps: int = field(default=1, metadata={"help": "Rounds of pruning and training."})
     importance: str = field(default="gradient", metadata={"help": "Scoring method.", "choices": list(METHODS)})
@@ -57,11 +61,14 @@ class PruningArguments(SelectionArguments):
     rearrange: bool = field(default=False, metadata={"help": "Mask search after fisher (Kwon et al. 2022)."})
     refit: str = field(
         default="output",
-        metadata={"help": "Fit outputs to the model before; or one scale per head; or none.", "choices": list(REFITS)},
+        metadata={
+            "help": "What is fitted to the model before: the outputs, one scale per head, or nothing.",
+            "choices": list(REFITS),
+        },
     )
     score_samples: int = field(default=512, metadata={"help": "Training sentences to score on, and to time."})
     refit_samples: int | None = field(
-        default=None, metadata={"help": "Training sentences for the refit, without labels; 2,048."}
+        default=None, metadata={"help": f"Training sentences for the refit, without labels; {REFIT_SAMPLES:,}."}
     )
 
     def __post_init__(self) -> None:
@@ -92,7 +99,7 @@ class PruningArguments(SelectionArguments):
 
 
 class Pruner:
-    """Chooses the heads of each round, towards the fraction or latency that the last one is to reach."""
+    """Chooses the heads of each round, so that the last round reaches the fraction or the latency."""
 
     def __init__(self, model: PreTrainedModel, arguments: PruningArguments, batches: list[Any]) -> None:
         """
@@ -115,12 +122,12 @@ class Pruner:
             )
 
     def _goal(self, step: int) -> int:
-        """Heads that are gone after so many rounds."""
+        """Heads that are removed after so many rounds."""
         fraction = cast(float, self.arguments.prune_fraction)  # checked: without a latency target there is one
         return int(fraction * step / self.arguments.prune_steps * self.total + 1e-9)
 
     def choose(self, model: PreTrainedModel, scores: Tensor, gradients: Tensor | None, step: int) -> Heads:
-        """The heads that go in round `step`, counted from 1."""
+        """The heads to remove in round `step`, counted from 1."""
         arguments = self.arguments
         if self.untouched is None or arguments.latency_target is None:
             gone = self.total - number_of_heads(model)
@@ -150,15 +157,22 @@ def number_of_heads(model: PreTrainedModel) -> int:
     return sum(len(layer.heads) for layer in attention_layers(model))
 
 
+def removal(total: int, removed: int, arguments: PruningArguments) -> Change:
+    """What was done to the model, for titles and the card."""
+    share = {0.25: "a quarter", 1 / 3: "a third", 0.5: "half", 2 / 3: "two thirds", 0.75: "three quarters"}
+    amount = share.get(removed / total, f"{removed / total:.0%}") if removed else "none"
+    facts = {"heads": total, "removed": removed, "score": arguments.importance, "refit": arguments.refit}
+    return Change("pruning", f"{amount} of the attention heads removed", facts)
+
+
 def scores_and_heads(entry: dict[str, Any]) -> tuple[Tensor, Heads]:
-    """What a round noted as JSON, as the library has it: NaN where a layer has no such head."""
+    """Scores and heads of a round from JSON, as the library has them: NaN where a layer has no such head."""
     scores = [[math.nan if score is None else score for score in row] for row in entry["scores"]]
     return torch.tensor(scores), {int(layer): heads for layer, heads in entry["removed"].items()}
 
 
 def main() -> None:
-    for parsed in runs(GlueArguments, PruningArguments):
-        prune_and_recover(*parsed)
+    run_each(prune_and_recover, GlueArguments, PruningArguments)
 
 
 def prune_and_recover(arguments: GlueArguments, pruning: PruningArguments, training: TrainingArguments) -> None:
@@ -183,11 +197,13 @@ def prune_and_recover(arguments: GlueArguments, pruning: PruningArguments, train
         return facts | timed
 
     rounds: list[dict[str, Any]] = []
+    run.rounds, total = pruning.prune_steps, number_of_heads(run.model)
     for step in range(1, pruning.prune_steps + 1):
-        rounds.append(run.change(partial(prune_round, step)))
+        rounds.append(run.change(partial(prune_round, step), kind="pruning", title="heads removed"))
         run.evaluate("changed", **{name: value for name, value in rounds[-1].items() if name != "scores"})
         if training.do_train:
             run.evaluate("recovered", round=step, **run.train())
+    run.done = removal(total, total - number_of_heads(run.model), pruning)
     if training.should_save:
         maps = {
             f"round {entry['round']}" if len(rounds) > 1 else "heads removed": scores_and_heads(entry)
@@ -196,7 +212,7 @@ def prune_and_recover(arguments: GlueArguments, pruning: PruningArguments, train
         saved = [{name: value for name, value in entry.items() if name != "latency"} for entry in rounds]
         facts = {"importance": pruning.importance, "importance_options": pruning.scoring.options}
         write_json(run.output / "head_importance.json", {**facts, "rounds": saved})
-        draw_importance(maps, run.output / "head_importance.png", f"{pruning.importance}, {run.task_name} ({run.data})")
+        draw_importance(maps, run.output / "head_importance.png", f"{pruning.importance}, {run.data}")
     run.finish(**pruning.facts())
 
 

@@ -6,7 +6,8 @@
 
 `--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
 {"window": 64}]}`; layers that it leaves out keep what they run. `--distill` trains towards the model as it was, and
-`--lora` trains adapters and merges them. `linear` is useless before it is trained.
+`--lora` trains adapters and merges them. `linear` has to be trained. `--control` also trains the untouched model as
+long, for comparison.
 
 Writes the recovered model, which `hf_attnkit.load_pretrained` loads, and results.json (stages "baseline", "changed",
 "recovered") into --output_dir.
@@ -25,9 +26,10 @@ from transformers import PreTrainedModel, TrainingArguments
 import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.table import IMPLEMENTATIONS, Kind
+from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.pruning import parse_options
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.sweep import run_each
 from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.uptrain import recover
@@ -35,7 +37,7 @@ from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_
 
 
 @dataclass
-class SwapArguments:
+class SwapArguments(ChangeArguments):
     attention: str = field(
         metadata={"help": f"One of {', '.join(hf_attnkit.available_attentions())}, or a .json file of layers."}
     )
@@ -106,9 +108,21 @@ def running(model: PreTrainedModel) -> list[str]:
     return [swap.saved_kind(model, layer.index) for layer in attention_layers(model)]
 
 
+def kinds_after(model: PreTrainedModel, arguments: SwapArguments) -> list[str]:
+    """The same after the swap."""
+    kinds = swap.check(model, arguments.specification)
+    return [kinds[i].name if i in kinds else name for i, name in enumerate(running(model))]
+
+
+def title(before: list[str], after: list[str]) -> str:
+    """What the swap does, in a phrase."""
+    swapped = [kind for kind, old in zip(after, before, strict=True) if kind != old]
+    which = "" if len(swapped) == len(after) else f" in {len(swapped)} of {len(after)} layers"
+    return f"{' and '.join(dict.fromkeys(swapped)) or after[0]} attention{which if swapped else ''}"
+
+
 def main() -> None:
-    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
-        swap_and_recover(*parsed)
+    run_each(swap_and_recover, GlueArguments, SwapArguments, DistillationArguments, LoraArguments)
 
 
 def swap_and_recover(
@@ -126,15 +140,18 @@ def swap_and_recover(
     # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(training.device)
-    run.evaluate("baseline", attention=running(run.model))
-
-    def swap_all() -> None:
-        hf_attnkit.swap_attention(run.model, swapping.specification)
-
-    run.change(swap_all)
-    run.evaluate("changed", attention=running(run.model))
+    run.evaluate("baseline")
+    run.control(lambda: recover(run, None, distillation, lora))
+    before, after = running(run.model), kinds_after(run.model, swapping)
+    run.change(
+        lambda: hf_attnkit.swap_attention(run.model, swapping.specification),
+        kind="swap",
+        title=title(before, after),
+        facts={"attention": after, "attention_before": before, "attention_options": swapping.options},
+    )
+    run.evaluate("changed")
     if training.do_train:
-        run.evaluate("recovered", attention=running(run.model), **recover(run, teacher, distillation, lora))
+        run.evaluate("recovered", **recover(run, teacher, distillation, lora))
     facts: dict[str, Any] = {"attention": running(run.model), "attention_options": swapping.options}
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}

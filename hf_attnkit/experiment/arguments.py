@@ -124,11 +124,9 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def require_place(path: str) -> None:
-    """Raise `FileNotFoundError` for a path that can only be a folder and is none: Transformers' message is of the hub."""
+    """Raise `FileNotFoundError` for a path that can only be a folder and is none; Transformers would name the hub."""
     if (Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise FileNotFoundError(
             f"--model_name_or_path {path} is no folder, nor a name on the hub, which has the form owner/name; name the "
             "folder of a saved model"
         )
-
-

@@ -32,7 +32,7 @@ from transformers import HfArgumentParser
 
 import hf_attnkit
 from hf_attnkit.experiment.benchmarking.candidates import PARTS, Problem, candidates, make_call
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.plot import draw_costs
 from hf_attnkit.experiment.benchmarking.quantities import bars, measure_bars, samples
 from hf_attnkit.experiment.files import show, write_json, write_text
@@ -196,7 +196,7 @@ def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[d
                 progress.update()
 
             calls = {label: make_call(rows[label], problem, part) for label in chosen}
-            seconds = time_in_turns(calls, arguments.repeats, device, step)
+            seconds = time_alternately(calls, arguments.repeats, device, step)
             base = quartiles(seconds[arguments.baseline])[1] if arguments.baseline in seconds else None
             for label in chosen:
                 step(label)

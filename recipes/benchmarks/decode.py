@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_attnkit
-from hf_attnkit.experiment.benchmarking.measure import quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import quartiles, time_alternately
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.text.run import load_causal_model
 from hf_attnkit.models.layers import attention_layers
@@ -88,7 +88,7 @@ def main() -> None:
         for length in arguments.lengths:
             caches = {name: filled_cache(model, length) for name, model in models.items()}
             steps = {name: decode_step(model, caches[name]) for name, model in models.items()}
-            times = time_in_turns(steps, arguments.repeats, original.device, lambda label: bar.update())
+            times = time_alternately(steps, arguments.repeats, original.device, lambda label: bar.update())
             for name, seconds in times.items():
                 rows.append({"length": length, "model": name, "seconds": seconds,
                              "cache_bytes": held_bytes(caches[name])})  # fmt: skip

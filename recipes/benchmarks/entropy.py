@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 import hf_attnkit
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         return
     calls = {"forward": plain, "entropy": scored}
     memory = {label: peak_bytes(call, device) for label, call in calls.items()}
-    times = time_in_turns(calls, options.repeats, device)
+    times = time_alternately(calls, options.repeats, device)
     ratios = [entropy / forward for entropy, forward in zip(times["entropy"], times["forward"], strict=True)]
     low, _, high = quartiles(ratios)
     medians = {label: quartiles(found)[1] for label, found in times.items()}

@@ -33,10 +33,13 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_attnkit.experiment.arguments import ENTROPY_EVERY_N_STEPS, RunArguments
 from hf_attnkit.experiment.benchmarking.measure import quartiles
 from hf_attnkit.experiment.costs import machine
 from hf_attnkit.experiment.files import show, write_json
-from hf_attnkit.experiment.run import ENTROPY_EVERY_N_STEPS, Run, RunArguments
+from hf_attnkit.experiment.record import Data
+from hf_attnkit.experiment.run import Run
+from hf_attnkit.experiment.training.train import entropy_callbacks
 
 VOCABULARY = 1000
 STEPS = ENTROPY_EVERY_N_STEPS + 1  # the first is not counted, one of the others measures
@@ -122,7 +125,8 @@ def turn(
         Trainer(model=model, args=training, callbacks=[clock], **options).train()
         return clock.seconds
     run = RandomRun(RunArguments(entropy_every_n_steps=0 if kind == WITHOUT else None), training, model, data)
-    own = [timed(callback, measurements) for callback in run.callbacks()]
+    asked = run.arguments.entropy_every_n_steps
+    own = [timed(callback, measurements) for callback in entropy_callbacks(run.trainer(), asked)]
     run.train(callbacks=[*own, clock])
     run.progress.remove()  # the next turn is a run of its own
     return clock.seconds

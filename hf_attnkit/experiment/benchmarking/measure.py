@@ -22,7 +22,7 @@ SAMPLE = 0.02
 MOST_CALLS = 200
 
 
-def time_in_turns(
+def time_alternately(
     calls: Mapping[str, Call], repeats: int, device: torch.device, step: Callable[[str], object] = lambda label: None
 ) -> dict[str, list[float]]:
     """Seconds per call, `repeats` numbers for each label; the numbers at one index belong to one round.

@@ -24,8 +24,8 @@ def load_glue(
     Args:
         task_name: A name in `tasks.TASKS`, but not `"ax"`, of which nothing is labelled. `"demo"` gives
             this project's own sentences (`demo_data.py`), which are not GLUE.
-        data_dir: `None` loads from the hub, GLUE's tasks from `nyu-mll/glue`. A folder holds the benchmark's TSV files or
-            what `DatasetDict.save_to_disk` wrote: for all tasks (`data_dir/CoLA/train.tsv`, a saved
+        data_dir: `None` loads from the hub, GLUE's tasks from `nyu-mll/glue`. A folder holds the benchmark's TSV files
+            or what `DatasetDict.save_to_disk` wrote: for all tasks (`data_dir/CoLA/train.tsv`, a saved
             `data_dir/cola`) or for one (`data_dir/train.tsv`, a saved `data_dir`); the first wins if
             both are there.
         splits: Those that are needed, of `train` and the task's `dev_splits`; nothing else has to be there. By default

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from hf_attnkit.experiment.record import Change
 from hf_attnkit.models.layers import attention_layers, editable_layers
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ class LoraArguments:
 
 
 def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **options: Any) -> dict[str, Any]:
-    """Train adapters of the run's model; what was measured, as `Run.train`, and how many numbers trained.
+    """Train adapters of the run's model; returns what `Run.train` returns and the number of trained parameters.
 
     Args:
-        merge: add them to the weights afterwards; a quantized base keeps them beside.
+        merge: add them to the weights afterwards; a quantized base keeps them as adapters.
         options: those of `Run.train`.
     """
     set_seed(run.training.seed)
@@ -65,6 +66,10 @@ def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **
         )
     run.model = add_adapters(run.model, arguments, is_quantized=not merge)
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    if run.done is None:
+        run.done = Change(
+            "adapters", f"fine-tuned with adapters of rank {arguments.lora_r}", {"rank": arguments.lora_r}
+        )
     trained = run.train(**options)
     if merge:
         run.model = merge_adapters(run.model)

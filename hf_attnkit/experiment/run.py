@@ -33,6 +33,7 @@ from hf_attnkit.experiment.record import Change, Data, describe_model
 from hf_attnkit.experiment.resume import Progress, check_weights, identity
 from hf_attnkit.experiment.timing import Model
 from hf_attnkit.experiment.training.train import entropy_callbacks, quiet, run_trainer
+from hf_attnkit.models.global_reads import expect_global_reads
 
 
 class Run(ABC):
@@ -68,6 +69,7 @@ class Run(ABC):
             others: the recipe's other arguments: a run is resumed under the same ones only.
             at_least_one: the names of arguments that must be `None` or at least 1.
         """
+        expect_global_reads()  # a tokenizer looks at the config, too
         self.arguments, self.training = arguments, training
         self.output = Path(str(training.output_dir))
         for name in at_least_one:

@@ -30,6 +30,7 @@ from hf_attnkit.experiment.glue.tasks import get_task, task_names
 from hf_attnkit.experiment.publishing import versions
 from hf_attnkit.experiment.record import command, command_digest
 from hf_attnkit.experiment.report.stage_table import label
+from hf_attnkit.models.global_reads import expect_global_reads
 
 COSTS = ("work_seconds", "work_peak_memory_bytes", "evaluation_seconds", "peak_memory_bytes")
 
@@ -68,6 +69,7 @@ def run_each(run: Callable[..., None], *kinds: Any, **options: bool) -> None:
     planned = _plan(arguments, training, tasks)
     _require_more(output, planned)
     pending = [one for one in planned if not _is_finished(one)]
+    expect_global_reads()
     for one in pending:
         require_place(one.model)
         AutoConfig.from_pretrained(one.model)

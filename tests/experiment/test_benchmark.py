@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import attention as benchmark_attention
-from benchmarks.attention import BenchmarkArguments, check
 from support.accuracy import assert_as_accurate
 from support.reference import Text, attend, everything, window, window_and_global
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from hf_attnkit.experiment.benchmarking import candidates as benchmark_candidates
+from hf_attnkit.experiment.benchmarking.arguments import BenchmarkArguments, check
 from hf_attnkit.experiment.benchmarking.candidates import PARTS, Problem, candidates, make_call, make_inputs
 from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.quantities import Bar, Side, bars, measure_bars, samples

@@ -59,7 +59,10 @@ def test_every_task_trains_measures_and_predicts_from_its_files(task, glue, chec
     ends = ["_matched", "_mismatched"] if task == "mnli" else [""]
     assert set(stage["metrics"]) == {f"{metric}{end}" for metric in TASKS[task].metrics for end in ends}
     assert results["train_samples"] == 12 and stage["dev_samples"] == 12 * len(ends)
-    assert results["data"] == "GLUE dev set"
+    assert results["data"]["is_benchmark"] and results["data"]["name"] == TASKS[task].folder
+    assert results["data"]["hub_path"] == "local" and results["data"]["config"] == task
+    assert results["data"]["splits"] == {"train": "train", "evaluation": ", ".join(TASKS[task].dev_splits)}
+    assert results["actions"] == {"trained": True, "measured": True, "predicted": True}
     assert results["predictions"] == [f"predictions/{file}" for file in FILES[task]]
     assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == sorted(FILES[task])
     written = [(tmp_path / "predictions" / file).read_text() for file in FILES[task]]
@@ -111,9 +114,9 @@ def test_weights_are_trained_in_32_bits_however_they_are_stored(glue, checkpoint
 
 def test_what_was_measured_on_a_part_says_so(glue, checkpoint, tmp_path, monkeypatch) -> None:
     results = run(finetune_glue, monkeypatch, flags(checkpoint, "cola", glue, tmp_path, "--max_eval_samples", "4"))
-    assert results["data"] == "GLUE dev set, the first 4 examples"
-    assert results["dataset"]["split"] == "validation[:4]"
-    assert "first 4 examples" in (tmp_path / "README.md").read_text()
+    assert results["data"]["note"] == "a part of the dev set, the first 4 of 12"
+    assert results["data"]["evaluation_examples"] == 4
+    assert results["data"]["note"] in (tmp_path / "README.md").read_text()
 
 
 def test_smoothed_labels_are_refused_for_scores(glue, checkpoint, tmp_path, monkeypatch) -> None:
@@ -212,7 +215,9 @@ def test_mnli_predicts_the_diagnostic_set_and_a_model_of_mnli_does_alone(
     written = (tmp_path / "mnli/predictions/AX.tsv").read_text()
     assert written == server_file(tmp_path / "mnli", "ax", "test", 9)
     alone = run(finetune_glue, monkeypatch, flags(tmp_path / "mnli", "ax", data, tmp_path / "ax", "--predict"))
-    assert alone["stages"] == [] and alone["data"] == "GLUE diagnostic set" and alone["train_samples"] == 0
+    assert alone["stages"] == [] and alone["train_samples"] == 0 and alone["change"] is None
+    assert alone["actions"] == {"trained": False, "measured": False, "predicted": True}
+    assert alone["data"]["splits"] == {"train": None, "evaluation": None} and alone["data"]["name"] == "AX"
     assert (tmp_path / "ax/predictions/AX.tsv").read_text() == written
 
 

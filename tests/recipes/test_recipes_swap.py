@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import create_autospec
 
 import finetune_glue
 import pytest
@@ -15,6 +16,7 @@ from support.unchanged import unchanged
 import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.table import Kind
+from hf_attnkit.experiment.training import train
 
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 
@@ -54,7 +56,8 @@ def test_a_file_says_it_layer_by_layer(checkpoint, tmp_path, monkeypatch) -> Non
 @only_bert
 def test_linear_attention_trains_without_entropies_and_says_so(checkpoint, tmp_path, monkeypatch) -> None:
     warned = []
-    monkeypatch.setattr("hf_attnkit.experiment.run.logger.warning", lambda message, *_: warned.append(message))
+    fake = create_autospec(train.logger.warning, side_effect=warned.append)
+    monkeypatch.setattr(train.logger, "warning", fake)
     more = ("--attention", "linear", "--attention_options", "feature_map=hedgehog")
     with pytest.warns(UserWarning, match="linear attention is another function"):
         results = run(swap_attention_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more))

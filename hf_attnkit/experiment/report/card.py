@@ -23,7 +23,7 @@ from transformers import AutoConfig
 from hf_attnkit import available_attentions
 from hf_attnkit.experiment.files import write_text
 from hf_attnkit.experiment.report import summary
-from hf_attnkit.experiment.report.results import public, read_results
+from hf_attnkit.experiment.report.results import public, read_results, without_folders
 from hf_attnkit.experiment.report.schema import Data, Results
 from hf_attnkit.experiment.report.stage_table import heads, model_name, notes, stage_table
 from hf_attnkit.experiment.report.template import environment
@@ -51,7 +51,7 @@ def write_card(folder: Path, results: Mapping[str, Any], name: str) -> None:
     Raises:
         ValueError: as `read_results`.
     """
-    found = public(results)
+    found, name = public(results), without_folders(name)
     card = ModelCard(f"---\n{_metadata(folder, found, name).to_yaml()}\n---\n\n{_text(folder, found, name)}")
     write_text(folder / "README.md", str(card))
 
@@ -127,11 +127,11 @@ def _result(data: Data, metric: str, value: float) -> EvalResult:
         ending = re.sub(r"\[.*", "", one).removeprefix("validation")
         if ending and metric.endswith(ending):
             plain, split = metric.removesuffix(ending), one
-    note = f" ({data['note']})" if data["note"] else ""
+    name = f"{'GLUE ' if data['is_benchmark'] else ''}{data['name']}{', not GLUE' if data['hub_path'] == 'demo' else ''}"
     return EvalResult(
         task_type=data["task_type"],
         dataset_type=data["hub_path"] if _is_on_hub(data) else data["name"],
-        dataset_name=f"{'GLUE ' if data['is_benchmark'] else ''}{data['name']}{note}",
+        dataset_name=f"{name} ({data['note']})" if data["note"] else name,
         dataset_config=data["config"],
         dataset_split=split or None,
         metric_type=_HUB_METRICS.get(plain, plain),

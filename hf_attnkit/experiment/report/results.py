@@ -17,7 +17,7 @@ _PLACE = re.compile(
     r"(?P<address>\b(?!file:)[a-z][a-z0-9+.-]*://\S*)"
     r"|(?:file:/*|(?<![\w./~<\\]))(?:(?:~\w*|[A-Za-z]:)?/(?=\w|\.\w)|[A-Za-z]:\\|\\\\)(?P<path>[^\s'\"<>|]*)"
 )
-_WHOLE = re.compile(r"(?:file:/*|~\w*|[A-Za-z]:)?[/\\][^\n]*")  # with spaces in it
+_WHOLE = re.compile(r"(?:file:/*|~\w*|[A-Za-z]:)?[/\\][^\n]*\w[^\n]*")  # with spaces in it
 
 
 def read_results(folder: Path) -> Results:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from hf_attnkit.experiment.report.schema import COMMON, Data, Results
 from hf_attnkit.experiment.report.stage_table import headline, label, share_of_control
 
-_ORIGINS = {"local": "local files", "demo": "made by hf_attnkit"}
+_ORIGINS = {"local": "local files", "demo": "sentences that hf_attnkit makes, not GLUE"}
 
 
 def title(results: Results) -> str:

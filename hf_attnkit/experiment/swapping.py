@@ -33,7 +33,7 @@ class SwapArguments(ChangeArguments):
         if self.attention.endswith(".json"):
             if self.options:
                 raise ValueError(
-                    f"--attention_options {' '.join(self.attention_options)} has no effect beside --attention "
+                    f"--attention_options {' '.join(self.attention_options)} has no effect with --attention "
                     f"{self.attention}; write [name, options] in the file"
                 )
             self.specification = read_mapping(Path(self.attention))

@@ -107,7 +107,7 @@ def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
     own.add_argument("--resume_from_checkpoint", nargs="?", const="true")
     given, rest = own.parse_known_args(underscored(sys.argv[1:]))
     if given.seeds and given.seed:
-        raise ValueError(f"--seed {given.seed} has no effect beside --seeds; leave one of them out")
+        raise ValueError(f"--seed {given.seed} has no effect with --seeds; leave one of them out")
     if training.push_to_hub:
         raise ValueError("--push_to_hub pushes one model, and this command makes several; push the one that you choose")
     resume = given.resume_from_checkpoint

@@ -1,4 +1,4 @@
-"""Time and peak memory of the attention implementations over the sequence length, beside the baselines.
+"""Time and peak memory of the attention implementations over the sequence length, next to the baselines.
 
     python recipes/benchmarks/attention.py --output_dir outputs/benchmark
     python recipes/benchmarks/attention.py --output_dir outputs/quantities --quantities

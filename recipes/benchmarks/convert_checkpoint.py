@@ -1,9 +1,9 @@
-"""Time and peak memory of `convert_checkpoint.py` on a Llama made on the spot, beside a plain copy of its files.
+"""Time and peak memory of `convert_checkpoint.py` on a Llama made on the spot, next to a plain copy of its files.
 
     python recipes/benchmarks/convert_checkpoint.py --gib 6 --repeats 3 --methods mean pca
 
 The model is as wide as Llama 2 7B (4,096; 32 heads, all of them key/value heads; bfloat16 in shards of 2 GiB) and
-is never in memory. Copy and conversions run in turns, each conversion in a process of its own, whose start
+is never in memory. Copy and conversions run alternately, each conversion in a process of its own, whose start
 counts; both wait for the disk. The files are deleted afterwards. `pca+statistics` reads second moments of random
 correlated inputs.
 

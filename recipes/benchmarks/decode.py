@@ -1,4 +1,4 @@
-"""Decode speed and cache size before and after conversions to fewer key/value heads, all models in turns.
+"""Decode speed and cache size before and after conversions to fewer key/value heads, all models timed alternately.
 
     python recipes/benchmarks/decode.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --num_key_value_heads 1 \\
         --lengths 1024 2048 4096 8192 --repeats 9

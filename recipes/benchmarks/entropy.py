@@ -1,11 +1,11 @@
-"""Cost of entropy scores: a model's scoring pass against its plain forward pass, in turns in one process.
+"""Cost of entropy scores: a model's scoring pass against its plain forward pass, timed alternately in one process.
 
     python recipes/benchmarks/entropy.py --length 4096
     python recipes/benchmarks/entropy.py --length 32768 --layers 1 --heads 32 --kv_heads 8 --repeats 0
 
 prints the ratio of times (median, and the quartiles of the rounds' ratios) and of peak memory. The model is a random
 Llama without a head over the vocabulary, which would cost both sides the same. Without repeats only the scoring pass
-runs, once: its peak memory beside the bytes of one layer's attention matrices.
+runs, once: its peak memory next to the bytes of one layer's attention matrices.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a recipe costs over a plain `Trainer`: the same BERT, data and arguments, trained by each in turns.
+"""What a recipe costs over a plain `Trainer`: the same BERT, data and arguments, trained by each alternately.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/overhead.py --output_file outputs/overhead.json
 
-A turn trains 101 steps anew from the same weights: by `transformers.Trainer` itself, by `Run.train` without entropies,
+A turn trains 101 steps from the same weights: by `transformers.Trainer` itself, by `Run.train` without entropies,
 and by `Run.train` as it is by default; a round is one turn of each, and each round begins with another. Reported: the
 median step and its quartiles, the ratio of medians to the plain trainer and the quartiles of the rounds' ratios; and
 apart, what one measurement of `AttentionEntropyCallback` takes and, at its default interval of 100 steps, which share

@@ -274,7 +274,7 @@ def note(parsed: tuple) -> bool:
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("cola", ("--seeds", "0", "1", "--seed", "3"), "--seed 3 has no effect beside --seeds"),
+        ("cola", ("--seeds", "0", "1", "--seed", "3"), "--seed 3 has no effect with --seeds"),
         ("cola,mrpc", ("--push_to_hub",), "--push_to_hub pushes one model"),
         ("cola,rte", (), "RTE"),
         ("cola,mrpc", ("--predict",), r"needs test\.tsv"),

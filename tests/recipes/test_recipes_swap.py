@@ -80,7 +80,7 @@ BAD = [
     (("--attention", 'FILE{"0": ["mha"]}'), "layer 0"),
     (("--attention", 'FILE{"2": "mha"}'), "layer 2"),
     (("--attention", "FILE{}"), "no layer to swap"),
-    (("--attention", 'FILE{"0": "mha"}', "--attention_options", "window=2"), "has no effect beside"),
+    (("--attention", 'FILE{"0": "mha"}', "--attention_options", "window=2"), "has no effect with"),
     (("--attention", "mha", "--lora_r", "4"), "without --lora"),
     (("--attention", "mha", "--distill", "--do_eval"), "--distill has no effect without training"),
     (("--attention", "linear", "--attention_options", "feature_map=hedgehog", "--lora"), "leave --lora out"),

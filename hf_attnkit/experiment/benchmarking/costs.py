@@ -43,7 +43,7 @@ def _cpu_name() -> str:
 
 
 def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The measurements, and what was left out with the reason; records as they stand in the JSON file.
+    """The measurements, and what was left out with the reason; records as in the JSON file.
 
     Raises:
         ValueError: if nothing of what was asked for can run here.

@@ -1,4 +1,4 @@
-"""Time and peak memory of functions that compete, measured in turns within one process.
+"""Time and peak memory of functions that compete, measured alternately within one process.
 
 Clocks, caches and neighbours drift over minutes, so one side after the other compares the hours, not
 the functions. Here every repetition runs each function once, beginning with another one each time,

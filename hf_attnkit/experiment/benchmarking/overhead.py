@@ -98,7 +98,11 @@ def timed(callback: Any, seconds: list[float]) -> Any:
 def turn(
     kind: str, training: TrainingArguments, data: Sentences, shape: dict[str, int], measurements: list[float]
 ) -> list[float]:
-    """Train anew; seconds of each step but the first. Those of each measurement of entropies are added to the list."""
+    """Seconds of each step but the first, from the same weights each time.
+
+    Args:
+        measurements: seconds of each measurement of entropies are added to it.
+    """
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **shape))
     clock = Clock()

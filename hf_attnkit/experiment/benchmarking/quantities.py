@@ -1,4 +1,4 @@
-"""The bars that the attention implementations are held to, each a ratio of two sides measured in turns.
+"""The bars that the attention implementations are held to, each a ratio of two sides timed alternately.
 
 Both sides of a ratio run in the same rounds, so the bar does not depend on how fast the machine is.
 """

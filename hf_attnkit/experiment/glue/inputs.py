@@ -24,7 +24,7 @@ def check_max_length(max_length: int, task: Task, tokenizer: Any, model: PreTrai
         raise ValueError(f"--max_length {max_length} is longer than the model's {most} positions; give at most {most}")
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2)
     if max_length <= special:
-        raise ValueError(f"--max_length {max_length} leaves no room beside {special} special tokens; give more")
+        raise ValueError(f"--max_length {max_length} leaves no room next to {special} special tokens; give more")
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -17,9 +17,9 @@ class TsvLayout:
     """How the GLUE benchmark's own TSV files write a task.
 
     Attributes:
-        text_fields: Where the texts stand, in the order of `Task.text_columns`: header names, or
+        text_fields: Where the texts are, in the order of `Task.text_columns`: header names, or
             0-based positions where the files have no header.
-        label_field: Where the label stands, likewise.
+        label_field: Where the label is, likewise.
         label_kind: How a label is written: `"int"` the class id, `"word"` the class name,
             `"float"` a score from 0 to 5, both inclusive.
         columns: Columns of a row where the files have no header; `None`: the first line is a
@@ -269,7 +269,7 @@ def task_names(written: str) -> list[str]:
     """The tasks that `--task_name` names: one, several with commas between, or `all` for the nine of GLUE.
 
     Raises:
-        ValueError: A name that is unknown, comes twice or cannot stand beside others.
+        ValueError: A name that is unknown, comes twice or has to run alone.
     """
     names = list(BENCHMARK) if written == "all" else written.split(",")
     for name in names:

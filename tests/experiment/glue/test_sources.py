@@ -193,7 +193,7 @@ def test_texts_without_a_token_are_refused(checkpoint, tmp_path, monkeypatch) ->
     ("length", "message"),
     [
         (97, "max_length 97 is longer than the model's 96 positions"),
-        (2, "max_length 2 leaves no room beside 2 special tokens"),
+        (2, "max_length 2 leaves no room next to 2 special tokens"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(length, message, glue, checkpoint, tmp_path, monkeypatch) -> None:

@@ -95,7 +95,7 @@ def test_a_cache_is_a_number_of_decoders_that_have_a_smaller_one() -> None:
 
 def test_curves_of_each_training() -> None:
     content = report_page(made(), {", 1 of 2": HISTORY, ", 2 of 2": HISTORY[:2]})
-    assert "Training, 1 of 2" in headings(content) and "Attention entropy, training, 2 of 2" in headings(content)
+    assert "Training, 1 of 2" in headings(content) and "Attention entropy during training, 2 of 2" in headings(content)
     page = Page(content)
     assert "training, step 1: 0.9" in page.words and "layer 0, step 3: 0.5" in page.words
     assert "evaluation, step 3: 0.5" in page.words and "accuracy, step 3: 0.8" in page.words

@@ -142,5 +142,5 @@ class Results(TypedDict):
     versions: dict[str, str]
 
 
-# Not settings of the recipe. The last two say what `data` says.
-COMMON = frozenset(Results.__annotations__) | {"train_samples", "dataset"}
+# Not settings of the recipe.
+COMMON = frozenset(Results.__annotations__) | {"train_samples", "command_digest"}

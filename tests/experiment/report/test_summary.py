@@ -41,7 +41,7 @@ def test_what_happened_is_what_actions_say() -> None:
         ({"hub_path": "local"}, "CoLA, a task of GLUE (local files)"),
         (
             {"name": "demo", "hub_path": "demo", "is_benchmark": False},
-            "demo (sentences that hf_attnkit makes, not GLUE)",
+            "demo data (sentences that hf_attnkit makes, not GLUE)",
         ),
         ({"name": "reviews", "hub_path": "a/b", "config": None, "is_benchmark": False}, "reviews (a/b)"),
     ],

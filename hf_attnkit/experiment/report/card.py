@@ -127,7 +127,9 @@ def _result(data: Data, metric: str, value: float) -> EvalResult:
         ending = re.sub(r"\[.*", "", one).removeprefix("validation")
         if ending and metric.endswith(ending):
             plain, split = metric.removesuffix(ending), one
-    name = f"{'GLUE ' if data['is_benchmark'] else ''}{data['name']}{', not GLUE' if data['hub_path'] == 'demo' else ''}"
+    name = (
+        f"{'GLUE ' if data['is_benchmark'] else ''}{data['name']}{', not GLUE' if data['hub_path'] == 'demo' else ''}"
+    )
     return EvalResult(
         task_type=data["task_type"],
         dataset_type=data["hub_path"] if _is_on_hub(data) else data["name"],

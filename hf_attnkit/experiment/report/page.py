@@ -2,7 +2,7 @@
 
     python -m hf_attnkit.experiment.report.page OUTPUT_DIR
 
-makes it again from the folder alone: results.json, and where they are trainer_state_1.json, ... and
+makes it again from the folder alone: results.json, and where they are trainer_state_1.json, ..., control_state.json and
 head_importance.json.
 """
 
@@ -53,7 +53,10 @@ def write_report(folder: Path) -> Path:
     """
     results = read_results(folder)
     states = sorted(folder.glob("trainer_state_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
-    histories = [json.loads(path.read_text(encoding="utf-8"))["log_history"] for path in states]
+    named = {f", {number} of {len(states)}" if len(states) > 1 else "": path for number, path in enumerate(states, 1)}
+    if (control := folder / "control_state.json").is_file():
+        named[" of the control"] = control
+    histories = {name: json.loads(path.read_text(encoding="utf-8"))["log_history"] for name, path in named.items()}
     importance = folder / "head_importance.json"
     scores = json.loads(importance.read_text(encoding="utf-8")) if importance.is_file() else None
     write_text(folder / "report.html", report_page(results, histories, scores))
@@ -61,13 +64,15 @@ def write_report(folder: Path) -> Path:
 
 
 def report_page(
-    results: Mapping[str, Any], histories: Sequence[History] = (), importance: Mapping[str, Any] | None = None
+    results: Mapping[str, Any],
+    histories: Mapping[str, History] | None = None,
+    importance: Mapping[str, Any] | None = None,
 ) -> str:
     """The page.
 
     Args:
         results: what results.json holds.
-        histories: `log_history` of each training.
+        histories: `log_history` of each training, by what its heading adds to the word training.
         importance: what head_importance.json holds.
 
     Raises:
@@ -76,7 +81,7 @@ def report_page(
     found = public(results)
     stages, timing = found["stages"], found["timing"]
     header, rows = stage_table(stages, timing, found["control"], memory=True)
-    logged: list[History] = without_folders(histories)
+    logged: dict[str, History] = without_folders(histories or {})
     scored = without_folders(importance) if importance is not None else None
     return environment().get_template("page.html").render(
         size=chart,
@@ -88,8 +93,8 @@ def report_page(
         notes=notes(stages, timing, memory=True, details="in small numbers"),
         comparison=summary.comparison(found),
         trainings=[
-            {"charts": curves(history), "entropies": entropies(history), "steps": last_step(history)}
-            for history in logged
+            {"name": name, "charts": curves(history), "entropies": entropies(history), "steps": last_step(history)}
+            for name, history in logged.items()
         ],
         importance=scored,
         heat_maps=heat_maps(scored["rounds"]) if scored else [],

@@ -131,6 +131,8 @@ def notes(
         details: how the table shows the details of its cells.
     """
     found = [f"{details.capitalize()}: the difference to the first stage."] if len(stages) > 1 else []
+    if headline(stages) == "perplexity":
+        found.append("Perplexity: lower is better.")
     if timing and timing["stages"]:
         first = timing["stages"][0]
         found.append(

@@ -15,12 +15,17 @@ _ORIGINS = {"local": "local files", "demo": "sentences that hf_attnkit makes, no
 
 def title(results: Results) -> str:
     """Model, what was done to it, and the data, such as "MiniLM, half of the attention heads removed, CoLA"."""
-    actions, model, data = results["actions"], results["model"]["name"], results["data"]["name"]
+    actions, model, data = results["actions"], results["model"]["name"], data_name(results["data"])
     if results["change"] is not None:
         return f"{model}, {results['change']['title']}, {data}"
     if actions["trained"]:
         return f"{model}, trained on {data}"
     return f"{model}, {'measured' if actions['measured'] else 'predictions'} on {data}"
+
+
+def data_name(data: Data) -> str:
+    """What titles call the data."""
+    return "demo data" if data["hub_path"] == "demo" else data["name"]
 
 
 def happened(results: Results) -> dict[str, str]:
@@ -102,7 +107,7 @@ def _facts(found: Mapping[str, Any]) -> dict[str, str]:
 def _origin(data: Data) -> str:
     where = _ORIGINS.get(data["hub_path"], data["hub_path"])
     config = f", configuration {data['config']}" if data["config"] and data["hub_path"] not in _ORIGINS else ""
-    return f"{data['name']}{', a task of GLUE' if data['is_benchmark'] else ''} ({where}{config})"
+    return f"{data_name(data)}{', a task of GLUE' if data['is_benchmark'] else ''} ({where}{config})"
 
 
 def _amount(data: Data, which: str) -> str:

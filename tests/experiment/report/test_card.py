@@ -16,7 +16,7 @@ from support.results import PRUNED, decoder, made, measured_only, planted, predi
 
 import hf_attnkit
 from hf_attnkit.experiment.report import card as card_module
-from hf_attnkit.experiment.report.card import loads_without_us, write_card
+from hf_attnkit.experiment.report.card import base_model, loads_without_us, write_card
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,9 @@ def test_a_card_says_only_what_happened(results, model_folder) -> None:
     assert not re.search("fine-tuned|trained on|recovered|8,551|training examples|[Cc]omparison", card.text)
     assert "- training: none in this run" in card.text and "## Change" not in card.text
     assert "generated_from_trainer" not in metadata(card).tags
-    assert ("## Results" in card.text) == bool(results["stages"]) and ("| --- |" in card.text) == bool(results["stages"])
+    assert ("## Results" in card.text) == bool(results["stages"]) and ("| --- |" in card.text) == bool(
+        results["stages"]
+    )
     assert "\n\n\n" not in card.text
 
 
@@ -198,7 +200,7 @@ def test_no_text_of_a_run_is_markup(model_folder) -> None:
         assert {token.type for token in inner} <= {"text", "code_inline", "text_special"}
         assert {token.content for token in inner if token.type == "code_inline"} <= {"pip install hf_attnkit"}
         assert not any("html" in token.type for token in tokens)
-        assert [token.tag for token in tokens if token.type == "heading_open"][0] == "h1"
+        assert next(token.tag for token in tokens if token.type == "heading_open") == "h1"
         headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"][1:]
         assert set(headings) <= {"Change", "Settings", "Results", "Use", "Run it again"}
         assert sum(token.type == "tr_open" for token in tokens) == (len(results["stages"]) or -1) + 1
@@ -230,3 +232,11 @@ def test_a_folder_without_results_is_named_and_left(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         card_module.main()
     assert stopped.value.code == 1 and str(tmp_path) in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_local_checkpoint_began_as_what_its_own_card_names(tmp_path) -> None:
+    assert base_model("google-bert/bert-base-uncased") == "google-bert/bert-base-uncased"
+    assert base_model(str(tmp_path)) is None
+    for named in ("google-bert/bert-base-uncased", "\n- google-bert/bert-base-uncased"):
+        (tmp_path / "README.md").write_text(f"---\nbase_model: {named}\n---\n# cola\n")
+        assert base_model(str(tmp_path)) == "google-bert/bert-base-uncased"

@@ -56,7 +56,13 @@ def test_each_head_says_its_score_and_whether_it_is_removed() -> None:
 
 def test_the_legend_names_the_quartiles() -> None:
     words = Page(importance_svg(SCORES, {}, "x")).words
-    assert [word for word in ("0.1", "0.2", "0.3", "0.5", "900") if word in words] == ["0.1", "0.2", "0.3", "0.5", "900"]
+    assert [word for word in ("0.1", "0.2", "0.3", "0.5", "900") if word in words] == [
+        "0.1",
+        "0.2",
+        "0.3",
+        "0.5",
+        "900",
+    ]
     assert any("by rank" in word for word in words) and any("higher = keep" in word for word in words)
 
 

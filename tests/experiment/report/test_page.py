@@ -26,7 +26,7 @@ def headings(page: str) -> list[str]:
 
 
 def test_the_page_needs_nothing_else() -> None:
-    content = report_page(with_control(), [HISTORY], IMPORTANCE)
+    content = report_page(with_control(), {"": HISTORY}, IMPORTANCE)
     page = Page(content)
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     # Namespaces of SVG are names and are not loaded.
@@ -56,7 +56,12 @@ def test_a_page_says_only_what_happened(results, kind) -> None:
     text = page.text.lower()
     assert not re.search("fine-tuned|trained on|recovered|8,551|training examples", text)
     assert "none in this run" in text and "comparison" not in text
-    assert headings(content) == ["What was done", *(["Stages"] if kind == "measured" else []), "Settings", "Run it again"]
+    assert headings(content) == [
+        "What was done",
+        *(["Stages"] if kind == "measured" else []),
+        "Settings",
+        "Run it again",
+    ]
     assert page.count("table") == len(headings(content))
     assert not re.search("<tbody>\\s*</tbody>|<dl[^>]*>\\s*</dl>|<tr>\\s*</tr>", content)
 
@@ -89,8 +94,8 @@ def test_a_cache_is_a_number_of_decoders_that_have_a_smaller_one() -> None:
 
 
 def test_curves_of_each_training() -> None:
-    content = report_page(made(), [HISTORY, HISTORY[:2]])
-    assert "Training, 1 of 2" in headings(content) and "Training, 2 of 2" in headings(content)
+    content = report_page(made(), {", 1 of 2": HISTORY, ", 2 of 2": HISTORY[:2]})
+    assert "Training, 1 of 2" in headings(content) and "Attention entropy during training, 2 of 2" in headings(content)
     page = Page(content)
     assert "training, step 1: 0.9" in page.words and "layer 0, step 3: 0.5" in page.words
     assert "evaluation, step 3: 0.5" in page.words and "accuracy, step 3: 0.8" in page.words
@@ -98,19 +103,21 @@ def test_curves_of_each_training() -> None:
 
 
 def test_a_curve_of_one_point_is_a_number() -> None:
-    page = Page(report_page(made(), [[{"step": 7, "loss": 0.5, "learning_rate": 1e-4}]]))
+    page = Page(report_page(made(), {"": [{"step": 7, "loss": 0.5, "learning_rate": 1e-4}]}))
     assert page.count("svg") == 0 and page.count("figure") == 2 and "0.5 at step 7" in page.words
 
 
 def test_a_training_that_logged_nothing_says_how_to_log() -> None:
-    page = Page(report_page(made(), [[{"step": 7, "train_loss": 0.5}]]))
+    page = Page(report_page(made(), {"": [{"step": 7, "train_loss": 0.5}]}))
     assert "Nothing was logged in 7 steps" in page.text and "--logging_steps" in page.text
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_heat_map_for_each_round(rounds) -> None:
-    importance = IMPORTANCE | {"rounds": [*IMPORTANCE["rounds"], {"scores": [[1.0, 2.0]], "removed": {"0": [1]}}][:rounds]}
-    page = Page(report_page(made(), (), importance))
+    importance = IMPORTANCE | {
+        "rounds": [*IMPORTANCE["rounds"], {"scores": [[1.0, 2.0]], "removed": {"0": [1]}}][:rounds]
+    }
+    page = Page(report_page(made(), None, importance))
     assert page.count("figure") == rounds
     titles = [words for words in page.words if words.startswith("layer ") and "head" in words]
     assert len(titles) == (5, 7)[rounds - 1]  # of six places one has no head
@@ -129,7 +136,7 @@ def test_no_text_of_a_run_is_markup() -> None:
         bad = planted(results, lambda word: f"{word}{MARKUP}")
         # A command is words that a shell reads.
         bad["command"] = "python x.py --name '<script>alert(1)</script>'"
-        content = report_page(bad, [history], importance)
+        content = report_page(bad, {MARKUP: history}, importance)
         page = Page(content)
         assert not {"script", "b"} & {tag for tag, _ in page.tags}
         assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -144,8 +151,9 @@ def test_no_folder_of_this_machine_is_shown() -> None:
         bad = planted(results, lambda word: f"{folder}{word}")
         bad["command"] = f"python '{folder}x.py' --data_dir '{folder}data' '--file={folder}y'"
         history = [{"step": step, f"{folder}eval_x": 0.5} for step in (1, 2)]
-        content = report_page(bad, [history], planted(IMPORTANCE, lambda word: f"{folder}{word}", {"0", "1", "rounds",
-                              "importance", "scores", "removed"}))  # fmt: skip
+        names = {"0", "1", "rounds", "importance", "scores", "removed"}
+        importance = planted(IMPORTANCE, lambda word: f"{folder}{word}", names)
+        content = report_page(bad, {f"{folder}name": history}, importance)
         assert not re.search("secret|jane|/home", content)
         assert "python x.py" in Page(content).text
 
@@ -155,8 +163,12 @@ def test_the_page_is_made_again_from_the_folder(tmp_path, monkeypatch, capsys) -
     for number in (1, 2, 10):
         (tmp_path / f"trainer_state_{number}.json").write_text(json.dumps({"log_history": HISTORY}))
     (tmp_path / "head_importance.json").write_text(json.dumps(IMPORTANCE))
+    (tmp_path / "control_state.json").write_text(json.dumps({"log_history": HISTORY}))
     content = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "Training, 3 of 3" in headings(content) and "Head importance" in headings(content)
+    assert [name for name in headings(content) if name.startswith("Training")] == [
+        "Training, 1 of 3", "Training, 2 of 3", "Training, 3 of 3", "Training of the control",
+    ]  # fmt: skip
+    assert "Head importance" in headings(content)
     (tmp_path / "report.html").unlink()
     monkeypatch.setattr("sys.argv", ["page.py", str(tmp_path)])
     page_module.main()

@@ -34,8 +34,8 @@ def test_of_an_absolute_path_the_last_component_is_left(given, shown) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["nyu-mll/glue", "outputs/cola/seed-0", "./outputs/cola", "../models/cola", "KV bytes/token", "1/2", "heads / layer",
-     "https://example.org/a/b", "see https://example.org/a", "</b>", "and/or", "", "/", "key/value heads", "3 +/- 1"],
+    ["nyu-mll/glue", "outputs/cola/seed-0", "./outputs/cola", "../models/cola", "KV bytes/token", "1/2", "and/or", "/",
+     "https://example.org/a/b", "see https://example.org/a", "</b>", "", "key/value heads", "heads / layer", "3 +/- 1"],
 )  # fmt: skip
 def test_what_is_no_absolute_path_stays(text) -> None:
     assert without_folders(text) == text
@@ -47,7 +47,9 @@ def test_numbers_and_nothing_stay() -> None:
 
 def test_a_path_with_spaces_in_the_command_is_one_word() -> None:
     command = "python x.py --data_dir '/home/Jane Doe/my data' --file='/home/Jane Doe/a b.txt' --out outputs/a"
-    assert public(made(command=command))["command"] == "python x.py --data_dir 'my data' '--file=a b.txt' --out outputs/a"
+    assert (
+        public(made(command=command))["command"] == "python x.py --data_dir 'my data' '--file=a b.txt' --out outputs/a"
+    )
 
 
 def test_what_results_hold_is_left_as_it_is() -> None:

@@ -31,6 +31,9 @@ def test_a_decoder_has_a_cache() -> None:
     found = table(decoder())
     assert found["KV bytes/token"] == ["9,216", "2,304 (-75.0%)", "2,304 (-75.0%)"]
     assert found["key/value heads"] == ["2 x 4", "2 x 1", "2 x 1"]
+    assert "Perplexity: lower is better." in notes(decoder()["stages"]) and "lower" not in " ".join(
+        notes(made()["stages"])
+    )
 
 
 def test_the_share_of_the_control() -> None:

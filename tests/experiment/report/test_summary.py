@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from support.results import PRUNED, decoder, made, measured_only, predicted_only, with_control
 
-from hf_attnkit.experiment.report.summary import change_facts, command_lines, comparison, flag, happened, settings, title
+from hf_attnkit.experiment.report.summary import (
+    change_facts,
+    command_lines,
+    comparison,
+    flag,
+    happened,
+    settings,
+    title,
+)
 
 
 def test_the_title_says_what_was_done() -> None:
@@ -31,7 +39,10 @@ def test_what_happened_is_what_actions_say() -> None:
     [
         ({}, "CoLA, a task of GLUE (nyu-mll/glue, configuration cola)"),
         ({"hub_path": "local"}, "CoLA, a task of GLUE (local files)"),
-        ({"name": "demo", "hub_path": "demo", "is_benchmark": False}, "demo (sentences that hf_attnkit makes, not GLUE)"),
+        (
+            {"name": "demo", "hub_path": "demo", "is_benchmark": False},
+            "demo data (sentences that hf_attnkit makes, not GLUE)",
+        ),
         ({"name": "reviews", "hub_path": "a/b", "config": None, "is_benchmark": False}, "reviews (a/b)"),
     ],
 )

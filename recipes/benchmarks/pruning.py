@@ -1,4 +1,4 @@
-"""Time before and after heads are removed: the whole forward pass and its attention blocks, both models timed alternately.
+"""Time before and after heads are removed, of the forward pass and of its attention blocks, timed alternately.
 
     python recipes/benchmarks/pruning.py --model_name_or_path outputs/cola --fraction 0.5 --batch_size 32 --length 64
 

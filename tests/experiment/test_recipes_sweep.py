@@ -13,6 +13,7 @@ from pathlib import Path
 import finetune_glue
 import pytest
 import uptrain_gqa_glue
+from support.fakes import never
 from support.glue_files import tiny_checkpoint, write_glue
 from support.task_runs import flags, same_predictions, server_file
 from transformers import Trainer, TrainingArguments
@@ -291,7 +292,7 @@ def test_bad_input_of_a_later_run_is_named_before_the_first(
         (data / "MRPC" / "test.tsv").unlink()
     (tmp_path / "cola").symlink_to(checkpoint)
     more = tuple(word.replace("TMP", str(tmp_path)) for word in more)
-    monkeypatch.setattr(finetune_glue, "finetune", lambda *_: pytest.fail("ran before"))
+    monkeypatch.setattr(finetune_glue, "finetune", never(finetune_glue.finetune, "ran before"))
     with pytest.raises((ValueError, OSError), match=message):
         run(finetune_glue, monkeypatch, flags(checkpoint, task, data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ import pytest
 import transformers
 import uptrain_gqa_glue
 from support import text_runs
+from support.fakes import never
 from support.kills import (  # noqa: F401  # fixtures among them
     CONVERTED,
     EACH_STEP,
@@ -50,7 +51,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     arguments = flags(checkpoint, tmp_path / "killed", *EACH_STEP, *more)
     killed(what, number, recipe, arguments)
     assert not (tmp_path / "killed" / "results.json").exists()
-    monkeypatch.setattr(hf_attnkit, "convert_to_gqa", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(hf_attnkit, "convert_to_gqa", never(hf_attnkit.convert_to_gqa, "converted again"))
     results = run(recipe, monkeypatch, [*arguments, "--resume_from_checkpoint"])
     monkeypatch.undo()
     assert results["stages"][-1]["resumed_from"] == f"checkpoint-{number - 1}"

@@ -13,6 +13,7 @@ from typing import Any
 import finetune_glue
 import pytest
 import uptrain_gqa_glue
+from support.fakes import never
 from support.kills import (  # noqa: F401  # fixtures among them
     CONVERTED,
     EACH_STEP,
@@ -118,7 +119,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_training(
     other_model(kind, tokenizer).save_pretrained(tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-9" / "optimizer.pt").touch()
-    monkeypatch.setattr(Trainer, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(Trainer, "train", never(Trainer.train, "trained"))
     named = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-9"), *lora)
     here = "PeftModel" if lora else "BertForSequenceClassification"
     with pytest.raises(ValueError, match=rf"another model \({name}SequenceClassification, not {here}.*has the shape"):

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 import uptrain_gqa_lm
+from support.fakes import never
 from support.text_runs import HELD_OUT, LINES, flags, run
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import hf_attnkit
+from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.text import data as lm_data
 from hf_attnkit.experiment.text.data import Blocks, TextArguments, load_text
 from hf_attnkit.experiment.training import uptrain
@@ -204,7 +206,7 @@ BAD = [
 def test_bad_input_is_named_before_anything_is_measured(
     wrong, message, text_checkpoint, text, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(uptrain_gqa_lm.LanguageModelRun, "evaluate", lambda *_: pytest.fail("measured before"))
+    monkeypatch.setattr(uptrain_gqa_lm.LanguageModelRun, "evaluate", never(Run.evaluate, "measured before"))
     wrong = [str(text[1]) if word == "DEV" else word for word in wrong]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(monkeypatch, flags(text_checkpoint, tmp_path / "out", text, *wrong))

@@ -9,6 +9,7 @@ import finetune_glue
 import pytest
 import swap_attention_glue
 from huggingface_hub import ModelCard
+from support.fakes import never
 from support.models import build
 from support.recipe_runs import flags, run
 from support.unchanged import unchanged
@@ -16,6 +17,7 @@ from support.unchanged import unchanged
 import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.table import Kind
+from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training import train
 
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
@@ -90,7 +92,7 @@ BAD = [
 @only_bert
 @pytest.mark.parametrize(("wrong", "message"), BAD)
 def test_bad_input_is_named_before_anything_is_measured(wrong, message, checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(swap_attention_glue.GlueRun, "evaluate", lambda *_, **__: pytest.fail("measured before"))
+    monkeypatch.setattr(swap_attention_glue.GlueRun, "evaluate", never(Run.evaluate, "measured before"))
     given = list(wrong)
     if given[1].startswith("FILE"):
         (tmp_path / "mapping.json").write_text(given[1].removeprefix("FILE"))

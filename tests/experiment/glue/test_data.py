@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import datasets
 import pytest
@@ -215,7 +216,8 @@ def hub_copy(name: str) -> datasets.DatasetDict:
 @pytest.mark.parametrize("name", GLUE)
 def test_hub_source_keeps_the_labelled_splits_and_the_columns(name, monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or hub_copy(name))
+    fake = create_autospec(datasets.load_dataset, side_effect=lambda *names: asked.append(names) or hub_copy(name))
+    monkeypatch.setattr(datasets, "load_dataset", fake)
     loaded = load_glue(name)
     assert asked == [("nyu-mll/glue", name)]
     assert list(loaded) == ["train", *TASKS[name].dev_splits]

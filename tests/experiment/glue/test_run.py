@@ -15,6 +15,7 @@ import torch
 import uptrain_gqa_glue
 from compare import conversions_glue as compare_conversions_glue
 from compare import pruning_glue as compare_pruning_glue
+from support.fakes import never
 from support.glue_files import tiny_checkpoint, write_glue, write_task, write_test
 from support.task_runs import flags, same_predictions, server_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -263,7 +264,7 @@ def test_a_task_without_test_rows_is_refused_before_training(task, message, chec
     if task != "demo":
         data = tmp_path / "data"
         write_task(data / TASKS[task].folder, task)
-    monkeypatch.setattr(GlueRun, "train", lambda *_: pytest.fail("trained before"))
+    monkeypatch.setattr(GlueRun, "train", never(GlueRun.train, "trained before"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(finetune_glue, monkeypatch, flags(checkpoint, task, data, tmp_path / "out", "--predict"))
     assert not (tmp_path / "out").exists()

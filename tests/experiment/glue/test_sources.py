@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import datasets
 import finetune_glue
@@ -115,7 +116,8 @@ def test_bad_rows_of_a_saved_dataset_are_named(name, changes, message, tmp_path)
 def test_bad_labels_of_the_hub_are_named(monkeypatch) -> None:
     columns = {"sentence": ["a", "b"], "label": [1, -1]}
     splits = {split: datasets.Dataset.from_dict(columns) for split in ("train", "validation", "test")}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(splits))
+    fake = create_autospec(datasets.load_dataset, side_effect=lambda *_: datasets.DatasetDict(splits))
+    monkeypatch.setattr(datasets, "load_dataset", fake)
     with pytest.raises(ValueError, match=r"nyu-mll/glue, split 'train', row 1: label -1"):
         load_glue("sst2")
     splits["train"] = splits["train"].select([])

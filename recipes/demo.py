@@ -67,6 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for everything the demo writes")
     root: Path = parser.parse_args().output_dir
+    if not (RECIPES / "finetune_glue.py").is_file():
+        parser.error(f"the demo runs the recipes next to it, and {RECIPES} has no finetune_glue.py; run it from there")
     start = time.perf_counter()
     # A finished earlier run would be refused by the recipes; each demo gets a folder of its own.
     root = root / time.strftime("%Y%m%d-%H%M%S")

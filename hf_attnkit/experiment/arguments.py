@@ -36,7 +36,7 @@ class RunArguments:
         default="float32",
         kw_only=True,
         metadata={
-            "help": "Of the weights; training in 16 bits (--bf16) keeps them in float32.",
+            "help": "Data type of the weights. Training with --bf16 keeps them in float32 and computes in 16 bits.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )

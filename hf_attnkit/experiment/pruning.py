@@ -49,8 +49,10 @@ class SelectionArguments:
             "choices": list(GROUPS),
         },
     )
-    per_layer: bool = field(default=False, metadata={"help": "The same share of every layer."})
-    min_heads: int = field(default=1, metadata={"help": "Heads that every layer keeps; 0 may empty layers."})
+    per_layer: bool = field(default=False, metadata={"help": "Remove the same share of every layer."})
+    min_heads: int = field(
+        default=1, metadata={"help": "Fewest heads that a layer keeps; with 0 a layer may lose all."}
+    )
 
     def selection(self) -> dict[str, Any]:
         """Of these arguments those that `select_heads` takes."""

@@ -40,7 +40,9 @@ class PruningArguments(SelectionArguments, ChangeArguments):
     importance_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options, such as direction=focused or seed=1."}
     )
-    rearrange: bool = field(default=False, metadata={"help": "Mask search after fisher (Kwon et al. 2022)."})
+    rearrange: bool = field(
+        default=False, metadata={"help": "Mask search (Kwon et al. 2022) after the scores of fisher."}
+    )
     refit: str = field(
         default="output",
         metadata={
@@ -50,7 +52,8 @@ class PruningArguments(SelectionArguments, ChangeArguments):
     )
     score_samples: int = field(default=512, metadata={"help": "Training sentences to score on, and to time."})
     refit_samples: int | None = field(
-        default=None, metadata={"help": f"Training sentences for the refit, without labels; {REFIT_SAMPLES:,}."}
+        default=None,
+        metadata={"help": f"Training sentences for the refit, without labels. By default {REFIT_SAMPLES:,}."},
     )
 
     def __post_init__(self) -> None:

@@ -38,9 +38,11 @@ class TextArguments:
     validation_file: str | None = field(default=None, metadata={"help": "The held-out text; needs --train_file."})
     validation_split_percentage: int | None = field(
         default=None,
-        metadata={"help": f"Per cent of the documents that are held out, from the end; {SPLIT_PERCENTAGE}."},
+        metadata={
+            "help": f"Per cent of the documents, from the end, that are held out. By default {SPLIT_PERCENTAGE}."
+        },
     )
-    block_size: int = field(default=512, metadata={"help": "Tokens that the model sees at once."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a block, which the model reads at once."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks, the first ones."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks, the first ones."})
 

@@ -36,13 +36,19 @@ CHUNK = 2**24
 class DistillationArguments:
     distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the conversion."})
     distill_weight: float | None = field(
-        default=None, metadata={"help": "Share of the teacher's outputs in the loss, 0 to 1, against the task's; 0.5."}
+        default=None,
+        metadata={
+            "help": "Weight of the teacher's outputs in the loss, 0 to 1; the task has the rest. By default 0.5."
+        },
     )
     distill_temperature: float | None = field(
-        default=None, metadata={"help": "Divides both models' logits, above 0; higher looks at less likely classes; 2."}
+        default=None,
+        metadata={
+            "help": "Divides both models' logits; above 0, higher gives unlikely classes more weight. By default 2."
+        },
     )
     distill_attention_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the attention outputs' error, at least 0; 1."}
+        default=None, metadata={"help": "Weight of the attention outputs' error in the loss, at least 0. By default 1."}
     )
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ def draw_importance(maps: Mapping[str, tuple[Tensor, Removed]], path: Path, titl
     height = max(_size(scores)[1] for scores, _ in found.values()) + 0.6
     figure = Figure(figsize=(max(width, 4.0), height), layout="constrained")
     if title is not None:
-        figure.suptitle(title)
+        figure.suptitle(title, fontsize=11, wrap=True)
     axes = figure.subplots(1, len(found), squeeze=False)[0]
     for axis, (name, (scores, removed)) in zip(axes, found.items(), strict=True):
         _draw(axis, scores, removed)
@@ -127,7 +127,7 @@ def _legend(axis: Axes, cells: QuadMesh, scores: Scores) -> None:
     names = [f"{score:.3g}" for score in np.quantile(known, QUARTERS)] if known.size else [""] * len(QUARTERS)
     bar.set_ticks(list(QUARTERS), labels=names)
     bar.ax.tick_params(length=0)
-    bar.set_label("score (colour by rank), higher = keep")
+    bar.set_label("score (colour by rank), higher = keep; \N{MULTIPLICATION SIGN} removed")
 
 
 def ranks(scores: Scores) -> Scores:

@@ -139,7 +139,7 @@ def notes(
             f"Time ratio: a forward pass divided by that of the stage {first['stage']}, the median and {details} the "
             f"quartiles of {timing['repeats']:,} repeats. The stages were timed alternately on {timing['device']}, "
             f"{timing['batch_size']:,} x {timing['sequence_length']:,} tokens; the first took "
-            f"{first['milliseconds']['median']:.3g} ms."
+            f"{first['milliseconds']['median']:,.1f} ms."
         )
     if memory and stages and (of := stages[-1].get("peak_memory_of")):
         found.append(

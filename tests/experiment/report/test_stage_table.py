@@ -52,7 +52,7 @@ def test_there_is_no_share_of_or_as_a_number_that_is_not_above_zero(control, rec
 def test_times_are_ratios_with_quartiles() -> None:
     assert table(made())["time ratio"] == ["1", "0.830 (0.820 to 0.840)", "0.840 (0.830 to 0.850)"]
     (note,) = [note for note in notes(made()["stages"], made()["timing"]) if note.startswith("Time ratio")]
-    assert "alternately" in note and "31 repeats" in note and "32 x 64 tokens" in note and "412 ms" in note
+    assert "alternately" in note and "31 repeats" in note and "32 x 64 tokens" in note and "412.0 ms" in note
 
 
 def test_times_of_rounds_are_those_of_their_rounds() -> None:

@@ -23,6 +23,7 @@ from hf_attnkit.editing import projections
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.families import FAMILIES
+from hf_attnkit.models.global_reads import expect_global_reads
 from hf_attnkit.models.layers import attention_layers
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
@@ -51,6 +52,7 @@ def load_pretrained(
             `attn_implementation` is asked for, or weights and config disagree.
         OSError: if there is no such checkpoint.
     """
+    expect_global_reads()
     located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):

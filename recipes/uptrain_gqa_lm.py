@@ -6,7 +6,8 @@
 
 The text is wikitext-2 unless --dataset_name or --train_file says otherwise. `pca` and the refit of queries and
 outputs look at training text first (`--calibration_tokens`). `--distill` trains towards the model as it
-was, `--lora` trains adapters and merges them. A GGUF checkpoint is a folder and --gguf_file.
+was, `--lora` trains adapters and merges them. `--control` also trains the untouched model as long, for comparison. A
+GGUF checkpoint is a folder and --gguf_file.
 
 Writes the recovered model, a plain GQA checkpoint, and results.json (stages "baseline", "changed",
 "recovered") into --output_dir.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_attnkit.experiment.run import parse_arguments
+from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.text.data import TextArguments
 from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 from hf_attnkit.experiment.training.distill import DistillationArguments

@@ -1,61 +1,30 @@
-"""What a stage costs beside its metrics: time per batch and memory; and the machine that both belong to."""
+"""What a stage costs: seconds and peak memory; and the machine that both belong to."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Sized
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+resource: ModuleType | None
 try:
     import resource
 except ImportError:  # Windows has no such module
     resource = None
 
-TIMED_BATCHES = 8
-
-
-def time_per_batch(trainer: Trainer, data: Dataset) -> dict[str, Any]:
-    """Forward time of a model that `trainer` has just evaluated, on the first batches of `data`.
-
-    Each process times its own share; with several processes these are the main one's.
-
-    Returns:
-        `seconds_per_batch`, the median over `timed_batches["number"]` batches after one that is not counted, and the
-        largest batch's `shape` (sequences, tokens).
-    """
-    args = trainer.args
-    rows = min(TIMED_BATCHES * args.eval_batch_size * args.world_size, len(cast(Sized, data)))
-    # Run to its end: accelerate remembers a loader that is left early, and training would take its state for its own.
-    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_eval_dataloader(Subset(data, range(rows)))]
-    longest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    model = trainer.model_wrapped.eval()
-    seconds = []
-    for batch in (longest, *batches):
-        _finish(args.device)
-        start = time.perf_counter()
-        trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
-        _finish(args.device)
-        seconds.append(time.perf_counter() - start)
-    return {
-        "seconds_per_batch": statistics.median(seconds[1:]),
-        "timed_batches": {"number": len(batches), "shape": list(longest["input_ids"].shape)},
-    }
-
 
 class Laps:
-    """Seconds and peak memory of one thing after another, on the clock from its making on.
+    """A stopwatch of seconds and peak memory: each lap ends where the next starts. It runs from when it is made.
 
-    On a GPU the memory is that of tensors, on a CPU the process's resident memory. Linux can begin a peak anew; where
-    that is not so it never falls, and later laps show the most of all so far. `peak_memory_of` says which it is.
+    On a GPU the memory is that of tensors, on a CPU the process's resident memory. Linux can reset the peak; elsewhere
+    it never falls, and a lap shows the highest of all laps so far. `peak_memory_of` says which it is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,8 +32,8 @@ class Laps:
         self.lap()
 
     def lap(self) -> tuple[float, dict[str, Any]]:
-        """Seconds since the last lap; `peak_memory_bytes` since then and `peak_memory_of`, or nothing of these where
-        they cannot be had."""
+        """Seconds since the last lap, and `peak_memory_bytes` since then with `peak_memory_of`, empty where the system
+        does not tell it."""
         _finish(self.device)
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
@@ -81,9 +50,9 @@ class Laps:
 
 
 def _forget_peak() -> bool:
-    """Have Linux count the peak of resident memory from here on (man 5 proc, clear_refs).
+    """Reset the peak of resident memory, which Linux can do (man 5 proc, clear_refs).
 
-    glibc keeps most of what was freed, which would be counted for what comes next: after a training 500 MiB.
+    Before that glibc gives freed memory back, which would count for the next lap: 500 MiB after a training.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import hf_attnkit
 from hf_attnkit.importance import make_score
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.pruning.select import GROUPS
 
 REFITS = ("none", "output", "scale")
 Heads = dict[int, list[int]]  # layer -> heads
@@ -45,11 +46,13 @@ class SelectionArguments:
         default="whole",
         metadata={
             "help": "Where query heads share keys and values: whole groups, or equally many heads across groups.",
-            "choices": list(hf_attnkit.pruning.select.GROUPS),
+            "choices": list(GROUPS),
         },
     )
-    per_layer: bool = field(default=False, metadata={"help": "The same share of every layer."})
-    min_heads: int = field(default=1, metadata={"help": "Heads that every layer keeps; 0 may empty layers."})
+    per_layer: bool = field(default=False, metadata={"help": "Remove the same share of every layer."})
+    min_heads: int = field(
+        default=1, metadata={"help": "Fewest heads that a layer keeps; with 0 a layer may lose all."}
+    )
 
     def selection(self) -> dict[str, Any]:
         """Of these arguments those that `select_heads` takes."""
@@ -79,7 +82,7 @@ def key_value_heads(model: PreTrainedModel) -> list[int]:
 
 def prune(model: PreTrainedModel, removed: Heads, refit: str, batches: Iterable[Mapping[str, Any]]) -> None:
     """Remove heads, with one of `REFITS`."""
-    options = {} if refit == "none" else {"calibration": batches, "refit": refit}
+    options: dict[str, Any] = {} if refit == "none" else {"calibration": batches, "refit": refit}
     hf_attnkit.prune_heads(model, removed, **options)
 
 

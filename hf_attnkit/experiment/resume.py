@@ -1,11 +1,11 @@
-"""Go on after a kill at any moment: one file says what of a run is done.
+"""Resume after a kill at any moment: one file says what of a run is done.
 
 `progress.json` in the output folder is replaced in one step, each time after what it names has been written. So a
-stage, a changed model or a checkpoint counts if it stands there, and whatever else a kill left behind does not:
+stage, a changed model or a checkpoint counts if it is named there, and whatever else a kill left behind does not:
 
     run          the arguments that make the run what it is
     stages       the measured stages, as in results.json
-    changes      what each change of the model returned; the model after the last one is in changed-<number of them>
+    changes      what each change of the model returned; the model after change number n is in changed-<n>
     training     the number of the training that began last, from 1; 0 before
     checkpoints  the steps of its whole checkpoints
 """
@@ -41,7 +41,7 @@ _FREE = {"output_dir", "resume_from_checkpoint", "run_name", "project", "disable
 
 
 def with_value(argv: Sequence[str]) -> list[str]:
-    """The arguments with `true` after a flag that stands alone; Transformers' parser wants a value."""
+    """The arguments with `true` after a flag without one; Transformers' parser wants a value."""
     given: list[str] = []
     for word, following in zip(argv, [*argv[1:], "--"], strict=True):
         given += [word, "true"] if word == FLAG and following.startswith("--") else [word]
@@ -60,11 +60,11 @@ class Progress:
             or for what is done without one; without it the folder must hold no run.
 
     Attributes:
-        checkpoint: the folder that the next training goes on from, or `None` for its first step.
+        checkpoint: the folder that the next training resumes from, or `None` for its first step.
 
     Raises:
-        ValueError: a folder that holds a run, finished or another one or one that was not to be gone on with; or
-            a checkpoint that is none or not whole.
+        ValueError: a folder that holds a finished run, another run, or one that was not to be resumed; or a checkpoint
+            that is none or not whole.
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], training: TrainingArguments) -> None:
@@ -85,14 +85,14 @@ class Progress:
         if self.file.exists():
             if asked.lower() == "false":
                 raise ValueError(
-                    f"--output_dir {output} holds a run that did not end (progress.json); go on with {FLAG}, or name "
-                    "another folder"
+                    f"--output_dir {output} holds a run that did not end (progress.json); resume it with {FLAG}, or "
+                    "name another folder"
                 )
             self._read()
         elif named is None and (found := self._folders()):
             raise ValueError(
                 f"--output_dir {output} holds {found[-1].name} of another program (there is no progress.json); name "
-                f"another folder, or a checkpoint to go on from with {FLAG} FOLDER"
+                f"another folder, or a checkpoint to resume from with {FLAG} FOLDER"
             )
         self.checkpoint = self._named(named) if named is not None else self._newest()
 
@@ -116,23 +116,34 @@ class Progress:
                 model.save_pretrained(self.changed)
         self.checkpoints = []
         self.write()
-        if self.is_main and len(self.changes) > 1:
-            shutil.rmtree(self.output / f"changed-{len(self.changes) - 1}", ignore_errors=True)
+
+    def earlier(self) -> list[Path]:
+        """The models of the changes before the last, which are kept to be timed at the end."""
+        return [self.output / f"changed-{number}" for number in range(1, len(self.changes))]
+
+    def end(self, training: int) -> None:
+        """Note that a training is over and measured, and that the next starts at its first step, from another model."""
+        self.training, self.checkpoints = training + 1, []
+        self.write()
+        if self.is_main:
+            for path in self._folders():
+                shutil.rmtree(path, ignore_errors=True)
 
     def is_over(self, training: int, changes: int) -> bool:
         """Whether the training of this number, after so many changes, was followed by another or by a change."""
         return training < self.training or changes < len(self.changes)
 
     def begin(self, training: int, step: int) -> None:
-        """Note that a training begins or goes on, at a step. Later checkpoints will be written over: none is whole."""
-        goes_on = training == self.training
-        self.training, self.checkpoints = training, [at for at in self.checkpoints if goes_on and at <= step]
+        """Note that a training begins or resumes at a step. Later checkpoints will be written over: none is whole."""
+        is_same = training == self.training
+        self.training, self.checkpoints = training, [at for at in self.checkpoints if is_same and at <= step]
         self.write()
 
     def remove(self) -> None:
-        """Remove what only going on needs, after the run has ended."""
+        """Remove what only a resumed run needs, after the run has ended."""
         if self.is_main:
-            shutil.rmtree(self.changed, ignore_errors=True)
+            for folder in (*self.earlier(), self.changed):
+                shutil.rmtree(folder, ignore_errors=True)
             self.file.unlink(missing_ok=True)
 
     def _read(self) -> None:
@@ -162,7 +173,7 @@ class Progress:
             if path not in whole and (newest is None or path.stat().st_mtime > newest.stat().st_mtime):
                 instead = newest.name if newest else "the first step"
                 reason = "is not whole, of an earlier training or without an optimizer"
-                logger.warning("%s %s; going on from %s", path, reason, instead)
+                logger.warning("%s %s; resuming from %s", path, reason, instead)
         return newest
 
     def _named(self, folder: Path) -> Path:
@@ -176,7 +187,7 @@ class Progress:
         if not _has_optimizer(folder):
             raise ValueError(
                 f"{FLAG} {folder} holds no state of the optimizer, as --save_only_model leaves it out, so training "
-                "could not go on as it was; name another, or give the folder as --model_name_or_path of a new run"
+                "could not resume as it was; name another, or give the folder as --model_name_or_path of a new run"
             )
         return folder
 
@@ -191,12 +202,12 @@ def _has_state(folder: Path) -> bool:
 
 
 def _has_optimizer(folder: Path) -> bool:
-    """Whether training can go on as it was; without one `Trainer` begins a new one and says nothing."""
+    """Whether training can resume as it was; without one `Trainer` begins a new one and says nothing."""
     return any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))  # the latter is DeepSpeed's
 
 
 def identity(training: TrainingArguments, *others: Any) -> dict[str, Any]:
-    """The arguments that a run must be gone on with, by name: these dataclasses' and most of `training`'s."""
+    """The arguments that a run must be resumed with, by name: these dataclasses' and most of `training`'s."""
     kept = {name: value for name, value in training.to_dict().items() if not name.startswith(_FREE_PREFIXES)}
     named = {field.name: getattr(part, field.name) for part in others for field in fields(part)} | kept
     named = {name: value for name, value in named.items() if name not in _FREE}
@@ -246,7 +257,7 @@ def check_weights(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
 
     `Trainer` would load those whose names fit and warn of the others.
     """
-    there = {}
+    there: dict[str, tuple[int, ...]] = {}
     for file in checkpoint.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             there |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
@@ -270,7 +281,7 @@ def check_weights(checkpoint: Path, model: PreTrainedModel | PeftModel) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say what is to be done about a full disk.
+    """Turn the errors of a full disk into one that names the remedy.
 
     Raises:
         OSError: in place of what safetensors, PyTorch and Python each raise for it.
@@ -284,6 +295,6 @@ def writing(folder: Path) -> Iterator[None]:
         if not (is_full or of_writer):
             raise
         raise OSError(
-            f"{folder} could not be written to the end ({error}): free some space and go on with {FLAG}. What was "
+            f"{folder} could not be written to the end ({error}): free some space and resume with {FLAG}. What was "
             "written before is as it was, and what is not whole will not be used"
         ) from error

@@ -1,4 +1,4 @@
-"""The same recipe on several GLUE tasks and with several seeds: one run after the other, then means and deviations.
+"""A recipe on several GLUE tasks and with several seeds: one run after the other, then means and deviations.
 
 `--task_name all --seeds 0 1 2` runs in OUTPUT_DIR/cola/seed-0, OUTPUT_DIR/cola/seed-1, ...; runs that have finished
 there are taken over. Tasks are averaged as GLUE does (Wang et al. 2018): a task's score is the mean of its metrics, and
@@ -12,11 +12,9 @@ import gc
 import itertools
 import json
 import math
-import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,13 +22,17 @@ from typing import Any
 from rich.table import Table
 from transformers import AutoConfig
 
+from hf_attnkit.experiment.arguments import parse_arguments, require_place, underscored
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.glue.data import load_glue, load_test
+from hf_attnkit.experiment.glue.splits import needed_splits
 from hf_attnkit.experiment.glue.tasks import get_task, task_names
+from hf_attnkit.experiment.publishing import versions
+from hf_attnkit.experiment.record import command, command_digest
 from hf_attnkit.experiment.report.stage_table import label
-from hf_attnkit.experiment.run import command, parse_arguments, require_place, underscored
+from hf_attnkit.models.global_reads import expect_global_reads
 
-COSTS = ("work_seconds", "work_peak_memory_bytes", "evaluation_seconds", "peak_memory_bytes", "seconds_per_batch")
+COSTS = ("work_seconds", "work_peak_memory_bytes", "evaluation_seconds", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -44,40 +46,42 @@ class OneRun:
     command: list[str]
 
 
-def runs(*kinds: Any, **options: bool) -> Iterator[tuple[Any, ...]]:
-    """Parse the command line and give the arguments of each run, as `parse_arguments` does; sum up after the last.
+def run_each(run: Callable[..., None], *kinds: Any, **options: bool) -> None:
+    """Parse the command line, call `run` with the arguments of each of its runs, and sum up where there are several.
 
     Args:
+        run: makes one run; takes what `parse_arguments` returns.
         kinds: the recipe's kinds of arguments, `GlueArguments` first.
-        options: those of `parse_arguments`.
+        options: `trains` and `saves` of `parse_arguments`.
 
     Raises:
         ValueError: before the first run, for a finished sweep or a run of another command in the folder, or bad data.
         FileNotFoundError, OSError: before the first run, for data or a model that is not there.
     """
-    parsed = parse_arguments(*kinds, **options)
+    parsed = parse_arguments(*kinds, **options)  # type: ignore[arg-type]  # flags, by keyword
     arguments, training = parsed[0], parsed[-1]
     tasks = task_names(arguments.task_name)
     if len(tasks) == 1 and arguments.seeds is None:
         arguments.model_name_or_path = _fill(arguments.model_name_or_path, tasks[0], training.seed)
-        yield parsed
+        run(*parsed)
         return
     output = Path(training.output_dir)
     planned = _plan(arguments, training, tasks)
     _require_more(output, planned)
-    pending = [run for run in planned if not _is_finished(run)]
-    for run in pending:
-        require_place(run.model)
-        AutoConfig.from_pretrained(run.model)
-    for task in dict.fromkeys(run.task for run in pending):
-        if get_task(task).is_labelled:
-            load_glue(task, arguments.data_dir)
+    pending = [one for one in planned if not _is_finished(one)]
+    expect_global_reads()
+    for one in pending:
+        require_place(one.model)
+        AutoConfig.from_pretrained(one.model)
+    for task in dict.fromkeys(one.task for one in pending):
+        if splits := needed_splits(get_task(task), training, parsed):
+            load_glue(task, arguments.data_dir, splits)
         if arguments.predict:
             load_test(task, arguments.data_dir)
-    for run in pending:
-        parsed = parse_arguments(*kinds, argv=run.command[1:], **options)
-        parsed[0].command = run.command
-        yield parsed
+    for one in pending:
+        parsed = parse_arguments(*kinds, argv=one.command[1:], **options)
+        parsed[0].command = one.command
+        run(*parsed)
         gc.collect()  # a trainer and its model refer to each other
     if training.process_index == 0:
         results = summarize(planned, output)
@@ -103,7 +107,7 @@ def _plan(arguments: Any, training: Any, tasks: Sequence[str]) -> list[OneRun]:
     own.add_argument("--resume_from_checkpoint", nargs="?", const="true")
     given, rest = own.parse_known_args(underscored(sys.argv[1:]))
     if given.seeds and given.seed:
-        raise ValueError(f"--seed {given.seed} has no effect beside --seeds; leave one of them out")
+        raise ValueError(f"--seed {given.seed} has no effect with --seeds; leave one of them out")
     if training.push_to_hub:
         raise ValueError("--push_to_hub pushes one model, and this command makes several; push the one that you choose")
     resume = given.resume_from_checkpoint
@@ -134,21 +138,13 @@ def _is_finished(run: OneRun) -> bool:
     file = run.folder / "results.json"
     if not file.exists():
         return False
-    found = shlex.split(json.loads(file.read_text())["command"])[1:]  # without "python"
-    wanted = shlex.split(command(run.command))[1:]
-    if _what(found) != _what(wanted):
+    results = json.loads(file.read_text())
+    if results.get("command_digest") != command_digest(run.command):
         raise ValueError(
-            f"{file} is of another command, {shlex.join(found)}, and not of {shlex.join(wanted)}; name another "
-            "--output_dir, or move that folder away"
+            f"{file} is of another command, {results['command']}, and not of {command(run.command)} with the same "
+            "folders; name another --output_dir, or move that folder away"
         )
     return True
-
-
-def _what(command: Sequence[str]) -> list[str]:
-    """A command line without what does not change its results: the script's folder, and how it was resumed."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint", nargs="?")
-    return [Path(command[0]).name, *parser.parse_known_args(command[1:])[1]]
 
 
 def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
@@ -184,18 +180,20 @@ def summarize(planned: Sequence[OneRun], output: Path) -> dict[str, Any]:
         "stages": stages,
         "averages": averages,
         "command": command(sys.argv),
-        "versions": {name: version(name) for name in ("hf_attnkit", "transformers", "torch", "accelerate")},
+        "versions": versions(),
     }
 
 
-def _stage_names(found: Mapping[tuple[str, int], Mapping], tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def _stage_names(
+    found: Mapping[tuple[str, int], Mapping[str, Any]], tasks: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
     """The names of the stages that every task has; none where tasks have other numbers of them."""
     named = [[label(stage) for stage in found[task, seeds[0]]["stages"]] for task in tasks]
     return named[0] if all(names == named[0] for names in named) else []
 
 
 def _average(
-    found: Mapping[tuple[str, int], Mapping], tasks: Sequence[str], seeds: Sequence[int], place: int
+    found: Mapping[tuple[str, int], Mapping[str, Any]], tasks: Sequence[str], seeds: Sequence[int], place: int
 ) -> dict[str, float | None]:
     return _spread(
         [fmean(get_task(task).score(found[task, seed]["stages"][place]["metrics"]) for task in tasks) for seed in seeds]
@@ -203,7 +201,7 @@ def _average(
 
 
 def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, and standard deviation of a sample (n - 1), which one value does not have, nor do values that are none."""
+    """Mean, and standard deviation of a sample (n - 1); `None` for a single value, and where a value is not finite."""
     known = len(values) > 1 and all(map(math.isfinite, values))
     return {"mean": fmean(values), "std": stdev(values) if known else None}
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.models.families import FAMILIES
+from hf_attnkit.models.global_reads import expect_global_reads
 
 
 def config_heads(config: PreTrainedConfig, index: int) -> tuple[int, int]:
@@ -108,6 +109,7 @@ def write_heads(config: PreTrainedConfig, heads: Sequence[tuple[int, int]], head
     }
     # The stock classes read the global numbers once while they build the model.
     config.allow_global_per_layer_attribute_access = True
+    expect_global_reads()
 
 
 def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:

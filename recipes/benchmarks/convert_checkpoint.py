@@ -1,9 +1,9 @@
-"""Time and peak memory of `convert_checkpoint.py` on a Llama made on the spot, beside a plain copy of its files.
+"""Time and peak memory of `convert_checkpoint.py` on a Llama made on the spot, next to a plain copy of its files.
 
     python recipes/benchmarks/convert_checkpoint.py --gib 6 --repeats 3 --methods mean pca
 
 The model is as wide as Llama 2 7B (4,096; 32 heads, all of them key/value heads; bfloat16 in shards of 2 GiB) and
-is never in memory. Copy and conversions run in turns, each conversion in a process of its own, whose start
+is never in memory. Copy and conversions run alternately, each conversion in a process of its own, whose start
 counts; both wait for the disk. The files are deleted afterwards. `pca+statistics` reads second moments of random
 correlated inputs.
 
@@ -15,7 +15,6 @@ the product of every query, key and value row with an m x m matrix in float64: t
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -28,100 +27,35 @@ import torch
 from rich.table import Table
 from transformers import LlamaConfig
 
-from hf_attnkit.conversion.checkpoints.safetensors_stream import CHUNK, Entry, Writer
-from hf_attnkit.experiment.files import show, write_json
+from hf_attnkit.experiment.benchmarking.checkpoint_files import (
+    GIB,
+    NUM_HEADS,
+    NUM_KEY_VALUE_HEADS,
+    copy,
+    llama,
+    write_model,
+    write_statistics,
+)
+from hf_attnkit.experiment.files import show
 
-GIB = 2**30
 METHODS = ("mean", "norm_mean", "first", "procrustes", "pca", "pca+statistics")
-NUM_HEADS, NUM_KEY_VALUE_HEADS = 32, 8
 COPY = "copy"
 # ru_maxrss of a child begins with what its parent held when it was started; VmHWM is the program's own peak.
 RUN = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
+import sys
+from hf_attnkit.conversion import convert_checkpoint
+source, target, number, method, *moments = sys.argv[1:]
+options = {"statistics": moments[0]} if moments else {}
+print(convert_checkpoint(source, target, num_key_value_heads=int(number), method=method, **options))
 print(open("/proc/self/status").read())
 """
 
 
-def llama(gib: float, hidden: int, vocabulary: int) -> tuple[LlamaConfig, dict[str, Entry]]:
-    """The config and tensors of a model of at least so many GiB."""
-    wide = hidden * 43 // 16
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "mlp.down_proj.weight": (hidden, wide),
-        "mlp.gate_proj.weight": (wide, hidden),
-        "mlp.up_proj.weight": (wide, hidden),
-        "post_attention_layernorm.weight": (hidden,),
-        **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "koqv"},
-    }
-    shapes: dict[str, tuple[int, ...]] = {"lm_head.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    shapes["model.embed_tokens.weight"] = (vocabulary, hidden)
-    number = 0
-    while 2 * sum(torch.Size(shape).numel() for shape in shapes.values()) < gib * GIB:
-        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
-        number += 1
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=number,
-        num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_HEADS, architectures=["LlamaForCausalLM"],
-        dtype="bfloat16", tie_word_embeddings=False,
-    )  # fmt: skip
-    return config, {name: Entry("BF16", shape, 2 * torch.Size(shape).numel()) for name, shape in shapes.items()}
-
-
-def write_model(folder: Path, config: LlamaConfig, entries: dict[str, Entry]) -> None:
-    """Random weights, some rows at a time."""
-    shards: list[dict[str, Entry]] = [{}]
-    for name, entry in entries.items():
-        if sum(e.nbytes for e in shards[-1].values()) + entry.nbytes > 2 * GIB:
-            shards.append({})
-        shards[-1][name] = entry
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    generator = torch.Generator().manual_seed(0)
-    for file, shard in zip(names, shards, strict=True):
-        with Writer(folder / file, dict(sorted(shard.items())), {"format": "pt"}) as writer:
-            for name, entry in shard.items():
-                for first in range(0, entry.shape[0], 1024):
-                    shape = (min(1024, entry.shape[0] - first), *entry.shape[1:])
-                    writer.rows(name, torch.randn(shape, generator=generator, dtype=torch.bfloat16) / 50, first)
-    weights = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    total = sum(entry.nbytes for entry in entries.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weights})
-    config.save_pretrained(folder)
-
-
-def write_statistics(path: Path, config: LlamaConfig) -> None:
-    """The second moment of 8,192 random correlated inputs, the same for each layer."""
-    hidden = config.hidden_size
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(8192, hidden, generator=generator) * torch.linspace(0.1, 2, hidden)
-    x = torch.cat([x + x.roll(1, 1), torch.ones(8192, 1)], dim=1)
-    moment = x.T @ x / 8192
-    entry = Entry("F32", (hidden + 1, hidden + 1), moment.nbytes)
-    names = [f"layers.{i}.second_moment" for i in range(config.num_hidden_layers)]
-    with Writer(path, dict.fromkeys(names, entry), {"num_tokens": "8192"}) as writer:
-        for name in names:
-            writer.rows(name, moment)
-
-
-def copy(source: Path, target: Path) -> None:
-    """Every file, read and written in the chunks of the conversion, and onto the disk."""
-    target.mkdir()
-    buffer = memoryview(bytearray(CHUNK))
-    for path in source.iterdir():
-        with open(path, "rb", buffering=0) as old, open(target / path.name, "wb", buffering=0) as new:
-            while count := old.readinto(buffer):
-                new.write(buffer[:count])
-            os.fsync(new.fileno())
-
-
 def convert(source: Path, target: Path, label: str, moments: Path) -> int:
-    """Run the recipe; its peak resident set in bytes."""
+    """Convert in a process of its own; its peak resident set in bytes."""
     method, _, with_statistics = label.partition("+")
-    arguments = [str(Path(__file__).parents[1] / "convert_checkpoint.py"), str(source), str(target)]
-    arguments += ["--num_key_value_heads", str(NUM_KEY_VALUE_HEADS), "--method", method]
-    arguments += ["--statistics", str(moments)] if with_statistics else []
+    arguments = [str(source), str(target), str(NUM_KEY_VALUE_HEADS), method]
+    arguments += [str(moments)] if with_statistics else []
     done = subprocess.run([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -134,7 +68,7 @@ def gflop(label: str, config: LlamaConfig) -> float:
     columns = (group + 4) * head if label.startswith("pca") else 0
     # Queries, keys and values times the moment.
     columns += 3 * hidden if label == "pca+statistics" else 0
-    return layers * 2 * hidden**2 * columns / 1e9
+    return float(layers * 2 * hidden**2 * columns / 1e9)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Decode speed and cache size before and after conversions to fewer key/value heads, all models in turns.
+"""Decode speed and cache size before and after conversions to fewer key/value heads, all models timed alternately.
 
     python recipes/benchmarks/decode.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --num_key_value_heads 1 \\
         --lengths 1024 2048 4096 8192 --repeats 9
@@ -16,6 +16,7 @@ import copy
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_attnkit
-from hf_attnkit.experiment.benchmarking.measure import quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import quartiles, time_alternately
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.text.run import load_causal_model
 from hf_attnkit.models.layers import attention_layers
@@ -87,7 +88,7 @@ def main() -> None:
         for length in arguments.lengths:
             caches = {name: filled_cache(model, length) for name, model in models.items()}
             steps = {name: decode_step(model, caches[name]) for name, model in models.items()}
-            times = time_in_turns(steps, arguments.repeats, original.device, lambda label: bar.update())
+            times = time_alternately(steps, arguments.repeats, original.device, lambda label: bar.update())
             for name, seconds in times.items():
                 rows.append({"length": length, "model": name, "seconds": seconds,
                              "cache_bytes": held_bytes(caches[name])})  # fmt: skip
@@ -96,7 +97,7 @@ def main() -> None:
         write_json(arguments.output_file, {"arguments": vars(arguments) | {"output_file": None}, "rows": rows})
 
 
-def print_rows(rows: list[dict], title: str) -> None:
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     """One row for each length and model; ratios are to the first model of the length."""
     table = Table(title=f"decode, batch size 1: {title}")
     table.add_column("cached tokens", justify="right")

@@ -1,11 +1,11 @@
-"""Cost of entropy scores: a model's scoring pass against its plain forward pass, in turns in one process.
+"""Cost of entropy scores: a model's scoring pass against its plain forward pass, timed alternately in one process.
 
     python recipes/benchmarks/entropy.py --length 4096
     python recipes/benchmarks/entropy.py --length 32768 --layers 1 --heads 32 --kv_heads 8 --repeats 0
 
 prints the ratio of times (median, and the quartiles of the rounds' ratios) and of peak memory. The model is a random
 Llama without a head over the vocabulary, which would cost both sides the same. Without repeats only the scoring pass
-runs, once: its peak memory beside the bytes of one layer's attention matrices.
+runs, once: its peak memory next to the bytes of one layer's attention matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 import hf_attnkit
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
         return
     calls = {"forward": plain, "entropy": scored}
     memory = {label: peak_bytes(call, device) for label, call in calls.items()}
-    times = time_in_turns(calls, options.repeats, device)
+    times = time_alternately(calls, options.repeats, device)
     ratios = [entropy / forward for entropy, forward in zip(times["entropy"], times["forward"], strict=True)]
     low, _, high = quartiles(ratios)
     medians = {label: quartiles(found)[1] for label, found in times.items()}

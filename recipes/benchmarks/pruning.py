@@ -1,4 +1,4 @@
-"""Time before and after heads are removed: the whole forward pass and its attention blocks, both models in turns.
+"""Time before and after heads are removed, of the forward pass and of its attention blocks, timed alternately.
 
     python recipes/benchmarks/pruning.py --model_name_or_path outputs/cola --fraction 0.5 --batch_size 32 --length 64
 
@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_attnkit
-from hf_attnkit.experiment.benchmarking.measure import Call, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import Call, quartiles, time_alternately
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.observing.batches import spare_options
 
 
 def attention_block(layer: AttentionLayer) -> nn.Module:
@@ -62,7 +63,7 @@ def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> Call:
 
     @torch.no_grad()
     def run() -> None:
-        model(**inputs, **hf_attnkit.observing.batches.spare_options(model))
+        model(**inputs, **spare_options(model))
 
     return run
 
@@ -101,7 +102,7 @@ def main() -> None:
     for part, kind in (("forward pass", forward), ("attention blocks", attention_blocks)):
         calls = {name: kind(model, inputs) for name, model in sides.items()}
         with tqdm(total=2 * (arguments.repeats + 1), desc=part, unit="sample") as bar:
-            times = time_in_turns(calls, arguments.repeats, full.device, lambda label: bar.update())
+            times = time_alternately(calls, arguments.repeats, full.device, lambda label: bar.update())
         rows.append({"part": part} | times)
     heads = [sum(len(layer.heads) for layer in attention_layers(model)) for model in sides.values()]
     threads = f"{torch.get_num_threads()} CPU threads"

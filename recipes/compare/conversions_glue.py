@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
+
 from hf_attnkit.experiment.comparing.conversions import ComparisonArguments, compare
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.sweep import run_each
 
 
 @dataclass
@@ -21,9 +23,15 @@ class GlueComparisonArguments(ComparisonArguments):
 
 
 def main() -> None:
-    for arguments, comparison, training in runs(GlueArguments, GlueComparisonArguments, trains=False, saves=False):
-        run = GlueRun(arguments, training, comparison)
-        compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
+    run_each(compare_conversions, GlueArguments, GlueComparisonArguments, trains=False, saves=False)
+
+
+def compare_conversions(
+    arguments: GlueArguments, comparison: GlueComparisonArguments, training: TrainingArguments
+) -> None:
+    """One run."""
+    run = GlueRun(arguments, training, comparison)
+    compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
 
 
 if __name__ == "__main__":

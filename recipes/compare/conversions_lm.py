@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.comparing.conversions import ComparisonArguments, compare
-from hf_attnkit.experiment.run import parse_arguments
 from hf_attnkit.experiment.text.data import TextArguments
 from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 

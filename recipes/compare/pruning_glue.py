@@ -11,15 +11,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
+
 from hf_attnkit.experiment.comparing.prunings import PruningComparisonArguments, compare
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
-from hf_attnkit.experiment.sweep import runs
+from hf_attnkit.experiment.sweep import run_each
 
 
 @dataclass
 class GluePruningComparisonArguments(PruningComparisonArguments):
     score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
-    refit_samples: int | None = field(default=None, metadata={"help": "Training sentences for the refit; as many."})
+    refit_samples: int | None = field(
+        default=None, metadata={"help": "Training sentences for the refit. By default as many as for the scores."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,10 +31,16 @@ class GluePruningComparisonArguments(PruningComparisonArguments):
 
 
 def main() -> None:
+    run_each(compare_prunings, GlueArguments, GluePruningComparisonArguments, saves=False)
+
+
+def compare_prunings(
+    arguments: GlueArguments, comparison: GluePruningComparisonArguments, training: TrainingArguments
+) -> None:
+    """One run."""
+    run = GlueRun(arguments, training, comparison)
     names = ("score_samples", "refit_samples")
-    for arguments, comparison, training in runs(GlueArguments, GluePruningComparisonArguments, saves=False):
-        run = GlueRun(arguments, training, comparison)
-        compare(run, comparison, {name: min(getattr(comparison, name), len(run.train_data)) for name in names})
+    compare(run, comparison, {name: min(getattr(comparison, name), len(run.train_data)) for name in names})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.comparing.prunings import PruningComparisonArguments, compare
-from hf_attnkit.experiment.run import parse_arguments
 from hf_attnkit.experiment.text.data import TextArguments
 from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 
@@ -21,7 +21,9 @@ from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 @dataclass
 class TextPruningComparisonArguments(PruningComparisonArguments):
     score_tokens: int = field(default=8192, metadata={"help": "Training tokens to score on."})
-    refit_tokens: int | None = field(default=None, metadata={"help": "Training tokens for the refit; as many."})
+    refit_tokens: int | None = field(
+        default=None, metadata={"help": "Training tokens for the refit. By default as many as for the scores."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

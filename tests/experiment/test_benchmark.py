@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import attention as benchmark_attention
-from benchmarks.attention import BenchmarkArguments, check
 from support.accuracy import assert_as_accurate
 from support.reference import Text, attend, everything, window, window_and_global
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from hf_attnkit.experiment.benchmarking import candidates as benchmark_candidates
+from hf_attnkit.experiment.benchmarking.arguments import BenchmarkArguments, check
 from hf_attnkit.experiment.benchmarking.candidates import PARTS, Problem, candidates, make_call, make_inputs
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.quantities import Bar, Side, bars, measure_bars, samples
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_rounds_are_interleaved_and_begin_with_another_candidate(monkeypatch: py
     set_clock(monkeypatch, 1.0)  # one call makes a sample
     called, stepped = [], []
     calls = {label: lambda label=label: called.append(label) for label in "abc"}
-    found = time_in_turns(calls, 4, CPU, stepped.append)
+    found = time_alternately(calls, 4, CPU, stepped.append)
     assert "".join(called) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
     assert "".join(stepped) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert {label: len(seconds) for label, seconds in found.items()} == {"a": 4, "b": 4, "c": 4}
@@ -143,7 +143,7 @@ def test_rounds_are_interleaved_and_begin_with_another_candidate(monkeypatch: py
 def test_a_short_call_is_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, 1 / 8)
     called = []
-    found = time_in_turns({"a": lambda: called.append("a")}, 2, CPU)
+    found = time_alternately({"a": lambda: called.append("a")}, 2, CPU)
     assert len(called) == 2 + 2 * 8
     assert found["a"] == [1 / 64] * 2  # the clock gives 1 / 8 for eight calls
 
@@ -247,7 +247,7 @@ def test_the_bars_have_the_sizes_that_they_are_known_by() -> None:
 def test_the_fastest_of_several_rivals_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = {"flash 23": [6.0, 9.0, 6.0], "sdpa 23": [2.0, 3.0, 4.0], "eager 23": [5.0, 1.0, 2.0]}
     monkeypatch.setattr(
-        "hf_attnkit.experiment.benchmarking.quantities.time_in_turns",
+        "hf_attnkit.experiment.benchmarking.quantities.time_alternately",
         lambda calls, *_: {name: raw[name] for name in calls},
     )
     sides = [Side(label, "forward", SMALL) for label in ("flash", "sdpa", "eager")]

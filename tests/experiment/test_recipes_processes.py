@@ -25,7 +25,7 @@ from hf_attnkit.experiment import sharding as sharded
 # accelerate shards on accelerators alone, PyTorch on the CPU as well. Where FSDP is asked for the processes are passed
 # off as a GPU's each, after their devices have been chosen. KILL_AT: the training step that they die before.
 LAUNCHED = """
-import os, runpy, signal, sys, torch, transformers
+import json, os, runpy, signal, sys, torch, transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -36,7 +36,8 @@ def passed_off(self, *arguments, **options):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     start(self, *arguments, **options)
 
-if "--fsdp" in sys.argv or "ACCELERATE_USE_FSDP" in os.environ:
+commands = json.loads(sys.argv[1])
+if "--fsdp" in commands[0] or "ACCELERATE_USE_FSDP" in os.environ:
     AcceleratorState.__init__ = passed_off
 if "KILL_AT" in os.environ:
     train, seen = transformers.Trainer.training_step, []
@@ -47,9 +48,8 @@ if "KILL_AT" in os.environ:
         return train(*arguments, **options)
     transformers.Trainer.training_step = killed
 torch.set_num_threads(1)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+for sys.argv in commands:
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 # Plain gradient descent, since Adam would turn rounding of small gradients into steps of full size. 37 sentences to
@@ -80,14 +80,15 @@ ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2",
 
 
 def launch(
-    recipe: Any, arguments: list[str], folder: Path, *, by: Sequence[str] = TORCHRUN, kill_at: int | None = None
+    runs: Sequence[tuple[Any, list[str]]], folder: Path, *, by: Sequence[str] = TORCHRUN, kill_at: int | None = None
 ) -> str:
-    """Run a recipe on two processes; what they wrote to standard error."""
+    """Run recipes one after the other on the same two processes; what these wrote to standard error."""
+    commands = json.dumps([[str(Path(recipe.__file__)), *arguments] for recipe, arguments in runs])
     (folder / "launched.py").write_text(LAUNCHED)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {} if kill_at is None else {"KILL_AT": str(kill_at)}
     done = subprocess.run(
-        [sys.executable, "-m", *by, str(folder / "launched.py"), str(Path(recipe.__file__)), *arguments],
+        [sys.executable, "-m", *by, str(folder / "launched.py"), commands],
         capture_output=True, text=True, env=environment, timeout=500,
     )  # fmt: skip
     assert (done.returncode != 0) == (kill_at is not None), done.stderr[-9000:]
@@ -107,32 +108,56 @@ def assert_same(two: Path, one: Path, start: Path) -> None:
     assert (before["classifier.weight"] - expected["classifier.weight"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("recipe", "more"), [(finetune_glue, TRAINED), (uptrain_gqa_glue, CONVERTED), (prune_heads_glue, PRUNED)]
-)
-def test_two_processes_with_half_the_batch_each_are_one(recipe, more, checkpoint, tmp_path, monkeypatch) -> None:
-    halved = ("--per_device_train_batch_size", "8")
-    launch(recipe, flags(checkpoint, tmp_path / "two", *more, *halved), tmp_path)
+RUNS = {
+    "finetune": (finetune_glue, TRAINED),
+    "uptrain": (uptrain_gqa_glue, CONVERTED),
+    "prune": (prune_heads_glue, PRUNED),
+}
+FROM_TEACHER = ("--distill", "--distill_attention_weight", "0", "--lora", "--lora_r", "4")
+SHARDED = {
+    "uptrain": RUNS["uptrain"],
+    "adapters": (uptrain_gqa_glue, (*CONVERTED, *FROM_TEACHER)),
+    "prune": RUNS["prune"],
+}
+HALVED = ("--per_device_train_batch_size", "8")
+
+
+@pytest.fixture(scope="module")
+def two(checkpoint: Path, tmp_path_factory) -> Path:
+    """Where each run is that two processes made."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(
+        [(recipe, flags(checkpoint, folder / name, *more, *HALVED)) for name, (recipe, more) in RUNS.items()], folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(checkpoint: Path, tmp_path_factory) -> Path:
+    """Where each run is that two processes made, which trained sharded."""
+    folder = tmp_path_factory.mktemp("sharded")
+    runs = [(recipe, flags(checkpoint, folder / name, *more, *HALVED, "--fsdp"))
+            for name, (recipe, more) in SHARDED.items()]  # fmt: skip
+    launch(runs, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_with_half_the_batch_each_are_one(name, two, checkpoint, tmp_path, monkeypatch) -> None:
+    recipe, more = RUNS[name]
     run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more))
-    assert_same(tmp_path / "two", tmp_path / "one", checkpoint)
+    assert_same(two / name, tmp_path / "one", checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "more"),
-    [
-        (uptrain_gqa_glue, CONVERTED),
-        (uptrain_gqa_glue, (*CONVERTED, "--distill", "--distill_attention_weight", "0", "--lora", "--lora_r", "4")),
-        (prune_heads_glue, PRUNED),
-    ],
-)
-def test_sharded_training_is_training(recipe, more, checkpoint, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_training_is_training(name, sharded_runs, checkpoint, tmp_path, monkeypatch) -> None:
     """A changed model trains sharded; its checkpoint and what is saved at the end load, and are equal."""
-    halved = ("--per_device_train_batch_size", "8", "--fsdp")
-    launch(recipe, flags(checkpoint, tmp_path / "sharded", *more, *halved), tmp_path)
+    recipe, more = SHARDED[name]
     run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more))
-    assert_same(tmp_path / "sharded", tmp_path / "one", checkpoint)
+    assert_same(sharded_runs / name, tmp_path / "one", checkpoint)
     if "--lora" not in more:  # whose checkpoints are adapters
-        last, final = (hf_attnkit.load_pretrained(tmp_path / "sharded" / name) for name in ("checkpoint-4", "."))
+        places = (sharded_runs / name / "checkpoint-4", sharded_runs / name)
+        last, final = (hf_attnkit.load_pretrained(place) for place in places)
         assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
 
 
@@ -141,7 +166,7 @@ def test_sharded_training_on_gpus(checkpoint, tmp_path) -> None:
     """What is passed off as a GPU's process above, on GPUs."""
     arguments = flags(checkpoint, tmp_path / "out", *CONVERTED, "--per_device_train_batch_size", "8", "--fsdp")
     arguments.remove("--use_cpu")
-    launch(uptrain_gqa_glue, arguments, tmp_path)
+    launch([(uptrain_gqa_glue, arguments)], tmp_path)
     last, final = (hf_attnkit.load_pretrained(tmp_path / "out" / name) for name in ("checkpoint-4", "."))
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
     before = hf_attnkit.load_pretrained(checkpoint).state_dict()
@@ -152,10 +177,10 @@ def test_a_sharded_run_that_was_killed_goes_on(checkpoint, tmp_path) -> None:
     """As accelerate launch asks for it, to what it would have been, bit for bit."""
     arguments = (*CONVERTED, "--optim", "adamw_torch", "--per_device_train_batch_size", "8", "--save_steps", "2")
     whole, killed = (flags(checkpoint, tmp_path / name, *arguments) for name in ("whole", "killed"))
-    launch(uptrain_gqa_glue, whole, tmp_path, by=ACCELERATE)
-    launch(uptrain_gqa_glue, killed, tmp_path, by=ACCELERATE, kill_at=4)
+    launch([(uptrain_gqa_glue, whole)], tmp_path, by=ACCELERATE)
+    launch([(uptrain_gqa_glue, killed)], tmp_path, by=ACCELERATE, kill_at=4)
     assert not (tmp_path / "killed" / "results.json").exists()
-    launch(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"], tmp_path, by=ACCELERATE)
+    launch([(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"])], tmp_path, by=ACCELERATE)
     recovered = json.loads((tmp_path / "killed" / "results.json").read_text())["stages"][-1]
     assert recovered["resumed_from"].endswith("checkpoint-2")
     found, expected = (hf_attnkit.load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))

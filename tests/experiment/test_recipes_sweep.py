@@ -13,6 +13,7 @@ from pathlib import Path
 import finetune_glue
 import pytest
 import uptrain_gqa_glue
+from support.fakes import never
 from support.glue_files import tiny_checkpoint, write_glue
 from support.task_runs import flags, same_predictions, server_file
 from transformers import Trainer, TrainingArguments
@@ -21,6 +22,7 @@ from hf_attnkit.experiment import sweep
 from hf_attnkit.experiment.files import write_json
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.glue.tasks import task_names
+from hf_attnkit.experiment.record import command_digest
 from hf_attnkit.experiment.report.stage_table import label
 from hf_attnkit.experiment.sweep import OneRun, summarize
 
@@ -179,10 +181,14 @@ def test_tasks_and_seeds_then_a_recipe_that_starts_from_each(glue, checkpoint, t
     assert row["metrics"]["accuracy"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert "average" in capsys.readouterr().out
 
-    # Each run's own command repeats it alone.
+    # Each run's own command repeats it alone, from where its folders are.
     alone = shlex.split(runs["mrpc/seed-1"]["command"])
     assert alone[:2] == ["python", "finetune_glue.py"] and "--seeds" not in alone
-    alone[alone.index("--output_dir") + 1] = str(tmp_path / "alone")
+    places = {"--output_dir": tmp_path / "alone", "--model_name_or_path": checkpoint, "--data_dir": glue}
+    for flag, place in places.items():
+        at = alone.index(flag) + 1
+        assert alone[at] == (first / "mrpc/seed-1" if flag == "--output_dir" else place).name
+        alone[at] = str(place)
     again = run(finetune_glue, monkeypatch, alone[2:])
     assert again["stages"][0]["metrics"] == runs["mrpc/seed-1"]["stages"][0]["metrics"]
 
@@ -191,7 +197,7 @@ def test_tasks_and_seeds_then_a_recipe_that_starts_from_each(glue, checkpoint, t
     run(uptrain_gqa_glue, monkeypatch, flags(models, "cola,mrpc", glue, tmp_path / "second", *more))
     for task in ("cola", "mrpc"):
         converted = read(tmp_path / "second" / task / "seed-1")
-        assert converted["model"] == str(first / task / "seed-1")
+        assert converted["model"]["path"] == "local"
         assert converted["stages"][0]["metrics"] == runs[f"{task}/seed-1"]["stages"][0]["metrics"]
 
 
@@ -253,13 +259,15 @@ def test_a_resumed_sweep_resumes_only_what_was_begun(glue, checkpoint, tmp_path,
     resume = ("--seeds", "0", "1", "--resume_from_checkpoint", "true")
     (tmp_path / "cola" / "seed-1" / "checkpoint-1").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *flags(checkpoint, "cola", glue, tmp_path, *resume)])
-    first, second = (parsed[-1] for parsed in sweep.runs(GlueArguments) if note(parsed))
+    called: list[tuple] = []
+    sweep.run_each(lambda *parsed: called.append(parsed) or note(parsed), GlueArguments)
+    first, second = (parsed[-1] for parsed in called)
     assert (first.resume_from_checkpoint, second.resume_from_checkpoint) == (None, "true")
 
 
 def note(parsed: tuple) -> bool:
     """Leave the results of a run that measured nothing."""
-    results = {"stages": [], "command": shlex.join(["python", *parsed[0].command])}
+    results = {"stages": [], "command_digest": command_digest(parsed[0].command)}
     write_json(Path(parsed[-1].output_dir) / "results.json", results)
     return True
 
@@ -267,7 +275,7 @@ def note(parsed: tuple) -> bool:
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [
-        ("cola", ("--seeds", "0", "1", "--seed", "3"), "--seed 3 has no effect beside --seeds"),
+        ("cola", ("--seeds", "0", "1", "--seed", "3"), "--seed 3 has no effect with --seeds"),
         ("cola,mrpc", ("--push_to_hub",), "--push_to_hub pushes one model"),
         ("cola,rte", (), "RTE"),
         ("cola,mrpc", ("--predict",), r"needs test\.tsv"),
@@ -284,7 +292,7 @@ def test_bad_input_of_a_later_run_is_named_before_the_first(
         (data / "MRPC" / "test.tsv").unlink()
     (tmp_path / "cola").symlink_to(checkpoint)
     more = tuple(word.replace("TMP", str(tmp_path)) for word in more)
-    monkeypatch.setattr(finetune_glue, "finetune", lambda *_: pytest.fail("ran before"))
+    monkeypatch.setattr(finetune_glue, "finetune", never(finetune_glue.finetune, "ran before"))
     with pytest.raises((ValueError, OSError), match=message):
         run(finetune_glue, monkeypatch, flags(checkpoint, task, data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()

@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available
 
 import hf_attnkit
+from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun, prepare_padding
-from hf_attnkit.experiment.run import parse_arguments
 from hf_attnkit.experiment.training import quantized
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.quantized import QuantizationArguments

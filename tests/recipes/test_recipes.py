@@ -19,12 +19,12 @@ from transformers import (
 )
 
 import hf_attnkit
+from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.comparing.conversions import VARIANTS, ComparisonArguments
 from hf_attnkit.experiment.files import write_json
 from hf_attnkit.experiment.glue.demo_data import make_demo_data
 from hf_attnkit.experiment.glue.metric import GlueMetric
 from hf_attnkit.experiment.glue.run import GlueArguments
-from hf_attnkit.experiment.run import parse_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -32,11 +32,14 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def test_finetune_reports_one_stage_and_changes_the_weights(checkpoint, tmp_path, monkeypatch) -> None:
     results = run(finetune_glue, monkeypatch, flags(checkpoint, tmp_path / "out"))
     (stage,) = results["stages"]
-    assert stage["stage"] == "baseline"
+    assert stage["stage"] == "fine-tuned"
     assert set(stage["metrics"]) == {"matthews_correlation", "accuracy"}
     assert stage["num_heads"] == stage["num_key_value_heads"] == [4, 4]
     assert results["task"] == "demo"
-    assert "not GLUE" in results["data"]
+    assert (results["data"]["hub_path"], results["data"]["is_benchmark"]) == ("demo", False)
+    assert results["change"] == {"kind": "fine-tuning", "title": "fine-tuned", "facts": {}}
+    assert results["actions"] == {"trained": True, "measured": True, "predicted": False}
+    assert results["timing"] is None and results["control"] is None
     before, after = hf_attnkit.load_pretrained(checkpoint), hf_attnkit.load_pretrained(tmp_path / "out")
     assert not torch.equal(before.score.weight if hasattr(before, "score") else before.classifier.weight,
                            after.score.weight if hasattr(after, "score") else after.classifier.weight)  # fmt: skip

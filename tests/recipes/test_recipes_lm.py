@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 import uptrain_gqa_lm
+from support.fakes import never
 from support.text_runs import HELD_OUT, LINES, flags, run
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import hf_attnkit
+from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.text import data as lm_data
 from hf_attnkit.experiment.text.data import Blocks, TextArguments, load_text
 from hf_attnkit.experiment.training import uptrain
@@ -62,7 +64,10 @@ def test_stages_and_a_plain_checkpoint_whose_perplexity_is_the_reported_one(
     stages = {stage["stage"]: stage for stage in results["stages"]}
     assert list(stages) == ["baseline", "changed", "recovered"]
     assert [stage["num_key_value_heads"] for stage in stages.values()] == [[4, 4], [2, 2], [2, 2]]
-    assert results["data"] == "dev.txt"
+    assert results["data"]["splits"] == {"train": "train", "evaluation": "dev.txt"}
+    assert (results["data"]["hub_path"], results["data"]["task_type"]) == ("local", "text-generation")
+    assert results["change"]["kind"] == "conversion"
+    assert results["change"]["title"] == "4 key/value heads merged into 2"
     measured = {name: stage["metrics"]["perplexity"] for name, stage in stages.items()}
     # Logits in float32; in 16 bits a relative error of 2^-8 of logits below 16 moves each of them by up to 0.06.
     tolerance = 0.06 if "--bf16" in more else 1e-5
@@ -104,7 +109,8 @@ def test_calibration_and_training_never_see_held_out_text(
         assert batches and not any("Q" in byte_tokenizer.decode(row) for batch in batches for row in batch)
     assert results["calibration_tokens"] == sum(batch.numel() for batch in seen["calibration"])
     assert results["calibration_tokens"] == 32 * results["train_samples"]
-    assert results["data"] == f"both.txt, last {percentage}%"
+    assert results["data"]["name"] == "both.txt"
+    assert results["data"]["splits"]["evaluation"] == f"the last {percentage}% of the documents"
 
 
 def test_blocks_are_the_text_in_order_and_the_rest_is_dropped(byte_tokenizer, monkeypatch) -> None:
@@ -143,7 +149,7 @@ def test_wikitext_is_the_default_and_its_validation_split_is_held_out(monkeypatc
     read = load_text(TextArguments())
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1")]
     assert list(read.train) == rows["train"]["text"] and list(read.validation) == rows["validation"]["text"]
-    assert "wikitext-2-raw-v1, validation" in read.data
+    assert (read.name, read.split) == ("wikitext", "validation")
     with pytest.raises(ValueError, match="validation_split_percentage 10 has no effect"):
         load_text(TextArguments(validation_split_percentage=10))
 
@@ -200,7 +206,7 @@ BAD = [
 def test_bad_input_is_named_before_anything_is_measured(
     wrong, message, text_checkpoint, text, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(uptrain_gqa_lm.LanguageModelRun, "evaluate", lambda *_: pytest.fail("measured before"))
+    monkeypatch.setattr(uptrain_gqa_lm.LanguageModelRun, "evaluate", never(Run.evaluate, "measured before"))
     wrong = [str(text[1]) if word == "DEV" else word for word in wrong]
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(monkeypatch, flags(text_checkpoint, tmp_path / "out", text, *wrong))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import prune_heads_glue
 import pytest
@@ -16,10 +17,12 @@ from compare.pruning_glue import GluePruningComparisonArguments
 from support.recipe_runs import flags, run
 
 import hf_attnkit
+from hf_attnkit.experiment import pruning_rounds
 from hf_attnkit.experiment.comparing.prunings import parse_variant
 from hf_attnkit.experiment.glue.demo_data import make_demo_data
 from hf_attnkit.experiment.pruning import parse_options
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.pruning import select_for_target
 
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 
@@ -98,11 +101,13 @@ def test_what_remains_is_the_models_that_the_library_prunes(checkpoint, tokenize
 def test_latency_target_chooses_as_few_heads_as_it_takes(checkpoint, tmp_path, monkeypatch) -> None:
     """With a clock that counts heads instead of seconds."""
 
-    def share(untouched, model, inputs, repeats=5):
+    def share(untouched, model, inputs, repeats, clock=None):
         left, total = (sum(len(layer.heads) for layer in attention_layers(m)) for m in (model, untouched))
         return 0.5 + 0.5 * left / total
 
-    monkeypatch.setattr(hf_attnkit.pruning.select_for_target, "forward_share", share)
+    fake = create_autospec(select_for_target.forward_share, side_effect=share)
+    for module in (select_for_target, pruning_rounds):
+        monkeypatch.setattr(module, "forward_share", fake)
     more = ("--latency_target", "0.7", "--prune_steps", "2", "--importance", "magnitude", "--refit", "none")
     results = run(prune_heads_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more, "--do_eval"))
     rounds = results["stages"][1:]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import create_autospec
 
 import finetune_glue
 import pytest
 import swap_attention_glue
 from huggingface_hub import ModelCard
+from support.fakes import never
 from support.models import build
 from support.recipe_runs import flags, run
 from support.unchanged import unchanged
@@ -15,6 +17,8 @@ from support.unchanged import unchanged
 import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
+from hf_attnkit.experiment.run import Run
+from hf_attnkit.experiment.training import train
 
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 
@@ -54,7 +58,8 @@ def test_a_file_says_it_layer_by_layer(checkpoint, tmp_path, monkeypatch) -> Non
 @only_bert
 def test_linear_attention_trains_without_entropies_and_says_so(checkpoint, tmp_path, monkeypatch) -> None:
     warned = []
-    monkeypatch.setattr("hf_attnkit.experiment.run.logger.warning", lambda message, *_: warned.append(message))
+    fake = create_autospec(train.logger.warning, side_effect=warned.append)
+    monkeypatch.setattr(train.logger, "warning", fake)
     more = ("--attention", "linear", "--attention_options", "feature_map=hedgehog")
     with pytest.warns(UserWarning, match="linear attention is another function"):
         results = run(swap_attention_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *more))
@@ -77,7 +82,7 @@ BAD = [
     (("--attention", 'FILE{"0": ["mha"]}'), "layer 0"),
     (("--attention", 'FILE{"2": "mha"}'), "layer 2"),
     (("--attention", "FILE{}"), "no layer to swap"),
-    (("--attention", 'FILE{"0": "mha"}', "--attention_options", "window=2"), "has no effect beside"),
+    (("--attention", 'FILE{"0": "mha"}', "--attention_options", "window=2"), "has no effect with"),
     (("--attention", "mha", "--lora_r", "4"), "without --lora"),
     (("--attention", "mha", "--distill", "--do_eval"), "--distill has no effect without training"),
     (("--attention", "linear", "--attention_options", "feature_map=hedgehog", "--lora"), "leave --lora out"),
@@ -87,7 +92,7 @@ BAD = [
 @only_bert
 @pytest.mark.parametrize(("wrong", "message"), BAD)
 def test_bad_input_is_named_before_anything_is_measured(wrong, message, checkpoint, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(swap_attention_glue.GlueRun, "evaluate", lambda *_, **__: pytest.fail("measured before"))
+    monkeypatch.setattr(swap_attention_glue.GlueRun, "evaluate", never(Run.evaluate, "measured before"))
     given = list(wrong)
     if given[1].startswith("FILE"):
         (tmp_path / "mapping.json").write_text(given[1].removeprefix("FILE"))

@@ -134,8 +134,8 @@ def _eager(problem: Problem) -> Attend:
     return lambda *inputs: eager_attention_forward(module, *inputs, mask, scaling)[0].transpose(1, 2)
 
 
-def _matrix(problem: Problem, make: Callable, visible: Callable, **more: Any) -> Tensor:
-    return make(
+def _matrix(problem: Problem, make: Callable[..., Any], visible: Callable[..., Any], **more: Any) -> Tensor:
+    mask: Tensor = make(
         batch_size=1,
         q_length=problem.queries,
         kv_length=problem.length,
@@ -145,6 +145,7 @@ def _matrix(problem: Problem, make: Callable, visible: Callable, **more: Any) ->
         device=problem.device,
         **more,
     )
+    return mask
 
 
 def _sdpa(problem: Problem) -> Attend:
@@ -271,6 +272,7 @@ def make_call(candidate: Candidate, problem: Problem, part: str) -> Call:
 
         return forward
 
-    inputs = tuple(tensor.requires_grad_() for tensor in inputs)
+    for tensor in inputs:
+        tensor.requires_grad_()
     gradient = torch.randn_like(inputs[0])
     return lambda: torch.autograd.grad(attend(*inputs), inputs, gradient)

@@ -1,4 +1,4 @@
-"""Time and peak memory of functions that compete, measured in turns within one process.
+"""Time and peak memory of functions that compete, measured alternately within one process.
 
 Clocks, caches and neighbours drift over minutes, so one side after the other compares the hours, not
 the functions. Here every repetition runs each function once, beginning with another one each time,
@@ -22,7 +22,7 @@ SAMPLE = 0.02
 MOST_CALLS = 200
 
 
-def time_in_turns(
+def time_alternately(
     calls: Mapping[str, Call], repeats: int, device: torch.device, step: Callable[[str], object] = lambda label: None
 ) -> dict[str, list[float]]:
     """Seconds per call, `repeats` numbers for each label; the numbers at one index belong to one round.

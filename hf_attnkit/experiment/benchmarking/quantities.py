@@ -1,4 +1,4 @@
-"""The bars that the attention implementations are held to, each a ratio of two sides measured in turns.
+"""The bars that the attention implementations are held to, each a ratio of two sides timed alternately.
 
 Both sides of a ratio run in the same rounds, so the bar does not depend on how fast the machine is.
 """
@@ -21,7 +21,7 @@ from hf_attnkit.experiment.benchmarking.candidates import (
     flex_failure,
     make_call,
 )
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_in_turns
+from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 
 UNIT = 4096  # tokens; every length of a bar is a multiple or a fraction
 
@@ -171,7 +171,7 @@ def _measure(bar: Bar, repeats: int, step: Callable[[str], object]) -> dict[str,
             step(name)
             raw[name] = [float(peak_bytes(call, device))]
     else:
-        raw = time_in_turns(calls, repeats, device, step)
+        raw = time_alternately(calls, repeats, device, step)
     medians = {name: quartiles(values)[1] for name, values in raw.items()}
     best = min((side.name for side in bar.under), key=lambda name: medians[name])
     ratio = medians[bar.over.name] / medians[best]

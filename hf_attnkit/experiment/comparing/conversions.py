@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 from transformers import set_seed
@@ -16,6 +16,7 @@ from hf_attnkit.conversion.methods.table import uses_statistics
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.files import show, write_json
+from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.models.layers import editable_layers
 
@@ -28,7 +29,10 @@ VARIANTS = [
 
 @dataclass
 class ComparisonArguments:
-    num_key_value_heads: list[int] = field(metadata={"help": "Numbers of key/value heads to convert to, in turn."})
+    reads_training_data: ClassVar[bool] = True
+    num_key_value_heads: list[int] = field(
+        metadata={"help": "Numbers of key/value heads to convert to, one after the other."}
+    )
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS),
         metadata={
@@ -80,6 +84,11 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
             run.evaluate("changed", variant=variant)
             print(f"{number} key/value heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
     run.model = original
+    run.done = Change(
+        "comparison",
+        f"{len(arguments.variants)} ways to merge key/value heads compared",
+        {"variants": arguments.variants},
+    )
     facts = {
         "num_key_value_heads": arguments.num_key_value_heads,
         "variants": arguments.variants,
@@ -89,16 +98,14 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
     if run.training.should_save:
         write_json(run.output / "results.json", results)
         run.progress.remove()
-        print_comparison(results)
+        print_comparison(results, str(run.data))
 
 
-def print_comparison(results: Mapping[str, Any]) -> None:
+def print_comparison(results: Mapping[str, Any], data: str) -> None:
     """One row per variant, one column per number of heads: the task's first metric."""
     baseline, *others = results["stages"]
     metric = next(iter(baseline["metrics"]))
-    table = Table(
-        title=f"{results['task']} ({results['data']}), {metric}; untouched: {baseline['metrics'][metric]:.4g}"
-    )
+    table = Table(title=f"{results['task']} ({data}), {metric}; untouched: {baseline['metrics'][metric]:.4g}")
     table.add_column("")
     for number in results["num_key_value_heads"]:
         table.add_column(f"{baseline['num_key_value_heads'][0]} -> {number}", justify="right")

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.pruning import REFITS, Scoring, SelectionArguments, parse_options, prune
+from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.run import Run
 
 VARIANTS = [
@@ -25,8 +26,10 @@ VARIANTS = [
 
 @dataclass
 class PruningComparisonArguments(SelectionArguments):
+    reads_training_data: ClassVar[bool] = True
     prune_fractions: list[float] = field(
-        default_factory=lambda: [0.1, 0.3, 0.5, 0.6, 0.7], metadata={"help": "Shares of all heads to remove, in turn."}
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.6, 0.7],
+        metadata={"help": "Shares of all heads to remove, one after the other."},
     )
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS),
@@ -116,12 +119,15 @@ def compare(run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str,
             if run.training.do_train:
                 _recover(run, run.model, **facts)
     run.model = original
+    run.done = Change(
+        "comparison", f"{len(arguments.variants)} ways to choose heads compared", {"variants": arguments.variants}
+    )
     compared = {name: getattr(arguments, name) for name in ("prune_fractions", "variants", "refits")}
     results = run.results(**compared, **arguments.selection(), **sizes, scores=maps)
     if run.training.should_save:
         write_json(run.output / "results.json", results)
         run.progress.remove()
-        print_comparison(results)
+        print_comparison(results, str(run.data))
 
 
 def _recover(run: Run, model: Any, **facts: Any) -> None:
@@ -138,7 +144,7 @@ def rows_of(scores: Tensor) -> list[list[float | None]]:
     return [[None if math.isnan(score) else score for score in row] for row in scores.tolist()]
 
 
-def print_comparison(results: Mapping[str, Any]) -> None:
+def print_comparison(results: Mapping[str, Any], data: str) -> None:
     """For each stage one row per variant and refit, one column per share of heads: the task's first metric."""
     baseline = results["stages"][0]
     metric = next(iter(baseline["metrics"]))
@@ -147,7 +153,7 @@ def print_comparison(results: Mapping[str, Any]) -> None:
         if not stages:
             continue
         untouched = next((stage for stage in stages if "variant" not in stage), baseline)["metrics"][metric]
-        table = Table(title=f"{results['task']} ({results['data']}), {name}, {metric}; untouched: {untouched:.4g}")
+        table = Table(title=f"{results['task']} ({data}), {name}, {metric}; untouched: {untouched:.4g}")
         for heading in ("heads removed", "refit", *(f"{fraction:.0%}" for fraction in results["prune_fractions"])):
             table.add_column(heading, justify="left" if heading in ("heads removed", "refit") else "right")
         found = {

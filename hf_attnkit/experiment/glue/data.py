@@ -1,4 +1,4 @@
-"""Load one GLUE task (Wang et al. 2018) from the hub, the benchmark's own TSV files or a saved `datasets` folder."""
+"""Load one task from the hub, TSV files in the layout of GLUE (Wang et al. 2018) or a saved `datasets` folder."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from hf_attnkit.experiment.glue.demo_data import make_demo_data
 from hf_attnkit.experiment.glue.tasks import Task, get_task
 from hf_attnkit.experiment.glue.tsv import find_files, read_tsv, require_order
 
-HUB_NAME = "nyu-mll/glue"
 
-
-def load_glue(task_name: str, data_dir: str | os.PathLike | None = None) -> datasets.DatasetDict:
-    """Load the labelled splits of one task.
+def load_glue(
+    task_name: str, data_dir: str | os.PathLike[str] | None = None, splits: Sequence[str] | None = None
+) -> datasets.DatasetDict:
+    """Load labelled splits of one task.
 
     Args:
-        task_name: A name in `glue_tasks.TASKS`, but not `"ax"`, of which nothing is labelled. `"demo"` gives
+        task_name: A name in `tasks.TASKS`, but not `"ax"`, of which nothing is labelled. `"demo"` gives
             this project's own sentences (`demo_data.py`), which are not GLUE.
-        data_dir: `None` loads `nyu-mll/glue` from the hub. A folder holds the benchmark's TSV files or
-            what `DatasetDict.save_to_disk` wrote: for all tasks (`data_dir/CoLA/train.tsv`, a saved
+        data_dir: `None` loads from the hub, GLUE's tasks from `nyu-mll/glue`. A folder holds the benchmark's TSV files
+            or what `DatasetDict.save_to_disk` wrote: for all tasks (`data_dir/CoLA/train.tsv`, a saved
             `data_dir/cola`) or for one (`data_dir/train.tsv`, a saved `data_dir`); the first wins if
             both are there.
+        splits: Those that are needed, of `train` and the task's `dev_splits`; nothing else has to be there. By default
+            all.
 
     Returns:
         Splits `train` and `validation` (mnli: `train`, `validation_matched` and
@@ -45,19 +47,21 @@ def load_glue(task_name: str, data_dir: str | os.PathLike | None = None) -> data
             reached.
     """
     task = get_task(task_name)
-    if task.tsv is None:
+    splits = ("train", *task.dev_splits) if splits is None else splits
+    if task.name == "demo":
         if data_dir is not None:
             raise ValueError(
                 f"data_dir={str(data_dir)!r} was given with task {task.name!r}, which is made by "
                 "hf_attnkit/experiment/glue/demo_data.py and reads no files: leave data_dir out."
             )
-        return make_demo_data().select_columns([*task.text_columns, "label"])
+        made = make_demo_data().select_columns([*task.text_columns, "label"])
+        return datasets.DatasetDict({split: made[split] for split in splits})
     if not task.is_labelled:
         raise ValueError(f"Task {task.name!r} has no labels to train on or to measure with: use load_test.")
-    return _load(task, data_dir, labelled=True)
+    return _load(task, data_dir, splits, labelled=True)
 
 
-def load_test(task_name: str, data_dir: str | os.PathLike | None = None) -> dict[str, datasets.Dataset]:
+def load_test(task_name: str, data_dir: str | os.PathLike[str] | None = None) -> dict[str, datasets.Dataset]:
     """Load the splits whose labels GLUE keeps, by the names of the files that its server wants.
 
     Args:
@@ -74,7 +78,7 @@ def load_test(task_name: str, data_dir: str | os.PathLike | None = None) -> dict
     task = get_task(task_name)
     if not task.test_splits:
         raise ValueError(f"Task {task.name!r} has no test split to predict: leave --predict out.")
-    loaded = _load(task, data_dir, labelled=False)
+    loaded = _load(task, data_dir, task.test_splits, labelled=False)
     tests = {file: loaded[split] for split, file in zip(task.test_splits, task.prediction_files, strict=True)}
     if task.name == "mnli":
         try:
@@ -84,21 +88,22 @@ def load_test(task_name: str, data_dir: str | os.PathLike | None = None) -> dict
     return tests
 
 
-def _load(task: Task, data_dir: str | os.PathLike | None, *, labelled: bool) -> datasets.DatasetDict:
-    splits = ("train", *task.dev_splits) if labelled else task.test_splits
+def _load(
+    task: Task, data_dir: str | os.PathLike[str] | None, splits: Sequence[str], *, labelled: bool
+) -> datasets.DatasetDict:
     if data_dir is None:
-        return _checked(task, _from_hub(task), splits, f"the hub's {HUB_NAME}", labelled=labelled)
+        return _checked(task, _from_hub(task), splits, f"the hub's {task.hub_path}", labelled=labelled)
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"data_dir {str(folder)!r} is not an existing folder: give the folder that holds "
-            f"{_first_file(task)}, or leave data_dir out to load from the hub."
+            f"data_dir {str(folder)!r} is not an existing folder: give the folder that holds {_first_file(task)}"
+            f"{', or leave data_dir out to load from the hub' * (task.hub_path is not None)}."
         )
     saved = _saved_folder(task, folder)
     if saved is not None:
         return _checked(task, datasets.load_from_disk(saved), splits, str(saved), labelled=labelled)
     loaded = datasets.DatasetDict()
-    for split, path in find_files(task, folder, labelled=labelled).items():
+    for split, path in find_files(task, folder, splits).items():
         columns = read_tsv(task, path, labelled=labelled)
         loaded[split] = datasets.Dataset.from_dict(columns, features=_features(task, labelled), split=split)
     return loaded
@@ -114,17 +119,23 @@ def _features(task: Task, labelled: bool) -> datasets.Features:
 
 
 def _from_hub(task: Task) -> datasets.DatasetDict:
+    if task.hub_path is None:
+        raise FileNotFoundError(
+            f"Task {task.name!r} has no dataset on the hub: give data_dir, a folder with {_first_file(task)}."
+        )
     try:
-        return datasets.load_dataset(HUB_NAME, task.name)
+        return datasets.load_dataset(task.hub_path, task.hub_config)
     except (ConnectionError, FileNotFoundError, ValueError) as error:  # the last: a cache without this task, offline
         raise FileNotFoundError(
-            f"Task {task.name!r} could not be loaded from the hub's {HUB_NAME} ({error}): go "
+            f"Task {task.name!r} could not be loaded from the hub's {task.hub_path} ({error}): go "
             f"online, or give data_dir, a folder with {_first_file(task)}."
         ) from error
 
 
 def _first_file(task: Task) -> str:
-    return f"{task.folder}/{(task.tsv.train_file if task.is_labelled else task.tsv.test_files[0])}"
+    if task.tsv is None:
+        return f"{task.folder}/dataset_dict.json"
+    return f"{task.folder}/{task.tsv.train_file if task.is_labelled else task.tsv.test_files[0]}"
 
 
 def _saved_folder(task: Task, data_dir: Path) -> Path | None:
@@ -143,7 +154,7 @@ def _saved_folder(task: Task, data_dir: Path) -> Path | None:
                 f"{', '.join(('train', *task.dev_splits, *task.test_splits))} instead."
             )
         return None
-    names = (task.tsv.train_file, *task.tsv.dev_files, *task.tsv.test_files)
+    names = task.split_files(("train", *task.dev_splits, *task.test_splits)) if task.tsv else []
     written = [place / name for place in places for name in names if (place / name).is_file()]
     if written:
         raise ValueError(
@@ -195,7 +206,7 @@ def _check_labels(task: Task, rows: datasets.Dataset, where: str) -> None:
     _refuse(where, "label", values, lambda label: isinstance(label, int) and label in ids, allowed)
 
 
-def _refuse(where: str, column: str, values: list, allowed: Callable[[Any], bool], expected: str) -> None:
+def _refuse(where: str, column: str, values: list[Any], allowed: Callable[[Any], bool], expected: str) -> None:
     """Raise `ValueError` for the values that are not allowed, counting rows from 0."""
     wrong = [(row, value) for row, value in enumerate(values) if not allowed(value)]
     if wrong:

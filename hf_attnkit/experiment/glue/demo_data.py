@@ -1,6 +1,6 @@
 """Acceptability minimal pairs from a small grammar of this project: demo data, NOT GLUE.
 
-They stand in for CoLA where neither data nor network is at hand. The form is BLiMP's (Warstadt et
+They replace CoLA where neither data nor network is at hand. The form is BLiMP's (Warstadt et
 al. 2020): two sentences that differ in one place, one acceptable and one not. Grammar and
 vocabulary are this project's own.
 
@@ -77,7 +77,7 @@ def make_demo_data(seed: int = 0) -> datasets.DatasetDict:
         `train` (2,000 rows) and `validation` (500 rows), which share no content word. Columns:
         `sentence` (str), `label` (1 acceptable, 0 not; half each) and `phenomenon` (str, one of
         five, a fifth each). No sentence occurs twice. Rows are shuffled, so that the two sentences
-        of a pair do not stand side by side; `make_pairs` gives them as pairs.
+        of a pair are not next to each other; `make_pairs` gives them as pairs.
     """
     features = datasets.Features(
         {
@@ -136,7 +136,7 @@ class _Draw:
         self.rng = rng
 
     def word(self, kind: str) -> str:
-        return self.rng.choice(getattr(self.lexicon, kind).split())
+        return str(self.rng.choice(getattr(self.lexicon, kind).split()))
 
     def two(self, kind: str) -> list[str]:
         return self.rng.sample(getattr(self.lexicon, kind).split(), 2)

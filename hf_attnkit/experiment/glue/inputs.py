@@ -24,7 +24,7 @@ def check_max_length(max_length: int, task: Task, tokenizer: Any, model: PreTrai
         raise ValueError(f"--max_length {max_length} is longer than the model's {most} positions; give at most {most}")
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2)
     if max_length <= special:
-        raise ValueError(f"--max_length {max_length} leaves no room beside {special} special tokens; give more")
+        raise ValueError(f"--max_length {max_length} leaves no room next to {special} special tokens; give more")
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -59,7 +59,7 @@ def tokenized(
         ValueError: an input without any token, which no model can read; names the row, counted from 0.
     """
 
-    def encode(batch: dict[str, list]) -> dict[str, Any]:
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [batch[column] for column in task.text_columns]
         encoded = dict(tokenizer(*texts, truncation=True, max_length=max_length))
         lengths = [len(ids) for ids in encoded["input_ids"]]

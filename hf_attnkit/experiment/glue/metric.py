@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -24,20 +25,20 @@ def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
     # scikit-learn gives 0.0 here too, but warns when both are constant.
     if _is_constant(predictions) or _is_constant(references):
         return 0.0
-    return matthews_corrcoef(references, predictions)
+    return float(matthews_corrcoef(references, predictions))
 
 
-def _correlation(statistic: Callable) -> Callable[[np.ndarray, np.ndarray], float]:
+def _correlation(statistic: Callable[..., Any]) -> Callable[[np.ndarray, np.ndarray], float]:
     def correlate(predictions: np.ndarray, references: np.ndarray) -> float:
         # Undefined: scipy warns for constant values and raises for a single one.
         if _is_constant(predictions) or _is_constant(references):
             return float("nan")
-        return statistic(predictions, references).statistic
+        return float(statistic(predictions, references).statistic)
 
     return correlate
 
 
-_METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+_METRICS: dict[str, Callable[..., float]] = {
     "accuracy": lambda predictions, references: accuracy_score(references, predictions),
     "f1": lambda predictions, references: f1_score(references, predictions, zero_division=0.0),
     "matthews_correlation": _matthews,
@@ -82,7 +83,7 @@ class GlueMetric(evaluate.Metric):
 
     def _build_data_dir(self) -> str:
         # The base class makes this folder; nothing here writes into it.
-        return self._data_dir_root
+        return str(self._data_dir_root)
 
     def _finalize(self) -> None:
         if not len(self):

@@ -23,7 +23,7 @@ def write_predictions(path: Path, task: Task, answers: np.ndarray) -> None:
     """
     if task.is_regression:
         written = [f"{score:.3f}" for score in np.clip(answers, 0.0, 5.0)]
-    elif task.tsv.label_kind == "word":
+    elif task.layout.label_kind == "word":
         written = [task.label_names[answer] for answer in answers]
     else:
         written = [str(answer) for answer in answers]

@@ -21,12 +21,15 @@ from transformers import (
 )
 
 import hf_attnkit
-from hf_attnkit.experiment.glue.data import HUB_NAME, load_glue, load_test
+from hf_attnkit.experiment.arguments import RunArguments, require_place
+from hf_attnkit.experiment.glue.data import load_glue, load_test
 from hf_attnkit.experiment.glue.inputs import check_max_length, tokenized
 from hf_attnkit.experiment.glue.metric import GlueMetric
 from hf_attnkit.experiment.glue.predictions import write_predictions
-from hf_attnkit.experiment.glue.tasks import Task, get_task, task_names
-from hf_attnkit.experiment.run import Run, RunArguments, require_place
+from hf_attnkit.experiment.glue.splits import needed_splits
+from hf_attnkit.experiment.glue.tasks import get_task, task_names
+from hf_attnkit.experiment.record import Data
+from hf_attnkit.experiment.run import Run
 from hf_attnkit.models.layers import attention_layers
 
 
@@ -40,26 +43,27 @@ class GlueArguments(RunArguments):
     task_name: str = field(
         metadata={
             "help": "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, several with commas between, all (of these), "
-            "ax (the diagnostic set, to predict alone), or demo (made here, not GLUE)."
+            "ax (the diagnostic set, to predict alone), demo (made by this project, not GLUE), or another row of TASKS."
         }
     )
     seeds: list[int] | None = field(
-        default=None, metadata={"help": "Run with each of these seeds and tell mean and standard deviation."}
+        default=None, metadata={"help": "Run with each of these seeds and report mean and standard deviation."}
     )
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder in the GLUE benchmark's TSV layout or saved by datasets; the hub's nyu-mll/glue by default."
+            "help": "Folder in the GLUE benchmark's TSV layout or saved by datasets; by default the task's dataset on "
+            "the hub, nyu-mll/glue for those of GLUE."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many examples, the first ones."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many examples, the first ones."})
     max_length: int = field(default=128, metadata={"help": "Longer inputs are truncated, in tokens."})
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start the head anew where the model's has another number of classes."}
+        default=False, metadata={"help": "Start with a new head where the model's has another number of classes."}
     )
     predict: bool = field(
-        default=False, metadata={"help": "Write the final model's test predictions as the GLUE server takes them."}
+        default=False, metadata={"help": "Also write the final model's test predictions as the GLUE server takes them."}
     )
     command: list[str] | None = field(default=None, init=False)  # what repeats this run alone, where it is one of many
 
@@ -76,13 +80,6 @@ class GlueArguments(RunArguments):
     def only_predicts(self) -> bool:
         """Whether the task has nothing to train on or to measure."""
         return self.task_name == "ax"
-
-
-def describe(task: Task) -> str:
-    """What the numbers were measured on, for every place that shows them."""
-    if task.folder is None:
-        return "demo data made by this project, not GLUE"
-    return "GLUE dev set" if task.is_labelled else "GLUE diagnostic set"
 
 
 def prepare_padding(tokenizer: Any) -> None:
@@ -120,13 +117,11 @@ class GlueRun(Run):
         arguments: GlueArguments,
         training: TrainingArguments,
         *others: Any,
-        needs_training_data: bool = True,
         load_options: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
-            others: as `Run`.
-            needs_training_data: `False` also takes a task that has nothing to train on or to measure.
+            others: as `Run`. Where one has a true `reads_training_data`, training data is read without training, too.
             load_options: of `load_pretrained`.
         """
         limits = ("max_train_samples", "max_eval_samples", "max_length")
@@ -141,21 +136,14 @@ class GlueRun(Run):
                 f"--label_smoothing_factor {training.label_smoothing_factor} has no meaning for the scores of "
                 f"{self.task.name!r}; leave it out"
             )
-        self.task_name, self.data = self.task.name, describe(self.task)
-        self.dataset = {
-            "id": HUB_NAME if self.task.folder else None,
-            "name": f"GLUE {self.task.folder}" if self.task.folder else "demo data, not GLUE",
-            "config": self.task.name,
-            "split": "validation",
-            "language": "en",
-            "task_type": "text-classification",
-        }
-        if not self.task.is_labelled and needs_training_data:
+        self.task_name = self.task.name
+        if not self.task.is_labelled and any(getattr(other, "reads_training_data", False) for other in others):
             raise ValueError(
                 f"task {self.task_name!r} has no training data, which this recipe needs; see finetune_glue.py"
             )
         source = (arguments.task_name, arguments.data_dir)
-        data = load_glue(*source) if self.task.is_labelled else {}
+        splits = needed_splits(self.task, training, others)
+        data = load_glue(*source, splits) if splits else {}
         tests = load_test(*source) if arguments.predict else {}
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
         prepare_padding(self.tokenizer)
@@ -170,9 +158,7 @@ class GlueRun(Run):
             }
             self.test_data = {name: self._tokenized(name, tests) for name in tests}
         self.eval_data = next(iter(self.dev_data.values()), None)
-        if any(len(rows) < len(data[name]) for name, rows in self.dev_data.items()):
-            self.data += f", the first {arguments.max_eval_samples} examples"
-            self.dataset["split"] = f"validation[:{arguments.max_eval_samples}]"
+        self.data = self._describe_data(data)
 
     def load_model(self, path: str) -> PreTrainedModel:
         """A classifier with the task's classes."""
@@ -180,7 +166,7 @@ class GlueRun(Run):
         own = AutoConfig.from_pretrained(path).label2id or {}
         options: dict[str, Any] = self.load_options | {
             "num_labels": self.task.num_labels,
-            # Not as stored: small steps would be lost in the rounding of 16-bit weights.
+            # Not as saved: small steps would be lost in the rounding of 16-bit weights.
             "dtype": self.arguments.dtype,
             "ignore_mismatched_sizes": self.arguments.ignore_mismatched_sizes,
             # A model remembers it from its last task, and a score would train on the loss of a single class.
@@ -188,7 +174,7 @@ class GlueRun(Run):
         }
         own = {name.lower(): number for name, number in own.items()}
         if names and set(own) == set(names):
-            # A checkpoint of this task that numbers the classes its own way keeps doing so.
+            # A checkpoint of this task keeps its own numbers of the classes.
             self.label_ids = [own[name] for name in names]
         elif not self.task.is_labelled:
             raise ValueError(
@@ -213,6 +199,25 @@ class GlueRun(Run):
         model.accepts_loss_kwargs = False
         return model
 
+    def _describe_data(self, data: Mapping[str, Any]) -> Data:
+        """What is read of `data`, the labelled splits; test data to predict has no part in the numbers."""
+        task, measured = self.task, {name: rows for name, rows in self.dev_data.items() if len(rows)}
+        used, there = (sum(len(rows[name]) for name in measured) for rows in (measured, data))
+        local = "demo" if task.name == "demo" else "local"
+        return Data(
+            name=task.folder,
+            hub_path=local if self.arguments.data_dir is not None or task.hub_path is None else task.hub_path,
+            task_type="text-classification",
+            config=task.hub_config,
+            train_split="train" if len(self.train_data) else None,
+            evaluation_split=", ".join(measured) or None,
+            train_examples=len(self.train_data) or None,
+            evaluation_examples=used or None,
+            language=task.language,
+            is_benchmark=task.is_benchmark,
+            note=f"a part of the dev set, the first {used:,} of {there:,}" if used < there else None,
+        )
+
     def _tokenized(self, name: str, data: Mapping[str, Any], limit: int | None = None) -> Any:
         """Inputs of one split of `data`, at most the first `limit`; none where there is no such split."""
         if name not in data:
@@ -223,7 +228,16 @@ class GlueRun(Run):
         return tokenized(name, rows, *options, warn=self.training.local_process_index == 0)
 
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
-        """Batches of the first `size` training sentences, like lengths together, so that little is padding."""
+        """Batches of the first `size` training sentences, sentences of similar length together to save padding.
+
+        Raises:
+            RuntimeError: no training data was read.
+        """
+        if not len(self.train_data):
+            raise RuntimeError(
+                "no training data was read, since nothing is trained: give one of the recipe's arguments classes "
+                "`reads_training_data = True`"
+            )
         rows = self.train_data.select(range(min(size, len(self.train_data))))
         rows = rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
         return DataLoader(rows, self.training.per_device_eval_batch_size, collate_fn=self.collator)
@@ -241,16 +255,16 @@ class GlueRun(Run):
         references = prediction.label_ids
         if not self.task.is_regression:
             references = np.argsort(self.label_ids)[references]  # the model's class id -> GLUE's
-        return GlueMetric(self.task.name).compute(
-            predictions=self._answers(prediction.predictions), references=references
-        )
+        answers = self._answers(prediction.predictions)
+        metrics: dict[str, float] = GlueMetric(self.task.name).compute(predictions=answers, references=references)
+        return metrics
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
         """The task's metrics on its dev set(s)."""
         metrics = {}
         for name, rows in self.dev_data.items():
             measured = trainer.evaluate(rows, metric_key_prefix=name)
-            suffix = name.removeprefix("validation")  # "", "_matched" or "_mismatched"
+            suffix = name.removeprefix("validation") if len(self.dev_data) > 1 else ""  # "_matched" or "_mismatched"
             metrics.update({f"{metric}{suffix}": measured[f"{name}_{metric}"] for metric in self.task.metrics})
         return {"metrics": metrics, "dev_samples": sum(len(rows) for rows in self.dev_data.values())}
 

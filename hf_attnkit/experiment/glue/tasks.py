@@ -1,14 +1,15 @@
-"""The table of GLUE tasks (Wang et al. 2018): columns, labels, metrics, and the TSV layout of each.
+"""The table of tasks: the columns, labels, metrics and TSV layout of each, and where its data is.
 
-A new task is one row of `TASKS`. Names and label orders are those of the hub's `nyu-mll/glue`.
+A new task is one row of `TASKS`. Those of GLUE (Wang et al. 2018) have the names and label orders of the hub's
+`nyu-mll/glue`; a row says by itself whether it is one of them, and a task of your own leaves `is_benchmark` out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class TsvLayout:
     """How the GLUE benchmark's own TSV files write a task.
 
     Attributes:
-        text_fields: Where the texts stand, in the order of `Task.text_columns`: header names, or
+        text_fields: Where the texts are, in the order of `Task.text_columns`: header names, or
             0-based positions where the files have no header.
-        label_field: Where the label stands, likewise.
+        label_field: Where the label is, likewise.
         label_kind: How a label is written: `"int"` the class id, `"word"` the class name,
             `"float"` a score from 0 to 5, both inclusive.
         columns: Columns of a row where the files have no header; `None`: the first line is a
@@ -46,11 +47,15 @@ class Task:
 
     Attributes:
         name: Name on the hub and in the recipes, e.g. `"sst2"`.
-        folder: Folder name in the benchmark's download, e.g. `"SST-2"`; `None` if it has none.
+        folder: Folder name in a download of all tasks, e.g. `"SST-2"`; reports call the task so, too.
         text_columns: The one or two text columns of the loaded dataset.
         label_names: Class names, the position is the class id; empty for regression.
         metrics: What `GlueMetric` returns, higher = better; the first is the headline.
         tsv: Layout of the TSV files; `None` if the task has none.
+        hub_path: The dataset on the hub, e.g. `"nyu-mll/glue"`; `None` if there is none, so that data has to be local.
+        hub_config: Its configuration; `None` if it has none.
+        language: Of the texts, as ISO 639 writes it; `None` if unknown.
+        is_benchmark: Whether it is a task of GLUE.
         dev_splits: Names of the development splits in the loaded dataset; none if nothing of the
             task is labelled.
         test_splits: Names of the splits whose labels GLUE keeps.
@@ -58,14 +63,29 @@ class Task:
     """
 
     name: str
-    folder: str | None
+    folder: str
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...]
     tsv: TsvLayout | None
+    hub_path: str | None = None
+    hub_config: str | None = None
+    language: str | None = None
+    is_benchmark: bool = False
     dev_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     score_metrics: tuple[str, ...] = ("accuracy", "f1", "pearson", "spearmanr")
+
+    @property
+    def layout(self) -> TsvLayout:
+        """`tsv`, of a task that has one.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.tsv is None:
+            raise ValueError(f"Task {self.name!r} has no layout of TSV files: give its row in glue/tasks.py a `tsv`.")
+        return self.tsv
 
     @property
     def is_labelled(self) -> bool:
@@ -74,9 +94,16 @@ class Task:
 
     @property
     def prediction_files(self) -> tuple[str, ...]:
-        """Names that the GLUE server wants for the predictions of each of `test_splits`."""
+        """Names for the predictions of each of `test_splits`, as the GLUE server wants them."""
         ends = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
-        return tuple(f"{self.folder}{ends[split]}.tsv" for split in self.test_splits)
+        return tuple(f"{self.folder}{ends.get(split, f'-{split}')}.tsv" for split in self.test_splits)
+
+    def split_files(self, splits: Sequence[str]) -> list[str]:
+        """The TSV file of each of these splits."""
+        named = {"train": self.layout.train_file}
+        named |= zip(self.dev_splits, self.layout.dev_files, strict=True)
+        named |= zip(self.test_splits, self.layout.test_files, strict=False)  # a task may have no test split
+        return [named[split] for split in splits]
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """What counts in GLUE's average: the mean of the task's measured metrics, those of both dev sets for mnli."""
@@ -99,10 +126,15 @@ _QUESTIONS = ("question1", "question2")
 _ACCEPTABLE = ("unacceptable", "acceptable")
 _ENTAILMENT_FIRST = ("entailment", "not_entailment")
 
+
+def _glue(name: str, **row: Any) -> Task:
+    return Task(name=name, hub_path="nyu-mll/glue", hub_config=name, language="en", is_benchmark=True, **row)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
+        _glue(
             name="cola",
             folder="CoLA",
             text_columns=_SENTENCE,
@@ -111,7 +143,7 @@ TASKS: dict[str, Task] = {
             tsv=TsvLayout(text_fields=(3,), label_field=1, columns=4, test_fields=_SENTENCE),
             score_metrics=("matthews_correlation",),
         ),
-        Task(
+        _glue(
             name="sst2",
             folder="SST-2",
             text_columns=_SENTENCE,
@@ -119,7 +151,7 @@ TASKS: dict[str, Task] = {
             metrics=("accuracy",),
             tsv=TsvLayout(text_fields=_SENTENCE, label_field="label"),
         ),
-        Task(
+        _glue(
             name="mrpc",
             folder="MRPC",
             text_columns=_SENTENCES,
@@ -127,7 +159,7 @@ TASKS: dict[str, Task] = {
             metrics=("accuracy", "f1"),
             tsv=TsvLayout(text_fields=("#1 String", "#2 String"), label_field="Quality"),
         ),
-        Task(
+        _glue(
             name="stsb",
             folder="STS-B",
             text_columns=_SENTENCES,
@@ -135,7 +167,7 @@ TASKS: dict[str, Task] = {
             metrics=("pearson", "spearmanr"),
             tsv=TsvLayout(text_fields=_SENTENCES, label_field="score", label_kind="float"),
         ),
-        Task(
+        _glue(
             name="qqp",
             folder="QQP",
             text_columns=_QUESTIONS,
@@ -143,7 +175,7 @@ TASKS: dict[str, Task] = {
             metrics=("accuracy", "f1"),
             tsv=TsvLayout(text_fields=_QUESTIONS, label_field="is_duplicate"),
         ),
-        Task(
+        _glue(
             name="mnli",
             folder="MNLI",
             text_columns=("premise", "hypothesis"),
@@ -159,7 +191,7 @@ TASKS: dict[str, Task] = {
             dev_splits=("validation_matched", "validation_mismatched"),
             test_splits=("test_matched", "test_mismatched"),
         ),
-        Task(
+        _glue(
             name="qnli",
             folder="QNLI",
             text_columns=("question", "sentence"),
@@ -171,7 +203,7 @@ TASKS: dict[str, Task] = {
                 label_kind="word",
             ),
         ),
-        Task(
+        _glue(
             name="rte",
             folder="RTE",
             text_columns=_SENTENCES,
@@ -179,7 +211,7 @@ TASKS: dict[str, Task] = {
             metrics=("accuracy",),
             tsv=TsvLayout(text_fields=_SENTENCES, label_field="label", label_kind="word"),
         ),
-        Task(
+        _glue(
             name="wnli",
             folder="WNLI",
             text_columns=_SENTENCES,
@@ -188,7 +220,7 @@ TASKS: dict[str, Task] = {
             tsv=TsvLayout(text_fields=_SENTENCES, label_field="label"),
         ),
         # The diagnostic set: for a model of mnli, and without labels.
-        Task(
+        _glue(
             name="ax",
             folder="AX",
             text_columns=("premise", "hypothesis"),
@@ -206,7 +238,8 @@ TASKS: dict[str, Task] = {
         # Not GLUE: this project's own sentences (demo_data.py), for runs without data or network.
         Task(
             name="demo",
-            folder=None,
+            folder="demo",
+            language="en",
             text_columns=_SENTENCE,
             label_names=_ACCEPTABLE,
             metrics=("matthews_correlation", "accuracy"),
@@ -218,7 +251,7 @@ TASKS: dict[str, Task] = {
 }
 
 # The nine that GLUE's average counts.
-BENCHMARK = tuple(name for name, task in TASKS.items() if task.folder and task.is_labelled)
+BENCHMARK = tuple(name for name, task in TASKS.items() if task.is_benchmark and task.is_labelled)
 
 
 def get_task(name: str) -> Task:
@@ -236,7 +269,7 @@ def task_names(written: str) -> list[str]:
     """The tasks that `--task_name` names: one, several with commas between, or `all` for the nine of GLUE.
 
     Raises:
-        ValueError: A name that is unknown, comes twice or cannot stand beside others.
+        ValueError: A name that is unknown, comes twice or has to run alone.
     """
     names = list(BENCHMARK) if written == "all" else written.split(",")
     for name in names:

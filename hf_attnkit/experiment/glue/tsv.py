@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_attnkit.experiment.glue.tasks import Task
 
-# Where the diagnostic set stands: the benchmark's own download script, others, the file as its site offers it.
+# Where the diagnostic set is: the benchmark's own download script, others, the file as its site offers it.
 _DIAGNOSTIC = ("diagnostic/diagnostic.tsv", "AX/diagnostic.tsv", "AX/AX.tsv", "AX.tsv", "diagnostic.tsv")
 
 
-def find_files(task: Task, data_dir: Path, *, labelled: bool) -> dict[str, Path]:
-    """The file of each labelled or test split, from the first of two folders that has them all.
+def find_files(task: Task, data_dir: Path, splits: Sequence[str]) -> dict[str, Path]:
+    """The file of each of these splits, from the first of two folders that has them all.
 
     Args:
         data_dir: the folder of all tasks or the task's own.
@@ -28,8 +29,7 @@ def find_files(task: Task, data_dir: Path, *, labelled: bool) -> dict[str, Path]
         if not found:
             raise FileNotFoundError(f"Task {task.name!r} needs one of {', '.join(_DIAGNOSTIC)} in {data_dir}.")
         return {task.test_splits[0]: found[0]}
-    splits = ("train", *task.dev_splits) if labelled else task.test_splits
-    names = (task.tsv.train_file, *task.tsv.dev_files) if labelled else task.tsv.test_files
+    names = task.split_files(splits)
     looked = []
     for folder in (data_dir / task.folder, data_dir):
         missing = [name for name in names if not (folder / name).is_file()]
@@ -43,7 +43,7 @@ def find_files(task: Task, data_dir: Path, *, labelled: bool) -> dict[str, Path]
     )
 
 
-def read_tsv(task: Task, path: Path, *, labelled: bool) -> dict[str, list]:
+def read_tsv(task: Task, path: Path, *, labelled: bool) -> dict[str, list[Any]]:
     """The text columns of one file and, if it is labelled, `label`, each a list over its rows.
 
     Raises:
@@ -60,7 +60,7 @@ def read_tsv(task: Task, path: Path, *, labelled: bool) -> dict[str, list]:
         if len(row) != width:
             problems.append((number, f"found {len(row)} columns, expected {width}"))
             continue
-        values = [row[position] for position in where]
+        values: list[Any] = [row[position] for position in where]
         indices += [] if index is None else [row[index]]
         if labelled:
             label = parse(values[-1])
@@ -104,11 +104,11 @@ def _positions(
 
     Takes the header, if the file has one, off `lines`.
     """
-    fields = [*task.tsv.text_fields, task.tsv.label_field]
+    fields = [*task.layout.text_fields, task.layout.label_field]
     if not labelled:
-        fields = [*(task.tsv.test_fields or task.tsv.text_fields)]
-    elif task.tsv.columns is not None:
-        return fields, task.tsv.columns, None
+        fields = [*(task.layout.test_fields or task.layout.text_fields)]
+    elif task.layout.columns is not None:
+        return fields, task.layout.columns, None
     _, header = next(lines, (1, None))
     if header is None:
         raise _empty(task, path)
@@ -124,7 +124,7 @@ def _positions(
 
 def _empty(task: Task, path: Path) -> ValueError:
     return ValueError(
-        f"{path} is empty: it needs at least one example of task {task.name!r}. Fetch it anew, or "
+        f"{path} is empty: it needs at least one example of task {task.name!r}. Download it again, or "
         "leave data_dir out to load from the hub."
     )
 
@@ -147,10 +147,10 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _label_parser(task: Task) -> tuple[Callable[[str], int | float | None], str]:
     """A function from a written label to its value (`None`: not allowed), and what is allowed."""
-    if task.tsv.label_kind == "float":
+    if task.layout.label_kind == "float":
         return _parse_score, "a number from 0 to 5"
     ids = range(len(task.label_names))
-    known = {task.label_names[i] if task.tsv.label_kind == "word" else str(i): i for i in ids}
+    known = {task.label_names[i] if task.layout.label_kind == "word" else str(i): i for i in ids}
     return known.get, ", ".join(known)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,24 +22,37 @@ from transformers import AutoConfig
 
 from hf_attnkit import available_attentions
 from hf_attnkit.experiment.files import write_text
-from hf_attnkit.experiment.report.stage_table import command_lines, heads, model_name, notes, settings, stage_table
+from hf_attnkit.experiment.report import summary
+from hf_attnkit.experiment.report.results import public, read_results, without_folders
+from hf_attnkit.experiment.report.schema import Data, Results
+from hf_attnkit.experiment.report.stage_table import heads, model_name, notes, stage_table
+from hf_attnkit.experiment.report.template import environment
 from hf_attnkit.loading import skeleton
 
 ADAPTERS = "adapter_config.json"  # of a folder that holds adapters and no model
 # A task's metric -> the hub's name for it, where they differ.
 _HUB_METRICS = {"pearson": "pearsonr"}
-_TAGS = {"importance": "head-pruning", "method": "grouped-query-attention", "lora": "lora", "distill": "distillation"}
+# Kinds of change -> tags that people search for; another kind is its own tag.
+_TAGS = {
+    "pruning": ["head-pruning"], "conversion": ["grouped-query-attention"], "swap": ["attention-swap"],
+    "adapters": ["lora"], "fine-tuning": [],
+}  # fmt: skip
+_AUTO_CLASSES = {"text-generation": "ModelForCausalLM", "text-classification": "ModelForSequenceClassification"}
 
 
 def write_card(folder: Path, results: Mapping[str, Any], name: str) -> None:
-    """Write README.md beside a saved model.
+    """Write README.md next to a saved model.
 
     Args:
         folder: holds the model.
         results: what results.json holds.
         name: of the model: its repository on the hub, or its folder.
+
+    Raises:
+        ValueError: as `read_results`.
     """
-    card = ModelCard(f"---\n{_metadata(folder, results, name).to_yaml()}\n---\n\n{_text(folder, results, name)}")
+    found, name = public(results), without_folders(name)
+    card = ModelCard(f"---\n{_metadata(folder, found, name).to_yaml()}\n---\n\n{_text(folder, found, name)}")
     write_text(folder / "README.md", str(card))
 
 
@@ -50,7 +64,8 @@ def base_model(path: str) -> str | None:
     if not card.is_file():
         return None
     named = ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model")
-    return named[0] if isinstance(named, list) else named
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) else None
 
 
 def loads_without_us(folder: Path) -> bool:
@@ -71,111 +86,113 @@ def _sizes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _metadata(folder: Path, results: Mapping[str, Any], name: str) -> ModelCardData:
-    dataset = results["dataset"]
-    metrics = results["stages"][-1]["metrics"] if results["stages"] else {}
-    evaluated = [_result(dataset, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
+def _metadata(folder: Path, results: Results, name: str) -> ModelCardData:
+    data, model = results["data"], results["model"]
+    of_model = [stage for number, stage in enumerate(results["stages"]) if number != results["control"]]
+    metrics = of_model[-1]["metrics"] if of_model else {}
+    evaluated = [_result(data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     return ModelCardData(
         library_name="peft" if (folder / ADAPTERS).is_file() else "transformers",
-        base_model=base_model(results["model"]),
-        datasets=[dataset["id"]] if dataset["id"] else None,
-        language=dataset["language"],
+        base_model=model["path"] if model["path"] != "local" else model.get("base_model"),
+        datasets=[data["hub_path"]] if _is_on_hub(data) else None,
+        language=data["language"],
         metrics=list(dict.fromkeys(result.metric_type for result in evaluated)) or None,
-        pipeline_tag=dataset["task_type"],
-        tags=["hf_attnkit", *_tags(results), "generated_from_trainer"],
+        pipeline_tag=data["task_type"],
+        tags=_tags(results),
         model_name=name,
         eval_results=evaluated or None,
     )
 
 
-def _tags(results: Mapping[str, Any]) -> list[str]:
-    named = [tag for fact, tag in _TAGS.items() if results.get(fact)]
-    return named + [kind for kind in dict.fromkeys(results.get("attention", [])) if kind in available_attentions()]
+def _is_on_hub(data: Data) -> bool:
+    return data["hub_path"] not in ("local", "demo")
 
 
-def _result(dataset: Mapping[str, Any], metric: str, value: float) -> EvalResult:
-    """One number of the last stage. MNLI's two dev sets are splits, which stand in the metric's name."""
-    plain, _, of = metric.rpartition("_") if metric.endswith("matched") else (metric, "", "")
+def _tags(results: Results) -> list[str]:
+    change, tags = results["change"], ["hf_attnkit"]
+    if change is not None:
+        tags += _TAGS.get(change["kind"], [change["kind"]])
+        kinds = change["facts"].get("attention", []) if change["kind"] == "swap" else []
+        tags += [kind for kind in dict.fromkeys(kinds) if kind in available_attentions()]
+    if results["actions"]["trained"]:
+        tags += [tag for name, tag in (("lora", "lora"), ("distill", "distillation")) if summary.flag(results, name)]
+        tags.append("generated_from_trainer")
+    return list(dict.fromkeys(tags))
+
+
+def _result(data: Data, metric: str, value: float) -> EvalResult:
+    """One number of the model. Of several splits each metric's name ends in what its split's name ends in."""
+    plain, split = metric, data["splits"]["evaluation"] or ""
+    for one in (name.strip() for name in split.split(",")):
+        ending = re.sub(r"\[.*", "", one).removeprefix("validation")
+        if ending and metric.endswith(ending):
+            plain, split = metric.removesuffix(ending), one
+    name = (
+        f"{'GLUE ' if data['is_benchmark'] else ''}{data['name']}{', not GLUE' if data['hub_path'] == 'demo' else ''}"
+    )
     return EvalResult(
-        task_type=dataset["task_type"],
-        dataset_type=dataset["id"] or dataset["name"],
-        dataset_name=dataset["name"],
-        dataset_config=dataset["config"],
-        dataset_split=dataset["split"].replace("validation", f"validation_{of}") if of else dataset["split"],
+        task_type=data["task_type"],
+        dataset_type=data["hub_path"] if _is_on_hub(data) else data["name"],
+        dataset_name=f"{name} ({data['note']})" if data["note"] else name,
+        dataset_config=data["config"],
+        dataset_split=split or None,
         metric_type=_HUB_METRICS.get(plain, plain),
         metric_name=metric,
         metric_value=value,
     )
 
 
-def _text(folder: Path, results: Mapping[str, Any], name: str) -> str:
-    header, rows = stage_table(results["stages"])
-    cells = [[f"{cell.text} ({cell.difference})" if cell.difference else cell.text for cell in row] for row in rows]
-    sections = [
-        f"# {name}",
-        f"`{results['model']}`, {_what(results)}, and measured on {results['task']} ({results['data']}) with "
-        "hf_attnkit, attention surgery for Transformers.",
-        "## What was changed",
-        _changes(results),
-        "## Results",
-        _table(header, cells) if rows else "Not measured (`--do_train` alone).",
-        *([f"In brackets: the difference to the first stage. {notes(results['stages'])}"] if rows else []),
-        "## Use",
-        _use(folder, results, name),
-        "## Reproduce",
-        f"```bash\n{command_lines(results['command'])}\n```",
-        f"Seed {results['seed']}; {results['train_samples']:,} training examples; {results['device']}; "
-        + ", ".join(f"{package} {number}" for package, number in results["versions"].items())
-        + ".",
-    ]
-    return "\n\n".join(sections) + "\n"
+def _text(folder: Path, results: Results, name: str) -> str:
+    header, rows = stage_table(results["stages"], results["timing"], results["control"])
+    needs, code = _loading(folder, results["data"]["task_type"], json.dumps(name))  # a string as Python reads it
+    return environment(markdown=True).get_template("card.md").render(
+        title=summary.title(results),
+        happened=summary.happened(results),
+        change=_heads(results) | summary.change_facts(results),
+        settings=summary.settings(results),
+        header=header,
+        rows=rows,
+        notes=notes(results["stages"], results["timing"]),
+        comparison=summary.comparison(results),
+        needs=needs,
+        loading=code,
+        command=summary.command_lines(results["command"]),
+        machine={"seed": results["seed"], "device": results["device"], **results["versions"]},
+    )  # fmt: skip
 
 
-def _what(results: Mapping[str, Any]) -> str:
-    if results.get("attention"):
-        return f"run with {', '.join(dict.fromkeys(results['attention']))} attention"
-    if results.get("method"):
-        return "converted to grouped-query attention"
-    return "with attention heads removed" if results.get("importance") else "fine-tuned"
-
-
-def _changes(results: Mapping[str, Any]) -> str:
-    lines = []
-    if results["stages"]:
-        first, last = results["stages"][0], results["stages"][-1]
-        for key, called in (("num_heads", "query heads"), ("num_key_value_heads", "key/value heads")):
-            before, after = heads(first[key]), heads(last[key])
-            lines.append(f"- {called} per layer: {before}" + (f", now {after}" if after != before else ", unchanged"))
-    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in settings(results).items())])
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *(["---:"] * (len(header) - 1))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def _use(folder: Path, results: Mapping[str, Any], name: str) -> str:
+def _loading(folder: Path, task_type: str, name: str) -> tuple[str, str]:
+    """What the model needs, as the card's template calls it, and the code that loads it."""
+    automatic = _AUTO_CLASSES.get(task_type, "Model")
     if (folder / ADAPTERS).is_file():
-        return (
-            "These are adapters of the model above; `pip install peft`, and\n\n```python\n"
-            "from peft import AutoPeftModelForSequenceClassification\n\n"
-            f'model = AutoPeftModelForSequenceClassification.from_pretrained("{name}")\n```'
-        )
-    kind = "CausalLM" if results["dataset"]["task_type"] == "text-generation" else "SequenceClassification"
+        return "peft", f"from peft import AutoPeft{automatic}\n\nmodel = AutoPeft{automatic}.from_pretrained({name})"
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
     if loads_without_us(folder):
-        return (
-            "Transformers loads it as any model:\n\n```python\n"
-            f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
-            f'model = AutoModelFor{kind}.from_pretrained("{name}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        return "transformers", (
+            f"from transformers import Auto{automatic}, AutoTokenizer\n\n"
+            f"model = Auto{automatic}.from_pretrained({name})\n{tokenizer}"
         )
-    return (
-        "Transformers' own class cannot express its heads or its attention. Install hf_attnkit:\n\n"
-        "```bash\npip install hf_attnkit\n```\n\n```python\n"
+    return "hf_attnkit", (
         "import hf_attnkit\nfrom transformers import AutoTokenizer\n\n"
-        f'model = hf_attnkit.load_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+        f"model = hf_attnkit.load_pretrained({name})\n{tokenizer}"
     )
+
+
+def _heads(results: Results) -> dict[str, str]:
+    """Numbers of heads per layer, before and after; those that are as they were are left out."""
+    of_model = [stage for number, stage in enumerate(results["stages"]) if number != results["control"]]
+    if not of_model:
+        return {}
+    first, last = of_model[0], of_model[-1]
+    names = {"num_heads": "query heads per layer", "num_key_value_heads": "key/value heads per layer"}
+    found = {
+        called: f"{heads(first[key])}, now {heads(last[key])}"
+        for key, called in names.items()
+        if first[key] != last[key]
+    }
+    if last["num_heads"] == last["num_key_value_heads"]:  # each head has its own
+        found.pop("key/value heads per layer", None)
+    return found
 
 
 def main() -> None:
@@ -183,12 +200,12 @@ def main() -> None:
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="of a finished run")
     parser.add_argument("--name", help="the model's repository on the hub; by default the folder's name")
     arguments = parser.parse_args()
-    file = arguments.folder / "results.json"
-    if not file.is_file():
-        parser.exit(1, f"{parser.prog}: {file} does not exist: name the --output_dir of a finished run\n")
-    write_card(
-        arguments.folder, json.loads(file.read_text()), arguments.name or model_name(str(arguments.folder.resolve()))
-    )
+    folder: Path = arguments.folder
+    try:
+        write_card(folder, read_results(folder), arguments.name or model_name(str(folder.resolve())))
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(folder / "README.md")
 
 
 if __name__ == "__main__":

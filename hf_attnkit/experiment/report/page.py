@@ -2,7 +2,7 @@
 
     python -m hf_attnkit.experiment.report.page OUTPUT_DIR
 
-makes it again from the folder alone: results.json, and where they are trainer_state_1.json, ... and
+makes it again from the folder alone: results.json, and where they are trainer_state_1.json, ..., control_state.json and
 head_importance.json.
 """
 
@@ -10,210 +10,166 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_attnkit.experiment.files import write_text
-from hf_attnkit.experiment.report.stage_table import Cell, command_lines, model_name, notes, settings, stage_table
-from hf_attnkit.experiment.report.svg_chart import Line, heat_map, line_chart
+import numpy as np
+from markupsafe import Markup
 
-STYLE = Path(__file__).with_name("page.css")
-ENTROPY = re.compile(r"attention_entropy/layer_(\d+)/(mean|min)")
-# Of an evaluation's log: how fast it was, which is no curve of training.
-_SPEED = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
-_LEGEND = 12  # layers of which each stands in the legend
+from hf_attnkit.experiment.files import write_text
+from hf_attnkit.experiment.report import chart, summary
+from hf_attnkit.experiment.report.heat_map import importance_svg
+from hf_attnkit.experiment.report.results import public, read_results, without_folders
+from hf_attnkit.experiment.report.schema import Results, Stage
+from hf_attnkit.experiment.report.stage_table import headline, notes, share_of_control, stage_table, stage_times
+from hf_attnkit.experiment.report.template import environment
+from hf_attnkit.experiment.report.training_charts import History, curves, entropies, last_step
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that one should see first."""
+
+    name: str
+    value: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A round of pruning."""
+
+    title: str
+    svg: Markup
 
 
 def write_report(folder: Path) -> Path:
     """Write `folder/report.html` in one step.
 
     Raises:
-        FileNotFoundError: if the folder has no results.json.
+        FileNotFoundError, ValueError: as `read_results`.
     """
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder)
     states = sorted(folder.glob("trainer_state_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
-    histories = [json.loads(path.read_text())["log_history"] for path in states]
+    named = {f", {number} of {len(states)}" if len(states) > 1 else "": path for number, path in enumerate(states, 1)}
+    if (control := folder / "control_state.json").is_file():
+        named[" of the control"] = control
+    histories = {name: json.loads(path.read_text(encoding="utf-8"))["log_history"] for name, path in named.items()}
     importance = folder / "head_importance.json"
-    page = report_page(results, histories, json.loads(importance.read_text()) if importance.is_file() else None)
-    write_text(folder / "report.html", page)
+    scores = json.loads(importance.read_text(encoding="utf-8")) if importance.is_file() else None
+    write_text(folder / "report.html", report_page(results, histories, scores))
     return folder / "report.html"
 
 
 def report_page(
     results: Mapping[str, Any],
-    histories: Sequence[Sequence[Mapping[str, float]]] = (),
+    histories: Mapping[str, History] | None = None,
     importance: Mapping[str, Any] | None = None,
 ) -> str:
     """The page.
 
     Args:
         results: what results.json holds.
-        histories: `log_history` of each training.
+        histories: `log_history` of each training, by what its heading adds to the word training.
         importance: what head_importance.json holds.
+
+    Raises:
+        ValueError: as `read_results`.
     """
-    title = f"{results['task']}: {model_name(results['model'])}"
-    header, rows = stage_table(results["stages"])
-    sections = [
-        f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(results['data'])}. "
-        f"Started from <code>{escape(results['model'])}</code>.</p>{_tiles(header, rows)}</header>",
-        _section("Stages", _stages(header, rows, results["stages"])),
-    ]
-    for number, history in enumerate(histories, 1):
-        which = f", {number} of {len(histories)}" if len(histories) > 1 else ""
-        sections.append(_section(f"Training{which}", _curves(history)))
-        sections.append(_section(f"Attention entropy while training{which}", _entropies(history)))
-    if importance is not None:
-        sections.append(_section("Head importance", _importance(importance)))
-    sections.append(_section("Settings", _facts(settings(results))))
-    sections.append(_section("Repeat it", _repeat(results)))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, sections))
-        + "\n<footer>Made by <code>hf_attnkit.experiment.report.page</code> of hf_attnkit from results.json.</footer>\n"
-        "</body>\n</html>\n"
-    )
+    found = public(results)
+    stages, timing = found["stages"], found["timing"]
+    header, rows = stage_table(stages, timing, found["control"], memory=True)
+    logged: dict[str, History] = without_folders(histories or {})
+    scored = without_folders(importance) if importance is not None else None
+    return environment().get_template("page.html").render(
+        size=chart,
+        title=summary.title(found),
+        happened=summary.happened(found),
+        tiles=tiles(found),
+        header=header,
+        rows=rows,
+        notes=notes(stages, timing, memory=True, details="in small numbers"),
+        comparison=summary.comparison(found),
+        trainings=[
+            {"name": name, "charts": curves(history), "entropies": entropies(history), "steps": last_step(history)}
+            for name, history in logged.items()
+        ],
+        importance=scored,
+        heat_maps=heat_maps(scored["rounds"]) if scored else [],
+        change=summary.change_facts(found),
+        settings=summary.settings(found),
+        command=summary.command_lines(found["command"]),
+        machine={"seed": found["seed"], "device": found["device"], **found["versions"]},
+    )  # fmt: skip
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
-def _tiles(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def tiles(results: Results) -> list[Tile]:
     """The last stage in large numbers: the task's first metric, and what became smaller."""
-    if not rows:
-        return ""
-    shown = [1, *(i for i, name in enumerate(header) if name in ("parameters", "KV bytes/token", "ms/batch"))]
-    tiles = []
-    for place in shown:
-        first, last = rows[0][place], rows[-1][place]
-        before = f"<small>{_minus(last.difference)} from {_minus(first.text)}</small>" if last.difference else ""
-        tiles.append(f"<div class='tile'><dt>{escape(header[place])}</dt><dd>{_minus(last.text)}{before}</dd></div>")
-    return f"<dl class='tiles'>{''.join(tiles)}</dl>"
-
-
-def _stages(header: Sequence[str], rows: Sequence[Sequence[Cell]], stages: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return "<p class='note'>Nothing was measured: the run was <code>--do_train</code> alone.</p>"
-    head = "".join(f"<th scope='col'>{escape(name).replace('_', '_<wbr>')}</th>" for name in header)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{_minus(cell.text)}{f'<small>{_minus(cell.difference)}</small>' if cell.difference else ''}</td>"
-            for cell in row
+    stages, control = results["stages"], results["control"]
+    metric = headline(stages)
+    if metric is None:
+        return []
+    of_model = [number for number in range(len(stages)) if number != control]
+    first, last = stages[of_model[0]], stages[of_model[-1]]
+    value, before = last["metrics"][metric], first["metrics"].get(metric)
+    compared = len(of_model) > 1 and before is not None
+    made = [Tile(metric, f"{value:.4f}", f"{value - before:+.4f} from {before:.4f}" if compared else last["stage"])]
+    if control is not None:
+        reference = f"of the control's {stages[control]['metrics'][metric]:.4f}"
+        share = share_of_control(stages, control, last)
+        made.append(
+            Tile("share of control", f"{share:.1%}", reference)
+            if share is not None
+            else Tile("difference to control", f"{value - stages[control]['metrics'][metric]:+.4f}", reference)
         )
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        "<div class='scroll panel' role='region' aria-label='Stages' tabindex='0'>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f"<p class='note'>Small numbers: difference to the first stage. {escape(notes(stages))}</p>"
-    )
+    made += _smaller(first, last)
+    time = stage_times(stages, results["timing"])[of_model[-1]]
+    if time is not None and compared:
+        ratio = time["ratio"]
+        quartiles = f"{ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f} of {first['stage']}, quartiles"
+        made.append(Tile("time ratio", f"{ratio['median']:.3f}", quartiles))
+    return made
 
 
-def _points(history: Iterable[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    return [(entry["step"], entry[key]) for entry in history if key in entry]
+def _smaller(first: Stage, last: Stage) -> list[Tile]:
+    """What the change made smaller, or larger; heads as the sum over the layers."""
+    found = []
+    for name, key in (
+        ("attention heads", "num_heads"), ("key/value heads", "num_key_value_heads"), ("parameters", "parameters"),
+        ("KV cache, bytes/token", "key_value_bytes_per_token"),
+    ):  # fmt: skip
+        before, now = (sum(value) if isinstance(value := stage.get(key), list) else value for stage in (first, last))
+        if key == "num_key_value_heads" and last.get(key) == last.get("num_heads"):
+            continue  # each head has its own
+        if before and now is not None and now != before:
+            found.append(Tile(name, f"{now:,}", f"{now / before - 1:+.1%} from {before:,}"))
+    return found
 
 
-def _curves(history: Sequence[Mapping[str, float]]) -> str:
-    """Loss, learning rate, and every metric that was evaluated during training."""
-    charts = []
-    losses = {"training": "loss", "evaluation": "eval_loss"}
-    lines = [Line(name, points) for name, key in losses.items() if (points := _points(history, key))]
-    if lines:
-        charts.append(line_chart("Loss", "loss", lines))
-    if rates := _points(history, "learning_rate"):
-        charts.append(line_chart("Learning rate", "learning rate", [Line("learning rate", rates)]))
-    keys = dict.fromkeys(key for entry in history for key in entry if key.startswith("eval_"))
-    metrics = [key for key in keys if key != "eval_loss" and not _SPEED.search(key)]
-    for key in metrics:
-        name = key.removeprefix("eval_")
-        charts.append(line_chart(f"{name}, evaluated while training", name, [Line(name, _points(history, key))]))
-    if charts:
-        return f"<div class='charts'>{''.join(charts)}</div>"
-    steps = max((entry["step"] for entry in history), default=0)
-    return (
-        f"<p class='note'>Nothing was logged in {steps:,} steps; <code>--logging_steps</code> says how often the loss "
-        "is, <code>--eval_strategy steps</code> how often the metrics are.</p>"
-    )
-
-
-def _entropies(history: Sequence[Mapping[str, float]]) -> str:
-    found: dict[str, dict[int, str]] = {"mean": {}, "min": {}}
-    for entry in history:
-        for key in entry:
-            if match := ENTROPY.fullmatch(key):
-                found[match[2]].setdefault(int(match[1]), key)
-    if not found["mean"]:
-        return ""
-    charts = []
-    for kind, title in (("mean", "Mean over a layer's heads"), ("min", "The layer's most focused head")):
-        layers = sorted(found[kind])
-        lines = [
-            Line(f"layer {layer}", _points(history, found[kind][layer]), place / max(len(layers) - 1, 1))
-            for place, layer in enumerate(layers)
-        ]
-        charts.append(line_chart(title, "share of ln(visible keys)", lines, legend=_spread(len(lines))))
-    return (
-        f"<div class='charts'>{''.join(charts)}</div><p class='note'>Entropy of the same tokens each time, as a share "
-        "of that of uniform attention: 1 looks at all keys alike, 0 at one.</p>"
-    )
-
-
-def _spread(number: int) -> set[int]:
-    """Which lines stand in the legend: all, or of many some, first and last among them."""
-    if number <= _LEGEND:
-        return set(range(number))
-    return {round(i * (number - 1) / 5) for i in range(6)}
-
-
-def _importance(saved: Mapping[str, Any]) -> str:
-    """One heat map for each round of pruning."""
-    rounds = saved["rounds"]
-    maps = []
+def heat_maps(rounds: Sequence[Mapping[str, Any]]) -> list[HeatMap]:
+    """One for each round of pruning."""
+    made = []
     for number, entry in enumerate(rounds, 1):
         removed = {int(layer): heads for layer, heads in entry["removed"].items()}
         gone = sum(len(heads) for heads in removed.values())
-        title = f"{f'Round {number}: ' if len(rounds) > 1 else ''}{gone} heads removed"
-        maps.append(heat_map(title, entry["scores"], removed))
-    scored = f"Scores: {saved['importance']}. "
-    more = "Each round scores and numbers the heads that the round before left. " if len(rounds) > 1 else ""
-    return f"<div class='heats'>{''.join(maps)}</div><p class='note'>{escape(scored + more)}</p>"
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    if not facts:
-        return ""
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(name)}</th><td class='wrap'>{escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    return f"<div class='scroll panel' tabindex='0'><table class='facts'><tbody>{rows}</tbody></table></div>"
-
-
-def _repeat(results: Mapping[str, Any]) -> str:
-    facts = {name: results[name] for name in ("seed", "device", "train_samples") if name in results}
-    facts |= results["versions"]
-    return f"<pre>{escape(command_lines(results['command']))}</pre><p></p>{_facts(facts)}"
-
-
-def _minus(text: str) -> str:
-    """Escaped, with a minus sign as long as the plus sign."""
-    return re.sub(r"(?<![\w.])-(?=\d)", "&minus;", escape(text))
+        title = f"{f'Round {number}: ' if len(rounds) > 1 else ''}{gone} head{'s' * (gone != 1)} removed"
+        columns = max(len(row) for row in entry["scores"])
+        scores = np.full((len(entry["scores"]), columns), np.nan)
+        for layer, row in enumerate(entry["scores"]):
+            scores[layer, : len(row)] = [np.nan if score is None else score for score in row]
+        made.append(HeatMap(title, importance_svg(scores, removed, title)))
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="of a finished run")
-    folder: Path = parser.parse_args().folder
-    if not (folder / "results.json").is_file():
-        parser.exit(1, f"{parser.prog}: {folder} has no results.json: name the --output_dir of a finished run\n")
-    print(write_report(folder))
+    try:
+        print(write_report(parser.parse_args().folder))
+    except (FileNotFoundError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -32,21 +32,25 @@ class TextArguments:
     dataset_config_name: str | None = field(
         default=None, metadata={"help": f"Its configuration; by default {DATASET[1]} for {DATASET[0]}."}
     )
-    train_file: str | None = field(default=None, metadata={"help": "Text, one document or paragraph a line, instead."})
-    validation_file: str | None = field(default=None, metadata={"help": "The held-out text, beside --train_file."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "A file of text instead, one document or paragraph a line."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The held-out text; needs --train_file."})
     validation_split_percentage: int | None = field(
         default=None,
-        metadata={"help": f"The last so many per cent of the documents are held out; {SPLIT_PERCENTAGE}."},
+        metadata={
+            "help": f"Per cent of the documents, from the end, that are held out. By default {SPLIT_PERCENTAGE}."
+        },
     )
-    block_size: int = field(default=512, metadata={"help": "Tokens that the model sees at once."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many blocks."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many blocks."})
+    block_size: int = field(default=512, metadata={"help": "Tokens of a block, which the model reads at once."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks, the first ones."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many blocks, the first ones."})
 
     def __post_init__(self) -> None:
         if self.train_file and (self.dataset_name or self.dataset_config_name):
             raise ValueError(f"give --train_file {self.train_file} or a dataset of the hub, not both")
         if self.validation_file and not self.train_file:
-            raise ValueError(f"--validation_file {self.validation_file} needs --train_file beside it")
+            raise ValueError(f"--validation_file {self.validation_file} needs --train_file; add it")
         percentage = self.validation_split_percentage
         if percentage is not None and self.validation_file:
             raise ValueError(
@@ -66,11 +70,17 @@ class TextArguments:
 
 @dataclass(frozen=True)
 class Text:
-    """Documents to train on and, held out, to measure on; `data` says which the latter are."""
+    """Documents to train on and, held out, to measure on.
+
+    Attributes:
+        name: short, for titles: the file or dataset.
+        split: which documents are held out.
+    """
 
     train: Sequence[str]
     validation: Sequence[str]
-    data: str
+    name: str
+    split: str
 
 
 def load_text(arguments: TextArguments) -> Text:
@@ -83,8 +93,10 @@ def load_text(arguments: TextArguments) -> Text:
         return _from_hub(arguments)
     train = _read(arguments.train_file)
     if arguments.validation_file is not None:
-        return Text(train, _read(arguments.validation_file), Path(arguments.validation_file).name)
-    return _held_out(train, arguments, Path(arguments.train_file).name)
+        split = Path(arguments.validation_file).name
+        return Text(train, _read(arguments.validation_file), Path(arguments.train_file).name, split)
+    name = Path(arguments.train_file).name
+    return _held_out(train, arguments, name, name)
 
 
 def _read(path: str) -> list[str]:
@@ -114,13 +126,17 @@ def _from_hub(arguments: TextArguments) -> Text:
         raise ValueError(f"{called} has no split 'train', only {list(loaded)}; name another dataset")
     texts = {split: rows[_column(rows, called)] for split, rows in loaded.items() if split in ("train", "validation")}
     if "validation" not in texts:
-        return _held_out(texts["train"], arguments, called)
+        return _held_out(texts["train"], arguments, called, _short(name))
     if arguments.validation_split_percentage is not None:
         raise ValueError(
             f"--validation_split_percentage {arguments.validation_split_percentage} has no effect, since {called} has "
             "a validation split; leave it out"
         )
-    return Text(texts["train"], texts["validation"], f"{called}, validation split")
+    return Text(texts["train"], texts["validation"], _short(name), "validation")
+
+
+def _short(name: str | None) -> str:
+    return str(name).rpartition("/")[2]
 
 
 def _column(rows: datasets.Dataset, called: str) -> str:
@@ -129,18 +145,18 @@ def _column(rows: datasets.Dataset, called: str) -> str:
         return "text"
     if len(names) != 1:
         raise ValueError(f"{called} has no column 'text', and its columns of text are {names}; name another dataset")
-    return names[0]
+    return str(names[0])
 
 
-def _held_out(documents: Sequence[str], arguments: TextArguments, called: str) -> Text:
+def _held_out(documents: Sequence[str], arguments: TextArguments, called: str, name: str) -> Text:
     percentage = arguments.validation_split_percentage or SPLIT_PERCENTAGE
     held = max(len(documents) * percentage // 100, 1)
     if held == len(documents):
         raise ValueError(f"{called} is one document, of which none can be held out; give --validation_file, or lines")
-    return Text(documents[:-held], documents[-held:], f"{called}, last {percentage}%")
+    return Text(documents[:-held], documents[-held:], name, f"the last {percentage}% of the documents")
 
 
-class Blocks(Dataset):
+class Blocks(Dataset[dict[str, Tensor]]):
     """Blocks of tokens: `input_ids` and the same as `labels`, `(block_size,)` each.
 
     Args:

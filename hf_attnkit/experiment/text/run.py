@@ -22,7 +22,9 @@ from transformers import (
 )
 
 import hf_attnkit
-from hf_attnkit.experiment.run import Run, RunArguments, require_place
+from hf_attnkit.experiment.arguments import RunArguments, require_place
+from hf_attnkit.experiment.record import Data
+from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.text.data import DATASET, Blocks, TextArguments, load_text
 from hf_attnkit.models.layers import attention_layers
 
@@ -65,29 +67,37 @@ class LanguageModelRun(Run):
         super().__init__(arguments, training, text, *others)
         require_place(arguments.model_name_or_path)
         documents = load_text(text)
-        self.task_name, self.data = "language modelling", documents.data
-        self.dataset = {
-            "id": text.dataset_name,
-            "name": text.dataset_name or documents.data,
-            "config": text.dataset_config_name,
-            "split": "validation" if text.dataset_name else None,
-            "language": "en" if text.dataset_name == DATASET[0] else None,
-            "task_type": "text-generation",
-        }
+        self.task_name = "language modelling"
         self.block_size = text.block_size
         located = {"gguf_file": arguments.gguf_file} if arguments.gguf_file else {}
         self.tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **located)
-        self.model = load_causal_model(arguments.model_name_or_path, arguments.gguf_file, arguments.dtype)
+        self.model = self.load_untouched()
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and self.block_size > positions:
             raise ValueError(f"--block_size {self.block_size} is longer than the model's {positions} positions")
         options = (self.tokenizer, text.block_size)
         self.train_data = Blocks(documents.train, *options, text.max_train_samples, "training")
         self.eval_data = Blocks(documents.validation, *options, text.max_eval_samples, "held-out")
+        self.data = Data(
+            name=documents.name,
+            hub_path=text.dataset_name or "local",
+            task_type="text-generation",
+            config=text.dataset_config_name,
+            train_split="train",
+            evaluation_split=documents.split,
+            train_examples=len(self.train_data),
+            evaluation_examples=len(self.eval_data),
+            language="en" if text.dataset_name == DATASET[0] else None,
+            note=f"examples are blocks of {text.block_size:,} tokens",
+        )
 
     def load_model(self, path: str) -> PreTrainedModel:
         """In the precision that it was saved in."""
         return load_causal_model(path, dtype="auto")
+
+    def load_untouched(self) -> PreTrainedModel:
+        """The model that the run started from."""
+        return load_causal_model(self.arguments.model_name_or_path, self.arguments.gguf_file, self.arguments.dtype)
 
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
         """Batches of the first training blocks, `size` tokens or up to a block more."""

@@ -36,13 +36,19 @@ CHUNK = 2**24
 class DistillationArguments:
     distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the conversion."})
     distill_weight: float | None = field(
-        default=None, metadata={"help": "Share of the teacher's outputs in the loss, 0 to 1, against the task's; 0.5."}
+        default=None,
+        metadata={
+            "help": "Weight of the teacher's outputs in the loss, 0 to 1; the task has the rest. By default 0.5."
+        },
     )
     distill_temperature: float | None = field(
-        default=None, metadata={"help": "Divides both models' logits, above 0; higher looks at less likely classes; 2."}
+        default=None,
+        metadata={
+            "help": "Divides both models' logits; above 0, higher gives unlikely classes more weight. By default 2."
+        },
     )
     distill_attention_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the attention outputs' error, at least 0; 1."}
+        default=None, metadata={"help": "Weight of the attention outputs' error in the loss, at least 0. By default 1."}
     )
 
     def __post_init__(self) -> None:
@@ -134,7 +140,7 @@ class DistillationTrainer(Trainer):
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         if self.weight:
             total, count = divergence(outputs["logits"], target, inputs["labels"], self.temperature)
-            if scaled:
+            if scaled and num_items_in_batch is not None:
                 # As Trainer: a sum over all accumulated batches of all processes, which DDP then averages.
                 shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 term = total * shared / num_items_in_batch

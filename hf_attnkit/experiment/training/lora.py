@@ -7,11 +7,12 @@ What is saved and evaluated afterwards has no adapters, unless the base is quant
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from hf_attnkit.experiment.record import Change
 from hf_attnkit.models.layers import attention_layers, editable_layers
 
 if TYPE_CHECKING:
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
 @dataclass
 class LoraArguments:
     lora: bool = field(default=False, metadata={"help": "Train adapters of the attention projections, then merge."})
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; 16."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "The adapters' scale is alpha / r; 32."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters' inputs; 0."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters. By default 16."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The adapters' scale is alpha / r. By default 32."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of the adapters' inputs. By default 0."}
+    )
 
     def __post_init__(self) -> None:
         for name, default in {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}.items():
@@ -32,12 +37,17 @@ class LoraArguments:
                 setattr(self, name, default)
             elif not self.lora:
                 raise ValueError(f"--{name} {value} has no effect without --lora; add it, or leave this out")
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r} must be at least 1")
-        if not self.lora_alpha > 0:
-            raise ValueError(f"--lora_alpha {self.lora_alpha} must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout} must be from 0 to below 1")
+        rank, alpha, dropout = self.numbers()
+        if rank < 1:
+            raise ValueError(f"--lora_r {rank} must be at least 1")
+        if not alpha > 0:
+            raise ValueError(f"--lora_alpha {alpha} must be above 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"--lora_dropout {dropout} must be from 0 to below 1")
+
+    def numbers(self) -> tuple[int, float, float]:
+        """Rank, alpha and dropout."""
+        return cast(int, self.lora_r), cast(float, self.lora_alpha), cast(float, self.lora_dropout)
 
     def check(self, training: TrainingArguments) -> None:
         """Raise `ValueError` if nothing is trained."""
@@ -46,10 +56,10 @@ class LoraArguments:
 
 
 def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **options: Any) -> dict[str, Any]:
-    """Train adapters of the run's model; what was measured, as `Run.train`, and how many numbers trained.
+    """Train adapters of the run's model; returns what `Run.train` returns and the number of trained parameters.
 
     Args:
-        merge: add them to the weights afterwards; a quantized base keeps them beside.
+        merge: add them to the weights afterwards; a quantized base keeps them as adapters.
         options: those of `Run.train`.
     """
     set_seed(run.training.seed)
@@ -60,6 +70,10 @@ def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **
         )
     run.model = add_adapters(run.model, arguments, is_quantized=not merge)
     trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    if run.done is None:
+        run.done = Change(
+            "adapters", f"fine-tuned with adapters of rank {arguments.lora_r}", {"rank": arguments.lora_r}
+        )
     trained = run.train(**options)
     if merge:
         run.model = merge_adapters(run.model)
@@ -85,10 +99,11 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
         for name, module in model.named_children()
         if name != model.base_model_prefix and vocabulary not in module.modules() and list(module.parameters())
     ]
+    rank, alpha, dropout = arguments.numbers()
     config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, and takes any number
+        lora_dropout=dropout,
         target_modules=projections,
         modules_to_save=heads or None,
     )

@@ -65,4 +65,4 @@ def keep_trainable(model: nn.Module) -> None:
     training do; from then on they could not train. This keeps them as they are."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # a plain attribute, not a submodule

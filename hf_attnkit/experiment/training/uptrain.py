@@ -16,6 +16,7 @@ from hf_attnkit.conversion.merging import choose_merging
 from hf_attnkit.conversion.methods.table import uses_statistics
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.conversion.target_heads import target_heads
+from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
@@ -23,7 +24,7 @@ from hf_attnkit.models.layers import editable_layers
 
 
 @dataclass
-class ConversionArguments:
+class ConversionArguments(ChangeArguments):
     num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Key/value heads per layer; by default at most a quarter of the query heads."}
     )
@@ -50,15 +51,13 @@ def convert(run: Run, arguments: ConversionArguments, number: int, calibration_s
             used = (uses_statistics(name) for name in (arguments.method, arguments.key_method) if name)
             looks = any(used) or arguments.grouping == "best"
             calibration = collect(run.model, editable_layers(run.model), calibration) if looks else None
-    before = hf_attnkit.cache_bytes_per_token(run.model)
     hf_attnkit.convert_to_gqa(run.model, number, calibration=calibration, **arguments.names())
-    print(f"key/value bytes per token: {before:,} -> {hf_attnkit.cache_bytes_per_token(run.model):,}")
 
 
 def recover(
     run: Run, teacher: PreTrainedModel | None, distillation: DistillationArguments, lora: LoraArguments
 ) -> dict[str, Any]:
-    """Train the run's model; what was measured, as `Run.train`."""
+    """Train the run's model, towards the teacher if there is one; returns what `Run.train` returns."""
     options: dict[str, Any] = {}
     if teacher is not None:
         options = {
@@ -71,8 +70,15 @@ def recover(
     return train_adapters(run, lora, **options) if lora.lora else run.train(**options)
 
 
+def title(model: PreTrainedModel, number: int) -> str:
+    """What the conversion does, in a phrase."""
+    before = sorted({layer.num_key_value_heads for layer in editable_layers(model)})
+    span = " to ".join(map(str, dict.fromkeys((before[0], before[-1]))))
+    return f"{span} key/value heads merged into {number}"
+
+
 def check(conversion: ConversionArguments, run: Run) -> int:
-    """The number of key/value heads; refuses what cannot be done before the first evaluation, which may take long.
+    """The number of key/value heads. Called before the first evaluation, which may take long, to refuse early.
 
     Raises:
         ValueError: a number or method that does not fit the model.
@@ -101,11 +107,18 @@ def uptrain(
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(run.training.device)
     run.evaluate("baseline")
-    run.change(lambda: convert(run, conversion, number, calibration[1]))
+    run.control(lambda: recover(run, None, distillation, lora))
+    refit = conversion.refit and calibration[1] > 0
+    run.change(
+        lambda: convert(run, conversion, number, calibration[1]),
+        kind="conversion",
+        title=title(run.model, number),
+        facts={"num_key_value_heads": number, **conversion.names(), "refit": refit},
+    )
     run.evaluate("changed")
     if run.training.do_train:
         run.evaluate("recovered", **recover(run, teacher, distillation, lora))
-    facts: dict[str, Any] = {**conversion.names(), "refit": conversion.refit and calibration[1] > 0}
+    facts: dict[str, Any] = {**conversion.names(), "refit": refit}
     facts[calibration[0]] = calibration[1]
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}

@@ -105,7 +105,7 @@ def test_every_recipe_shows_a_command_and_every_command_is_there() -> None:
 
 
 def test_a_command_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
-    block = 'A="--x 1"\nfor i in 0 1; do\n  B=2 python recipes/a.py $A \\\n    \'{i}\' --seed $i  # why\ndone\nmv a b'
+    block = "A=\"--x 1\"\nfor i in 0 1; do\n  B=2 python recipes/a.py $A \\\n    '{i}' --seed $i  # why\ndone\nmv a b"
     calls = run_by_a_shell([block], tmp_path)
     assert calls == [("python", "recipes/a.py", "--x", "1", "{i}", "--seed", seed) for seed in "01"]
     with pytest.raises(AssertionError, match="unheard-of"):

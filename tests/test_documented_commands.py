@@ -1,4 +1,7 @@
-"""Every command that the documentation shows runs to its end, with a tiny model and a handful of rows."""
+"""Every command that the documentation shows runs to its end, with a tiny model and a handful of rows.
+
+README's are the quick tests of the recipes: `make check` runs them.
+"""
 
 from __future__ import annotations
 
@@ -56,14 +59,14 @@ def not_run(command: Command) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("target", sorted({command_of(shown).target for shown in SHOWN}))
-def test_shown_flags_exist(target: str) -> None:
+@pytest.mark.parametrize("parser", sorted({command_of(shown).parser for shown in SHOWN}))
+def test_shown_flags_exist(parser: str) -> None:
     """Of shortened commands, too, and of those that do not run here."""
     for shown in SHOWN:
         command = command_of(shown)
-        if command.target == target:
-            missing = [flag for flag in command.flags if not takes(target, flag)]
-            assert not missing, f"{shown.place} shows {missing} of {target}"
+        if command.parser == parser:
+            missing = [flag for flag in command.flags if not takes(parser, flag)]
+            assert not missing, f"{shown.place} shows {missing} of {parser}"
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shared(tmp_path_factory.mktemp("shared"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("README") else pytest.mark.slow) for name in RUNS]
+)
 def test_a_shown_command_runs(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = command_of(RUNS[name])
     if reason := not_run(command):

@@ -57,7 +57,10 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
 FIXED = {"--quantities": ("--lengths", "--batch_size")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
+# What comes before a model's name, and what stands for one.
+BEFORE_A_MODEL = ("--model_name_or_path", "inspect")
 MODEL_WORDS = ("MODEL", "IN")
+CLI = "hf_attnkit.cli"
 TEXT = [f"the {'quick' if i % 2 else 'slow'} fox {i} jumps over {i * 7 % 13} dogs" for i in range(60)]
 
 
@@ -70,8 +73,9 @@ class Command:
     launch: tuple[str, ...] = ()
 
     @property
-    def is_module(self) -> bool:
-        return not self.target.endswith(".py")
+    def parser(self) -> str:
+        """What has a `--help` of its own: the target, of `hf-attnkit` with its subcommand."""
+        return f"{self.target} {self.arguments[0]}" if self.target == CLI and self.arguments else self.target
 
     @property
     def flags(self) -> list[str]:
@@ -86,7 +90,7 @@ def command_of(shown: Shown) -> Command:
     """
     program, *words = shown.words
     if program == "hf-attnkit":
-        return Command("hf_attnkit.cli", tuple(words))
+        return Command(CLI, tuple(words))
     launch: list[str] = []
     if program == "accelerate":
         assert words.pop(0) == "launch", shown
@@ -107,13 +111,11 @@ def run_main(command: Command, arguments: Sequence[str]) -> None:
     old = sys.argv
     sys.argv = [command.target, *arguments]
     try:
-        if command.target == "hf_attnkit.cli":
-            runpy.run_module(command.target, run_name="hf_attnkit.cli")["main"]()
-        elif command.is_module:
-            runpy.run_module(command.target, run_name="__main__", alter_sys=True)
-        else:
+        if command.target.endswith(".py"):
             sys.argv[0] = str(ROOT / command.target)
             runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(command.target, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         assert end.code in (None, 0), f"{command.target} ended with {end.code}"
     finally:
@@ -121,16 +123,17 @@ def run_main(command: Command, arguments: Sequence[str]) -> None:
 
 
 @functools.cache
-def help_of(target: str) -> str:
+def help_of(parser: str) -> str:
     """What `--help` prints."""
+    target, *subcommand = parser.split()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        run_main(Command(target, ()), ["--help"])
+        run_main(Command(target, ()), [*subcommand, "--help"])
     return printed.getvalue()
 
 
-def takes(target: str, flag: str) -> bool:
+def takes(parser: str, flag: str) -> bool:
     """Whether its `--help` lists the flag."""
-    return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_of(target)) is not None
+    return re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", help_of(parser)) is not None
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -192,7 +195,7 @@ class Workplace:
             word, last = words.pop(0), values[-1] if values else ""
             if word in DROPPED:
                 del words[: DROPPED[word]]
-            elif last == "--model_name_or_path" or word in MODEL_WORDS:
+            elif last in BEFORE_A_MODEL or word in MODEL_WORDS:
                 values.append(self.model(word))
             elif last.endswith("_file") and last != "--output_file":
                 values.append("text.txt")
@@ -203,14 +206,14 @@ class Workplace:
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
         for flag, value in SMALLER.items():
-            if takes(command.target, flag) and flag not in fixed:
+            if takes(command.parser, flag) and flag not in fixed:
                 values += [flag, *value]
         for flag, value in SMALLER_IF_GIVEN.items():
             if flag in given:
                 values += [flag, *value]
-        if takes(command.target, "--data_dir") and "--data_dir" not in given and "demo" not in command.arguments:
+        if takes(command.parser, "--data_dir") and "--data_dir" not in given and "demo" not in command.arguments:
             values += ["--data_dir", "path/to/glue"]
-        if takes(command.target, "--train_file") and "--train_file" not in given:
+        if takes(command.parser, "--train_file") and "--train_file" not in given:
             values += ["--train_file", "text.txt", "--validation_file", "text.txt"]
         return values
 
@@ -251,6 +254,7 @@ def _finished_run(place: Workplace, command: Command) -> None:
 
 # What a command reads that other commands make.
 READS: dict[str, Callable[[Workplace, Command], None]] = {
+    CLI: _statistics,
     "recipes/convert_checkpoint.py": _statistics,
     "recipes/compare/plot_pruning.py": _comparisons,
     "hf_attnkit.experiment.report.card": _finished_run,

@@ -56,13 +56,13 @@ def test_what_is_unfinished_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     left_out = shutil.ignore_patterns(".*", "outputs", "__pycache__", "*.png")
     shutil.copytree(ROOT, copy, ignore=left_out)
-    (copy / "unfinished.py").write_text(UNFINISHED)
+    (copy / "unfinished_rows.py").write_text(UNFINISHED)
     for name in ("recipes/unfinished.py", "recipes/benchmarks/unfinished.py"):
         (copy / name).write_text('"""A recipe."""\n')
     tests = sorted({test for _, tests in TABLE.values() for test in tests})
     environment = os.environ | {"PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "unfinished", "-n", "0", "-rA", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-p", "unfinished_rows", "-n", "0", "-rA", "-p", "no:cacheprovider", *tests],
         cwd=copy, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     failed = re.findall(r"^FAILED ([^\s\[]+)", done.stdout, re.MULTILINE)

@@ -88,7 +88,7 @@ def test_the_top_of_the_package_is_bare() -> None:
 
 def test_recipes_are_commands() -> None:
     recipes = sorted((PROJECT / "recipes").rglob("*.py"))
-    assert 0 < len(recipes) <= 20
+    assert recipes
     for path in recipes:
         text = path.read_text()
         docstring = ast.get_docstring(ast.parse(text)) or ""

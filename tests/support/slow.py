@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from transformers import Trainer
 
-FEW_STEPS = 4
+FEW_STEPS = 8
 # The fixtures that hold a recipe's model; test_documented_commands.py runs each recipe once, quickly.
 OF_RECIPES = ("checkpoint", "text_checkpoint")
 _now: list[pytest.Item] = []

@@ -1,20 +1,37 @@
 # Everything runs in .venv, which the first target that needs it creates.
 PYTHON ?= python3.11
 BIN := .venv/bin
+LOWEST := .venv-lowest/bin
+PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+.PHONY: demo check test test-lowest lint docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipes,demo,dev]'
+	$(BIN)/$(PIP) --constraint constraints.txt --editable '.[recipes,demo,dev]'
+	touch $@
+
+# The oldest versions that pyproject.toml allows. Old releases of torch come with CUDA where the index has no others: 3 GB.
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/$(PIP) --constraint constraints-lowest.txt --editable '.[recipes,demo,test]'
 	touch $@
 
 # MiniLM on demo data: fine-tune, convert to GQA, prune by entropy and gradient and at random, recover each.
 demo: .venv/installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
 
+# What to run before each commit: under two minutes on two cores.
+check: lint
+	$(BIN)/python -m pytest --numprocesses auto -m 'not slow'
+
+# Everything.
 test: lint docs
 	$(BIN)/python -m pytest --numprocesses auto
+
+# The fast tests, which call every public function.
+test-lowest: .venv-lowest/installed
+	$(LOWEST)/python -m pytest --numprocesses auto -m 'not slow'
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -25,4 +42,4 @@ docs: .venv/installed
 	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venv-lowest outputs

@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread (the machine is shared), no hub, quiet Transformers."""
+"""Settings for all tests: one thread (the machine is shared), no hub, quiet Transformers; and what `slow` means."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
+from support import slow
 from support.recipe_runs import checkpoint, tokenizer  # noqa: F401
 from support.text_runs import byte_tokenizer, text, text_checkpoint  # noqa: F401
 
@@ -18,3 +19,19 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_configure() -> None:
+    slow.watch()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if slow.runs_a_recipe(item):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    with slow.running(item):
+        return (yield)

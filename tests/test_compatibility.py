@@ -114,6 +114,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("row", MATRIX)
 def test_cell(row: str, column: str, tmp_path: Path) -> None:
@@ -160,6 +161,7 @@ def test_user_marked_global_tokens_do_not_compile_whole() -> None:
     close([graph.detach()], [model(**inputs, global_attention_mask=marked).logits.detach()], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash", "sliding_window"])
 def test_static_decoding_in_one_graph_beside_a_window_of_the_model(name: str) -> None:
     """The mask is made inside the graph while training, and outside of it in `generate`."""

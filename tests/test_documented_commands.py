@@ -1,64 +1,123 @@
-"""Every recipe command that the documentation shows is one that the recipe takes."""
+"""Every command that the documentation shows runs to its end, with a tiny model and a handful of rows.
+
+README's are the quick tests of the recipes: `make check` runs them.
+"""
 
 from __future__ import annotations
 
-import importlib
-import re
-import shlex
-import sys
+import subprocess
+import tempfile
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+from support.shown_commands import ROOT, Shown, run_by_a_shell, shown_commands
+from support.tiny_runs import Command, Workplace, command_of, takes, write_shared
+from transformers.utils import is_bitsandbytes_available
 
-from hf_attnkit.experiment import run as base_run
-from hf_attnkit.experiment import sweep
-from hf_attnkit.experiment.training import quantized
+from hf_attnkit.experiment.benchmarking import quantities
+from hf_attnkit.experiment.glue.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "recipes/README.md", "docs/recipes.md"]
-TRAINING = ["finetune_glue", "uptrain_gqa_glue", "uptrain_gqa_lm", "prune_heads_glue", "swap_attention_glue"]
-
-
-def commands(text: str) -> list[list[str]]:
-    """Command lines of recipes that train, as a shell reads them, from the script on; shortened ones are left out."""
-    shown = re.findall(r"^ *(?:python|accelerate launch)\b(?:.*\\\n)*.*", text, re.MULTILINE)
-    found = []
-    for command in shown:
-        words = shlex.split(re.sub(r"\\+\n", " ", command))
-        place = next((i for i, word in enumerate(words) if word.startswith("recipes/")), None)
-        if place is not None and Path(words[place]).stem in TRAINING and words[-1] != "...":
-            found.append(words[place:])
-    return found
+with tempfile.TemporaryDirectory() as empty:
+    SHOWN = shown_commands(Path(empty))
+LABELLED = [name for name, task in TASKS.items() if task.is_labelled]
+# Flags whose values make no other run: names of files and folders, and numbers that only training reads.
+ALIKE = ("--data_dir", "--learning_rate", "--model_name_or_path", "--num_train_epochs", "--output", "--output_dir",
+         "--output_file", "--per_device_eval_batch_size", "--per_device_train_batch_size", "--report_to",
+         "--save_strategy", "--seed", "--seeds", "--train_file", "--validation_file")  # fmt: skip
 
 
-SHOWN = [
-    *((page, line) for page in PAGES for line in commands((ROOT / page).read_text())),
-    *((f"{name}.py", line) for name in TRAINING for line in commands((ROOT / f"recipes/{name}.py").read_text())),
-]
+def pattern(shown: Shown) -> tuple[str, frozenset[str]]:
+    """The same for commands that differ in numbers, in names of files and in the single task alone."""
+    command, kept, flag = command_of(shown), set(), ""
+    for word in command.arguments:
+        flag = word if word.startswith("--") else flag
+        number = word.replace(".", "").replace("-", "").replace("e", "").isdigit()
+        if not (flag in ALIKE or number or word in LABELLED):
+            kept.add(word)
+    return command.target, frozenset(kept)
 
 
-class Parsed(Exception):
-    """The arguments were taken; what follows is the run."""
+def different(shown: list[Shown]) -> dict[str, Shown]:
+    """The first of each pattern by its place and number; shortened commands are left out."""
+    found: dict[tuple[str, frozenset[str]], str] = {}
+    for number, one in enumerate(shown):
+        if not one.is_shortened:
+            found.setdefault(pattern(one), f"{one.place}-{number}")
+    return {name: shown[int(name.rpartition("-")[2])] for name in found.values()}
 
 
-@pytest.mark.parametrize(("place", "line"), SHOWN, ids=[f"{place}-{i}" for i, (place, _) in enumerate(SHOWN)])
-def test_a_shown_command_is_taken(place: str, line: list[str], tmp_path, monkeypatch) -> None:
-    def parsed(*arguments: object, **options: object) -> None:
-        raise Parsed
+RUNS = different(SHOWN)
 
+
+def not_run(command: Command) -> str | None:
+    """Why a command is only parsed here."""
+    if {"--load_in_4bit", "--load_in_8bit"} & set(command.flags) and not is_bitsandbytes_available():
+        return "needs bitsandbytes"
+    return None
+
+
+@pytest.mark.parametrize("parser", sorted({command_of(shown).parser for shown in SHOWN}))
+def test_shown_flags_exist(parser: str) -> None:
+    """Of shortened commands, too, and of those that do not run here."""
+    for shown in SHOWN:
+        command = command_of(shown)
+        if command.parser == parser:
+            missing = [flag for flag in command.flags if not takes(parser, flag)]
+            assert not missing, f"{shown.place} shows {missing} of {parser}"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shared(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("README") else pytest.mark.slow) for name in RUNS]
+)
+def test_a_shown_command_runs(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = command_of(RUNS[name])
+    if reason := not_run(command):
+        pytest.skip(reason)
+    place = Workplace(shared, tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("layers.json").write_text('{"0": "flash"}')
-    monkeypatch.setattr(base_run.Run, "__init__", parsed)
-    monkeypatch.setattr(quantized, "is_bitsandbytes_available", lambda: True)
-    for name in ("load_glue", "load_test", "require_place"):
-        monkeypatch.setattr(sweep, name, lambda *_: None)
-    monkeypatch.setattr(sweep, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_: None))
-    monkeypatch.setattr(sys, "argv", [*line, "--use_cpu"])  # --bf16 alone wants a GPU
-    with pytest.raises(Parsed):
-        importlib.import_module(Path(line[0]).stem).main()
+    monkeypatch.setattr(quantities, "bars", partial(quantities.bars, unit=16))
+    if command.target == "recipes/demo.py":
+        launched = create_autospec(subprocess.run, side_effect=partial(run_launched, place))
+        monkeypatch.setattr(subprocess, "run", launched)
+    before = set(tmp_path.rglob("*"))
+    place.run(command)
+    if "--output_dir" in command.flags:
+        output = tmp_path / command.arguments[command.arguments.index("--output_dir") + 1]
+        assert {path for path in output.rglob("*") if path.is_file()} - before
 
 
-def test_each_page_and_script_shows_one() -> None:
-    assert {place for place, _ in SHOWN} == {*PAGES, *(f"{name}.py" for name in TRAINING)}
-    assert {Path(line[0]).stem for _, line in SHOWN} == set(TRAINING)
+def run_launched(place: Workplace, words: list[str], **options: Any) -> None:
+    """A recipe that a command starts by `accelerate launch`, in this process."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    place.run(Command(Path(words[script]).relative_to(ROOT).as_posix(), tuple(words[script + 1 :])))
+
+
+def test_every_recipe_shows_a_command_and_every_command_is_there() -> None:
+    targets = {command_of(shown).target for shown in SHOWN}
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.py")}
+    assert {target for target in targets if target.endswith(".py")} == recipes
+    assert recipes == {shown.place for shown in SHOWN if shown.place.startswith("recipes/")}
+    assert {"README.md", "docs/recipes.md", "docs/results.md", "docs/benchmarks.md"} <= {one.place for one in SHOWN}
+
+
+def test_a_command_is_read_as_a_shell_reads_it(tmp_path: Path) -> None:
+    block = "A=\"--x 1\"\nfor i in 0 1; do\n  B=2 python recipes/a.py $A \\\n    '{i}' --seed $i  # why\ndone\nmv a b"
+    calls = run_by_a_shell([block], tmp_path)
+    assert calls == [("python", "recipes/a.py", "--x", "1", "{i}", "--seed", seed) for seed in "01"]
+    with pytest.raises(AssertionError, match="unheard-of"):
+        run_by_a_shell(["unheard-of --x"], tmp_path)
+    with pytest.raises(AssertionError, match="UNSET"):
+        run_by_a_shell(["python $UNSET"], tmp_path)
+
+
+def test_a_flag_that_is_gone_is_noticed() -> None:
+    assert takes("recipes/finetune_glue.py", "--task_name")
+    assert not takes("recipes/finetune_glue.py", "--task")

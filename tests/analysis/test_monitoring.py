@@ -139,6 +139,7 @@ def trained(kind: str, path: Path, callbacks: list[TrainerCallback]) -> tuple[nn
     return model, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(TRAININGS))
 def test_training_does_not_notice(kind: str, tmp_path: Path) -> None:
     """Weights, losses and the random state at the end, bit by bit; nothing of ours stays on the model."""

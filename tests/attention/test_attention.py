@@ -154,6 +154,7 @@ def test_queries_that_see_nothing(name: str, length: int, is_causal: bool) -> No
     assert all(grad[0].any() for grad in grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:

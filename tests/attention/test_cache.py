@@ -92,6 +92,7 @@ def test_split_equals_one_pass(kind: str, cache: str, split: str) -> None:
     torch.testing.assert_close(steps[real], whole(model, ids, mask)[real], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @every_cache
 @every_kind
 @settings(max_examples=10, deadline=None)
@@ -110,6 +111,7 @@ def test_any_split_of_any_padding(kind: str, cache: str, data: st.DataObject) ->
         torch.testing.assert_close(result[real], whole(model, ids, mask)[real], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @every_cache
 @pytest.mark.parametrize("layers", [None, [0], [1]], ids=["all layers", "first", "second"])
 @pytest.mark.parametrize("own", [3, 5, 9])
@@ -182,6 +184,7 @@ def test_state_has_one_size(kind: str) -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True},

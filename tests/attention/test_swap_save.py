@@ -118,6 +118,7 @@ def test_plain_from_pretrained_fails_at_the_first_forward(family: str, tmp_path:
         loaded(**batch(model))
 
 
+@pytest.mark.slow
 def test_without_this_package_loading_fails(tmp_path: Path) -> None:
     for family in ("bert", "llama"):
         swapped(build(family), "sliding_window", window=2).save_pretrained(tmp_path / family)

@@ -169,6 +169,7 @@ def test_trains_saves_and_reloads(family: str, tmp_path: Path) -> None:
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), inputs), outputs(model, inputs))
 
 
+@pytest.mark.slow
 def test_families_with_key_value_heads_load_without_this_package(tmp_path: Path) -> None:
     """By the mean, and by pca with queries and outputs refitted."""
     for family in (*DECODERS, "qwen2", "phi3", "glm", "stablelm"):

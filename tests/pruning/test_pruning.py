@@ -158,6 +158,7 @@ def test_plain_from_pretrained_never_loads_uneven_heads_wrongly(family: str, tmp
         type(model).from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_uniform_decoders_load_without_this_package(tmp_path: Path) -> None:
     """Mistral with any number of heads; Llama where it divides the hidden size."""
     for family, heads, kv_heads, selection in (

@@ -165,6 +165,7 @@ def test_interrupted_after_the_shards(name: str, tmp_path: Path, monkeypatch) ->
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed(tmp_path: Path) -> None:
     """The process is killed when its second shard is half written."""
     source = saved(tmp_path, size="100KB")

@@ -1,0 +1,70 @@
+"""The wheel in an environment of its own: a recipe that is copied out of the checkout runs, and so does the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from support.recipe_runs import flags
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "prune_heads_glue.py"
+pytestmark = pytest.mark.slow
+
+
+def run(*command: object, folder: Path) -> str:
+    """Standard output; nothing of this checkout or its environment is seen."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=folder, env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, folder=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an environment's programs, in which nothing but the wheel with [recipes] is installed."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", folder, folder=folder)
+    pip = (folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    run(*pip, "--constraint", ROOT / "constraints.txt", f"{wheel}[recipes]", folder=folder)
+    return folder / "bin"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_attnkit"}
+    there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_attnkit").rglob("*") if path.is_file()}
+    assert {name for name in there if "__pycache__" not in name} <= set(names)
+
+
+@pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
+def test_a_copied_recipe_runs(installed: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "recipes" / RECIPE, tmp_path)
+    script = ("-c", "import hf_attnkit; print(hf_attnkit.__file__)")
+    assert Path(run(installed / "python", *script, folder=tmp_path).strip()).is_relative_to(installed.parent)
+    options = flags(checkpoint, Path("out"), "--prune_fraction", "0.5", "--importance", "gradient")
+    run(installed / "python", RECIPE, *options, folder=tmp_path)
+    stages = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
+    assert [sum(stage["num_heads"]) for stage in stages][:3] == [8, 4, 4]
+    assert {"model.safetensors", "report.html", "README.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_the_command_is_installed(installed: Path, tmp_path: Path) -> None:
+    assert "inspect" in run(installed / "hf-attnkit", "--help", folder=tmp_path)

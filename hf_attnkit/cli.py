@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_attnkit.attention.swap import check, saved_kinds
+from hf_attnkit.attention.swap import check
 from hf_attnkit.attention.table import available_attentions
 from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion import METHODS, convert_checkpoint
@@ -104,17 +104,17 @@ def _report(name: str) -> str:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise OSError(f"the config of {name!r} cannot be read; give a model's folder or hub name: {error}") from error
-    swapped = {index: _written(kind.name, kind.options) for index, kind in saved_kinds(config).items()}
-    base = (getattr(config, "hf_attnkit", None) or {}).get("base")
+    saved = getattr(config, "hf_attnkit", None) or {"base": None, "layers": {}}
     for field in ("hf_attnkit", "attn_implementation"):  # the stock modules have the same heads
         config.__dict__.pop(field, None)
     model = skeleton(config)
+    stock = model.config._attn_implementation
     layers = attention_layers(model)
     paths = {id(module): path for path, module in model.named_modules()}
     rows = [
         (
             str(layer.index), paths[id(layer.module)], str(len(layer.heads)), str(layer.num_key_value_heads),
-            str(layer.head_dim), swapped.get(layer.index, base or model.config._attn_implementation),
+            str(layer.head_dim), _attention(saved["layers"].get(str(layer.index))) or saved["base"] or stock,
         )
         for layer in layers
     ]  # fmt: skip
@@ -139,7 +139,11 @@ def _report(name: str) -> str:
     )
 
 
-def _written(name: str, options: Mapping[str, Any]) -> str:
+def _attention(saved: tuple[str, Mapping[str, Any]] | None) -> str:
+    """A kind and its options as config.json has them; empty where it has none."""
+    if saved is None:
+        return ""
+    name, options = saved
     return " ".join([name, *(f"{option}={value}" for option, value in options.items())])
 
 

@@ -19,7 +19,9 @@ from hf_attnkit.experiment.sweep import runs
 @dataclass
 class GluePruningComparisonArguments(PruningComparisonArguments):
     score_samples: int = field(default=512, metadata={"help": "Training sentences to score on."})
-    refit_samples: int | None = field(default=None, metadata={"help": "Training sentences for the refit; as many."})
+    refit_samples: int | None = field(
+        default=None, metadata={"help": "Training sentences for the refit; default: as for scores."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,9 @@ from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 @dataclass
 class TextPruningComparisonArguments(PruningComparisonArguments):
     score_tokens: int = field(default=8192, metadata={"help": "Training tokens to score on."})
-    refit_tokens: int | None = field(default=None, metadata={"help": "Training tokens for the refit; as many."})
+    refit_tokens: int | None = field(
+        default=None, metadata={"help": "Training tokens for the refit; default: as for scores."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,15 +34,15 @@ CHUNK = 2**24
 
 @dataclass
 class DistillationArguments:
-    distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the conversion."})
+    distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the change."})
     distill_weight: float | None = field(
-        default=None, metadata={"help": "Share of the teacher's outputs in the loss, 0 to 1, against the task's; 0.5."}
+        default=None, metadata={"help": "Weight of the teacher's outputs in the loss, from 0 to 1; default: 0.5."}
     )
     distill_temperature: float | None = field(
-        default=None, metadata={"help": "Divides both models' logits, above 0; higher looks at less likely classes; 2."}
+        default=None, metadata={"help": "Divides both models' logits; higher counts unlikely classes more; default: 2."}
     )
     distill_attention_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the attention outputs' error, at least 0; 1."}
+        default=None, metadata={"help": "Weight of the error of the attention outputs, at least 0; default: 1."}
     )
 
     def __post_init__(self) -> None:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @dataclass
 class LoraArguments:
     lora: bool = field(default=False, metadata={"help": "Train adapters of the attention projections, then merge."})
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; 16."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "The adapters' scale is alpha / r; 32."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters' inputs; 0."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters; default: 16."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "The adapters' scale is alpha / r; default: 32."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the adapters' inputs; default: 0."})
 
     def __post_init__(self) -> None:
         for name, default in {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0}.items():

@@ -52,7 +52,7 @@ class PruningArguments(SelectionArguments):
     importance_options: list[str] = field(
         default_factory=list, metadata={"help": "The method's options, such as direction=focused or seed=1."}
     )
-    rearrange: bool = field(default=False, metadata={"help": "After fisher: the mask search of Kwon et al. 2022."})
+    rearrange: bool = field(default=False, metadata={"help": "Mask search after fisher (Kwon et al. 2022)."})
     refit: str = field(
         default="output",
         metadata={"help": "Fit outputs to the model before; or one scale per head; or none.", "choices": list(REFITS)},

@@ -44,12 +44,12 @@ class SelectionArguments:
     groups: str = field(
         default="whole",
         metadata={
-            "help": "Where query heads share keys and values: whole groups, or equally many heads of every group.",
+            "help": "Where query heads share keys and values: whole groups, or equally many heads across groups.",
             "choices": list(hf_attnkit.pruning.select.GROUPS),
         },
     )
-    per_layer: bool = field(default=False, metadata={"help": "Remove the same share of every layer."})
-    min_heads: int = field(default=1, metadata={"help": "Heads that every layer keeps; with 0 a layer can be emptied."})
+    per_layer: bool = field(default=False, metadata={"help": "The same share of every layer."})
+    min_heads: int = field(default=1, metadata={"help": "Heads that every layer keeps; 0 may empty layers."})
 
     def selection(self) -> dict[str, Any]:
         """Of these arguments those that `select_heads` takes."""

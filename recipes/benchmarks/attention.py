@@ -44,18 +44,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class BenchmarkArguments:
     """What to measure; attention is causal throughout."""
 
-    output_dir: str = field(metadata={"help": "Folder for the results; refused if it has results."})
+    output_dir: str = field(metadata={"help": "Folder for the results; one that holds some is refused."})
     implementations: list[str] = field(
         default_factory=lambda: list(candidates(1)),
-        metadata={"help": "Rows to measure; the --baseline row is always measured."},
+        metadata={"help": "Rows to measure, baselines included; the one to compare with is always measured."},
     )
-    baseline: str = field(default="sdpa", metadata={"help": "Row that the others are compared with."})
+    baseline: str = field(default="sdpa", metadata={"help": "The row that ratios are taken to."})
     lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048, 4096, 8192],
-        metadata={"help": "Sequence lengths; for the decode step, cached tokens."},
+        metadata={"help": "Sequence lengths, for a decode step cached tokens."},
     )
     parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": "Any of forward, backward (forward + backward), decode."}
+        default_factory=lambda: list(PARTS), metadata={"help": "forward, backward (with its forward pass), decode."}
     )
     num_attention_heads: int = field(default=8, metadata={"help": "Query heads."})
     num_key_value_heads: int = field(default=2, metadata={"help": "Key/value heads; mqa always has 1."})
@@ -65,8 +65,10 @@ class BenchmarkArguments:
     dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16."})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; cuda if there is one."})
     repeats: int = field(default=5, metadata={"help": "Counted rounds; each measures every row once."})
-    max_quadratic: int = field(default=2048, metadata={"help": "Longest length of rows with quadratic memory."})
-    quantities: bool = field(default=False, metadata={"help": "Measure the fixed ratios, with their bars."})
+    max_quadratic: int = field(
+        default=2048, metadata={"help": "Longest length for rows whose memory is quadratic in it."}
+    )
+    quantities: bool = field(default=False, metadata={"help": "Measure the fixed ratios and their bars instead."})
     markdown: bool = field(default=False, metadata={"help": "Write the tables as markdown too."})
 
 

@@ -30,7 +30,7 @@ BATCH = 1000
 class TextArguments:
     """Where the text comes from; the names are those of Transformers' run_clm.py."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": f"Dataset on the hub; default: {DATASET[0]}."})
+    dataset_name: str | None = field(default=None, metadata={"help": f"On the hub; by default {DATASET[0]}."})
     dataset_config_name: str | None = field(
         default=None, metadata={"help": f"Its configuration; by default {DATASET[1]} for {DATASET[0]}."}
     )
@@ -40,7 +40,7 @@ class TextArguments:
         default=None,
         metadata={"help": f"The last so many per cent of the documents are held out; {SPLIT_PERCENTAGE}."},
     )
-    block_size: int = field(default=512, metadata={"help": "Tokens of a block, the model's input."})
+    block_size: int = field(default=512, metadata={"help": "Tokens that the model sees at once."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first this many blocks."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first this many blocks."})
 

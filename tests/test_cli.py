@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support.models import build
-from support.subprocesses import run_python
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_attnkit import cache_bytes_per_token, convert_to_gqa, prune_heads, swap_attention
 from hf_attnkit.cli import main
+from hf_attnkit.common.version import __version__
 
 
 @pytest.fixture
@@ -129,6 +129,5 @@ def test_convert_takes_a_number_for_each_layer(tmp_path: Path, run: Any) -> None
     assert code == 0 and "layer 1: 4 -> 1" in printed
 
 
-def test_runs_as_a_module() -> None:
-    code = "import sys; from hf_attnkit.cli import main; sys.argv[0] = 'hf-attnkit'; main()"
-    assert run_python(code, "--version").startswith("hf_attnkit ")
+def test_the_version_is_that_of_the_package(run: Any) -> None:
+    assert run("--version") == (0, f"hf_attnkit {__version__}\n", "")

@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the model and its tokenizer")
     parser.add_argument("target", metavar="OUT.safetensors", type=Path, help="file to write")
     parser.add_argument("--train_file", type=Path, required=True, help="one text per line")
-    parser.add_argument("--num_tokens", type=int, default=8192, help="how many tokens to look at")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a text that are looked at")
+    parser.add_argument("--num_tokens", type=int, default=8192, help="number of tokens, from the start of the file")
+    parser.add_argument("--max_length", type=int, default=512, help="longer texts are truncated, in tokens")
     arguments = parser.parse_args()
     try:
         write_statistics(

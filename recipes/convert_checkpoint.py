@@ -19,7 +19,7 @@ def main() -> None:
     methods = [name for name in METHODS if name != "random"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint")
-    parser.add_argument("target", metavar="OUT", help="folder for the converted one")
+    parser.add_argument("target", metavar="OUT", help="folder for the converted checkpoint")
     parser.add_argument("--num_key_value_heads", type=int, required=True, help="key/value heads per layer")
     parser.add_argument("--method", choices=methods, default="mean", help="how heads are merged (default: mean)")
     parser.add_argument("--key_method", choices=methods, help="another method for the keys")

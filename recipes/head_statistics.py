@@ -48,10 +48,10 @@ def main() -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of the model and its tokenizer")
     parser.add_argument("--text_file", type=Path, required=True, help="one text per line")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the JSON and the picture")
-    parser.add_argument("--num_texts", type=int, default=128, help="how many texts to look at")
-    parser.add_argument("--max_length", type=int, default=128, help="tokens of a text that are looked at")
+    parser.add_argument("--num_texts", type=int, default=128, help="number of texts, from the start of the file")
+    parser.add_argument("--max_length", type=int, default=128, help="longer texts are truncated, in tokens")
     parser.add_argument("--batch_size", type=int, default=8, help="texts in a batch")
-    parser.add_argument("--title", help="of the picture; by default the names of model and file")
+    parser.add_argument("--title", help="title of the picture (default: the names of model and file)")
     arguments = parser.parse_args()
     for name in ("num_texts", "max_length", "batch_size"):
         if getattr(arguments, name) < 1:

@@ -28,7 +28,7 @@ from hf_attnkit.experiment.training.uptrain import ConversionArguments, uptrain
 @dataclass
 class GlueConversionArguments(ConversionArguments):
     calibration_samples: int = field(
-        default=512, metadata={"help": "Training sentences for pca and the refit; 0 for none."}
+        default=512, metadata={"help": "Training sentences for pca and the refit; 0: no data."}
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from hf_attnkit.experiment.training.uptrain import ConversionArguments, uptrain
 @dataclass
 class TextConversionArguments(ConversionArguments):
     calibration_tokens: int = field(
-        default=8192, metadata={"help": "Training tokens for pca and the refit, in whole blocks; 0 for none."}
+        default=8192, metadata={"help": "Training tokens for pca and the refit, in whole blocks; 0: no data."}
     )
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ def gflop(label: str, config: LlamaConfig) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=6, help="size of the model's files, at least")
+    parser.add_argument("--gib", type=float, default=6, help="least size of the model's files")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["mean", "pca"])
     parser.add_argument("--hidden_size", type=int, default=4096)

@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="Tokens.")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv_heads", type=int, default=None, help="As many as heads by default.")
+    parser.add_argument("--kv_heads", type=int, default=None, help="Key/value heads; default: as many as heads.")
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--padding", type=int, default=0, help="Tokens of padding on the left.")
-    parser.add_argument("--repeats", type=int, default=5, help="0: the scoring pass once, its peak memory.")
+    parser.add_argument("--repeats", type=int, default=5, help="Counted rounds; 0: peak memory of one scoring pass.")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 

@@ -30,8 +30,8 @@ from hf_attnkit.experiment.files import show, write_json
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds; each trains both models")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps of a model in a round")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--length", type=int, default=32, help="tokens of a sentence")
     parser.add_argument("--layers", type=int, default=6)

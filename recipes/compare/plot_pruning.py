@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results.json files")
     parser.add_argument("--output", type=Path, help="PNG to draw the curves into")
-    parser.add_argument("--stage", default="changed", choices=["changed", "recovered"], help="which to draw")
+    parser.add_argument("--stage", default="changed", choices=["changed", "recovered"], help="the stage to draw")
     arguments = parser.parse_args()
     tasks: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in arguments.results:

@@ -39,7 +39,7 @@ class PruningComparisonArguments(SelectionArguments):
         },
     )
     refits: list[str] = field(
-        default_factory=lambda: ["none", "output"], metadata={"help": f"What follows: {', '.join(REFITS)}."}
+        default_factory=lambda: ["none", "output"], metadata={"help": f"Refits after the pruning: {', '.join(REFITS)}."}
     )
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ class GlueArguments(RunArguments):
     """Model and data; the names are those of Transformers' run_glue.py."""
 
     model_name_or_path: str = field(
-        metadata={"help": "Folder or hub name of the model and its tokenizer; {task} and {seed} stand for the run's."}
+        metadata={"help": "Folder or hub name of model and tokenizer; {task} and {seed} become those of the run."}
     )
     task_name: str = field(
         metadata={

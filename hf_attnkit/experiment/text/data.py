@@ -1,7 +1,9 @@
 """Text for language modelling: from the hub or from files, cut into blocks of tokens as Transformers' run_clm.py does.
 
-document 1 | document 2 | document 3 ...      tokens of all documents, one after the other
-[ block  ][ block  ][ block  ] ...            every block has block_size tokens; the rest at the end is dropped
+    document 1 | document 2 | document 3 ...      tokens of all documents, one after the other
+    [ block  ][ block  ][ block  ] ...            every block has block_size tokens
+
+The tokens after the last whole block are dropped.
 """
 
 from __future__ import annotations

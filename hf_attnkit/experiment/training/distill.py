@@ -34,7 +34,7 @@ CHUNK = 2**24
 
 @dataclass
 class DistillationArguments:
-    distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the conversion."})
+    distill: bool = field(default=False, metadata={"help": "Train towards the model as it was before the change."})
     distill_weight: float | None = field(
         default=None,
         metadata={

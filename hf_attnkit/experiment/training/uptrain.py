@@ -26,7 +26,7 @@ from hf_attnkit.models.layers import editable_layers
 @dataclass
 class ConversionArguments(ChangeArguments):
     num_key_value_heads: int | None = field(
-        default=None, metadata={"help": "Key/value heads per layer; by default at most a quarter of the query heads."}
+        default=None, metadata={"help": "Key/value heads per layer; default: at most a quarter of the query heads."}
     )
     method: str = field(default="pca", metadata={"help": "How heads are merged.", "choices": list(METHODS)})
     key_method: str | None = field(

@@ -259,3 +259,20 @@ def test_two_processes_are_one_that_accumulates_two_batches(more, text_checkpoin
     left, right = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("two", "one"))
     for (name, a), b in zip(left.named_parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_control_is_the_untouched_model_trained_as_long(text_checkpoint, text, tmp_path, monkeypatch) -> None:
+    data = ("--validation_file", str(text[1]))
+    with_control = run(monkeypatch, flags(text_checkpoint, tmp_path / "with", text, *data, "--control"))
+    without = run(monkeypatch, flags(text_checkpoint, tmp_path / "without", text, *data))
+    stages = with_control["stages"]
+    assert [stage["stage"] for stage in stages] == ["baseline", "control", "changed", "recovered"]
+    assert with_control["control"] == 1 and without["control"] is None
+    assert stages[1]["num_key_value_heads"] == [4, 4]
+    assert stages[1]["metrics"]["perplexity"] < stages[0]["metrics"]["perplexity"]
+    kept = [stages[place]["metrics"] for place in (0, 2, 3)]
+    assert kept == [stage["metrics"] for stage in without["stages"]]
+    # A decoder keeps keys and values, half as many after the conversion.
+    sizes = [stage["key_value_bytes_per_token"] for stage in stages]
+    assert sizes[0] == sizes[1] == 2 * sizes[2] == 2 * sizes[3] > 0
+    assert json.loads((tmp_path / "with" / "control_state.json").read_text())["global_step"] == 4

@@ -224,7 +224,7 @@ def test_prunings_compared(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "alone" / "results.json")])
         plot_pruning.main()
-    assert "is not of compare_pruning" in capsys.readouterr().err
+    assert "is not of compare/pruning" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,7 @@ PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

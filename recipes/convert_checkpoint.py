@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument("source", metavar="IN", help="folder of the checkpoint")
     parser.add_argument("target", metavar="OUT", help="folder for the converted checkpoint")
     parser.add_argument("--num_key_value_heads", type=int, required=True, help="key/value heads per layer")
-    parser.add_argument("--method", choices=methods, default="mean", help="how heads are merged (default: mean)")
+    parser.add_argument(
+        "--method", choices=methods, help="how heads are merged (default: pca with statistics, else mean)"
+    )
     parser.add_argument("--key_method", choices=methods, help="another method for the keys")
     parser.add_argument("--statistics", metavar="FILE", help="second moments for pca")
     arguments = parser.parse_args()

@@ -76,8 +76,8 @@ def main() -> None:
     baseline = root / "baseline"
     run_recipe("finetune_glue.py", minilm(), baseline, *RATE, "5")
     runs = {}
-    for method, refit in (("mean", "false"), ("pca", "true")):
-        runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit == 'true')}"] = run_recipe(
+    for method, refit in (("mean", "none"), ("pca", "full")):
+        runs[f"GQA, 12 -> 3 key/value heads, {method}{' and refit' * (refit != 'none')}"] = run_recipe(
             "uptrain_gqa_glue.py",
             baseline,
             root / f"gqa-{method}",

@@ -5,7 +5,7 @@
         --per_device_train_batch_size 32 --output_dir outputs/cola-gqa
 
 `pca` and the refit of queries and outputs look at training sentences first (`--calibration_samples`);
-neither uses labels. `--method mean --refit false` is mean-pooling as published, the baseline. `--distill`
+neither uses labels. `--method mean --refit none` is mean-pooling as published, the baseline. `--distill`
 trains towards the model as it was, `--lora` trains adapters and merges them. `--control` also trains the untouched
 model as long, for comparison.
 
@@ -32,6 +32,7 @@ class GlueConversionArguments(ConversionArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.calibration_samples < 0:
             raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 0")
 

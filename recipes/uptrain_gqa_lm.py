@@ -32,6 +32,7 @@ class TextConversionArguments(ConversionArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.calibration_tokens < 0:
             raise ValueError(f"--calibration_tokens {self.calibration_tokens} must be at least 0")
 

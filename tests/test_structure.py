@@ -25,9 +25,14 @@ LONGEST = 400
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of the package's modules that a file imports, anywhere in it."""
+    """Full names of the package's modules that a file imports, anywhere in it; not for its annotations alone."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
+    skipped = {id(inner) for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -34,7 +34,7 @@ EDGE = 1e-3  # a head whose mean is as near as this to 0 or 1 does the same for 
 PREFIX = "attention_entropy"
 
 
-class AttentionEntropyCallback(TrainerCallback):  # type: ignore[misc] # a class of Transformers
+class AttentionEntropyCallback(TrainerCallback):
     """Logs the attention entropy of every layer while a `Trainer` trains.
 
         trainer = Trainer(..., callbacks=[AttentionEntropyCallback()])

@@ -30,7 +30,7 @@ def take(states: Tensor, index: Tensor, otherwise: Tensor | None = None) -> Tens
     return taken if otherwise is None else torch.where(inside[:, None, :, None], taken, otherwise)
 
 
-class SequenceLayer(CacheLayerMixin):  # type: ignore[misc] # a class of Transformers
+class SequenceLayer(CacheLayerMixin):
     """A cache layer that counts the tokens it has seen and stores what its attention needs.
 
     `update` returns what the new tokens may attend to. After the attention call, `settle` drops what no later

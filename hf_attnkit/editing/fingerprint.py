@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.table import ATTRIBUTE
+from hf_attnkit.attention.kind import ATTRIBUTE
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 
 PROJECTIONS = ("query", "key", "value", "output")
@@ -86,8 +86,7 @@ class Fingerprint:
 def _running(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[str]:
     """What the model's attention runs: Transformers' name for it, then the kind of each layer that was swapped."""
     kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in layers]
-    names = ("" if kind is None else " ".join(map(str, [kind.name, kind.options or ""])).strip() for kind in kinds)
-    return [f"{model.config._attn_implementation!r}", *filter(None, names)]
+    return [f"{model.config._attn_implementation!r}", *(repr(kind) for kind in kinds if kind is not None)]
 
 
 def _numbers(layer: AttentionLayer) -> dict[str, Any]:

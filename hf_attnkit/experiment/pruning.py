@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 import hf_attnkit
 from hf_attnkit.importance import make_score
-from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.pruning.select import GROUPS
+from hf_attnkit.refitting import options as refitting
 
-REFITS = ("none", "output", "scale")
+REFITS = tuple(word for word in refitting.REFITS if word != "full")  # removing heads leaves keys as they are
 Heads = dict[int, list[int]]  # layer -> heads
 
 
@@ -64,20 +64,14 @@ class SelectionArguments:
         Args:
             amount: `fraction` or `num_heads` of `select_heads`.
         """
-        numbers = key_value_heads(model)
-        removed = hf_attnkit.select_heads(scores, num_key_value_heads=numbers, **self.selection(), **amount)
+        removed = hf_attnkit.select_heads(scores, model=model, **self.selection(), **amount)
         return self.rearranged(model, gradients, removed)
 
     def rearranged(self, model: PreTrainedModel, gradients: Tensor | None, removed: Heads) -> Heads:
         """After the mask search, where there are gradients."""
         if gradients is None:
             return removed
-        return hf_attnkit.rearrange_heads(gradients, removed, num_key_value_heads=key_value_heads(model))
-
-
-def key_value_heads(model: PreTrainedModel) -> list[int]:
-    """Their number in each layer; 0 in one without heads."""
-    return [layer.num_key_value_heads if layer.heads else 0 for layer in attention_layers(model)]
+        return hf_attnkit.rearrange_heads(gradients, removed, model=model)
 
 
 def prune(model: PreTrainedModel, removed: Heads, refit: str, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -19,8 +19,8 @@ class OutputSums:
     """Running sums over tokens: all that the fit of an output projection needs. m inputs, M outputs.
 
     Attributes:
-        aa: `(m + 1, m + 1)`, sum of [a; 1] [a; 1]^T, float64.
-        ya: `(M, m + 1)`, sum of y [a; 1]^T, float64.
+        aa: `(m + 1, m + 1)`, sum of `[a; 1] [a; 1]^T`, float64.
+        ya: `(M, m + 1)`, sum of `y [a; 1]^T`, float64.
         yy: sum of |y|^2.
         lost: sum of |o - y|^2, o what the layer puts out now.
     """

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
 import hf_attnkit
+from hf_attnkit.common.checks import choice
 from hf_attnkit.conversion import METHODS
 from hf_attnkit.conversion.grouping import GROUPINGS
 from hf_attnkit.conversion.merging import choose_merging
-from hf_attnkit.conversion.methods.table import uses_statistics
-from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
 from hf_attnkit.models.layers import editable_layers
+from hf_attnkit.refitting.options import REFITS, refit_word
 
 
 @dataclass
@@ -28,14 +27,26 @@ class ConversionArguments(ChangeArguments):
     num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Key/value heads per layer; default: at most a quarter of the query heads."}
     )
-    method: str = field(default="pca", metadata={"help": "How heads are merged.", "choices": list(METHODS)})
+    method: str | None = field(
+        default=None,
+        metadata={"help": "How heads are merged; default: pca with calibration, else mean.", "choices": list(METHODS)},
+    )
     key_method: str | None = field(
         default=None, metadata={"help": "Another method for the keys.", "choices": list(METHODS)}
     )
     grouping: str = field(
         default="adjacent", metadata={"help": "Which heads are merged together.", "choices": list(GROUPINGS)}
     )
-    refit: bool = field(default=True, metadata={"help": "Refit queries and outputs after the merge."})
+    refit: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What is fitted to the model before, one of {', '.join(REFITS)}; default: full with calibration."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        spelled = {"true": "full", "false": "none"}.get(str(self.refit).lower(), self.refit)  # as flags used to be
+        self.refit = None if spelled is None else choice(spelled, "--refit", REFITS)
 
     def names(self) -> dict[str, Any]:
         """The method's arguments of `convert_to_gqa`."""
@@ -44,14 +55,8 @@ class ConversionArguments(ChangeArguments):
 
 def convert(run: Run, arguments: ConversionArguments, number: int, calibration_size: int) -> None:
     """Convert the run's model, with so much training data for calibration (sentences or tokens; 0 for none)."""
-    calibration: Iterable[Mapping[str, Any]] | hf_attnkit.conversion.Statistics | None = None
-    if calibration_size:
-        calibration = list(run.calibration_batches(calibration_size))
-        if not arguments.refit:
-            used = (uses_statistics(name) for name in (arguments.method, arguments.key_method) if name)
-            looks = any(used) or arguments.grouping == "best"
-            calibration = collect(run.model, editable_layers(run.model), calibration) if looks else None
-    hf_attnkit.convert_to_gqa(run.model, number, calibration=calibration, **arguments.names())
+    batches = list(run.calibration_batches(calibration_size)) if calibration_size else None
+    hf_attnkit.convert_to_gqa(run.model, number, calibration=batches, refit=arguments.refit, **arguments.names())
 
 
 def recover(
@@ -77,16 +82,20 @@ def title(model: PreTrainedModel, number: int) -> str:
     return f"{span} key/value heads merged into {number}"
 
 
-def check(conversion: ConversionArguments, run: Run) -> int:
-    """The number of key/value heads. Called before the first evaluation, which may take long, to refuse early.
+def check(conversion: ConversionArguments, run: Run, calibration_size: int) -> tuple[int, dict[str, str]]:
+    """The number of key/value heads, and what the conversion's defaults mean here.
+
+    Called before the first evaluation, which may take long, to refuse early.
 
     Raises:
         ValueError: a number or method that does not fit the model.
     """
-    layers = editable_layers(run.model)
+    layers, calibrated = editable_layers(run.model), calibration_size > 0
     [number, *_] = target_heads(layers, conversion.num_key_value_heads)
-    choose_merging(layers, conversion.method, conversion.key_method, conversion.grouping, calibrated=False)
-    return number
+    merging = choose_merging(layers, **conversion.names(), calibrated=calibrated)
+    refit = refit_word(conversion.refit, default="full", batches=calibrated)
+    names = {"method": merging.method, "key_method": merging.key_method, "grouping": merging.grouping, "refit": refit}
+    return number, names
 
 
 def uptrain(
@@ -102,23 +111,22 @@ def uptrain(
     Args:
         calibration: what its size is called in results.json, and the size.
     """
-    number = check(conversion, run)
+    number, names = check(conversion, run, calibration[1])
     # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
     teacher = copy.deepcopy(run.model) if distillation.distill else None
     run.model.to(run.training.device)
     run.evaluate("baseline")
     run.control(lambda: recover(run, None, distillation, lora))
-    refit = conversion.refit and calibration[1] > 0
     run.change(
         lambda: convert(run, conversion, number, calibration[1]),
         kind="conversion",
         title=title(run.model, number),
-        facts={"num_key_value_heads": number, **conversion.names(), "refit": refit},
+        facts={"num_key_value_heads": number, **names},
     )
     run.evaluate("changed")
     if run.training.do_train:
         run.evaluate("recovered", **recover(run, teacher, distillation, lora))
-    facts: dict[str, Any] = {**conversion.names(), "refit": refit}
+    facts: dict[str, Any] = dict(names)
     facts[calibration[0]] = calibration[1]
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}

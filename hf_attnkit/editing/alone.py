@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_attnkit.models.discovery import Attention
+from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.ownership import Ownership
 from hf_attnkit.models.tensors import as_float32, tensors_in

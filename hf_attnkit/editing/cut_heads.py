@@ -24,7 +24,8 @@ from hf_attnkit.editing.alone import Alone
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.undo import Undo
-from hf_attnkit.models.discovery import Attention, Discovery, quiet
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import Discovery, quiet
 from hf_attnkit.models.ownership import Ownership, ownerships, signature
 
 
@@ -194,7 +195,9 @@ def _cut_alike(model: nn.Module, alike: Sequence[_Plan], uniform: set[int], cut:
         rows |= _cut_parameters(model, plan, cut._undo)
     sizes = attention.head_dim, attention.value_head_dim
     numbers = quantities(first.before, first.after, sizes, sorted(rows))
-    places = [place for place in reads.values() if not isinstance(place[0], PreTrainedConfig) or id(place[0]) in uniform]
+    places = [
+        place for place in reads.values() if not isinstance(place[0], PreTrainedConfig) or id(place[0]) in uniform
+    ]
     found = candidates(places, numbers)
 
     def works() -> str:
@@ -214,7 +217,9 @@ def _cut_alike(model: nn.Module, alike: Sequence[_Plan], uniform: set[int], cut:
             else ""
         )
         bias = ". A bias of its scores, head by head, is made by another module" if attention.position_bias else ""
-        raise ValueError(f"{attention.path} does not run with fewer heads: {error}{hint}{bias}; the model is unchanged") from error
+        raise ValueError(
+            f"{attention.path} does not run with fewer heads: {error}{hint}{bias}; the model is unchanged"
+        ) from error
     _follow(model, alike, chosen, unread(attention.module, reads.values(), numbers), cut)
 
 

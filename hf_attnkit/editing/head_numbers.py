@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_attnkit.editing.undo import Undo
-from hf_attnkit.models.discovery import is_linear
+from hf_attnkit.models.attention import is_linear
 
 TRIES = 256
 
@@ -77,9 +77,7 @@ def quantities(
     return found | {f"rows {old}": (old, new) for old, new in rows}
 
 
-def candidates(
-    places: Iterable[Place], numbers: Mapping[str, tuple[int, int]]
-) -> list[tuple[Place, list[int]]]:
+def candidates(places: Iterable[Place], numbers: Mapping[str, tuple[int, int]]) -> list[tuple[Place, list[int]]]:
     """For each attribute whose value is one of the quantities: the values it may take, likeliest first."""
     found = []
     for owner, name in places:
@@ -107,7 +105,9 @@ def _unlikely(name: str, what: str) -> int:
 
 def _is_other(name: str) -> bool:
     """Whether an attribute of this name rather says something else than how many heads there are."""
-    return bool(re.search(r"head_(dim|size)|layer|index|idx|hidden_size|d_model|rope|rotary|window|vocab|position", name))
+    return bool(
+        re.search(r"head_(dim|size)|layer|index|idx|hidden_size|d_model|rope|rotary|window|vocab|position", name)
+    )
 
 
 def settle(found: list[tuple[Place, list[int]]], undo: Undo, works: Callable[[], str]) -> list[tuple[Place, int]]:

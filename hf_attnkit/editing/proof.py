@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.models.discovery import Attention, quiet, run_outputs
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import quiet, run_outputs
 from hf_attnkit.models.interface import Call, watched
 
 FACTOR = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,14 @@ class Undo:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """`owner.name = value`; parameters, buffers and modules keep their place in the order of the owner's."""
-        if isinstance(owner, nn.Module):
-            for table in (owner._parameters, owner._buffers, owner._modules):
-                if name in table:
-                    before = table[name]  # type: ignore[index]
-                    table[name] = value  # type: ignore[index]
-                    self._steps.append(lambda: table.__setitem__(name, before))  # type: ignore[union-attr]
-                    return
-        old = vars(owner).get(name)
-        setattr(owner, name, value)
-        self._steps.append(lambda: setattr(owner, name, old))
+        tables = [owner._parameters, owner._buffers, owner._modules] if isinstance(owner, nn.Module) else []
+        table = next((each for each in tables if name in each), None)
+        if table is not None:
+            self._steps.append(functools.partial(table.__setitem__, name, table[name]))
+            table[name] = value
+        else:
+            self._steps.append(functools.partial(setattr, owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -7,8 +7,7 @@ nothing that is later proven on this model would mean anything.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,69 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.attention import Attention, Inputs, is_linear
+from hf_attnkit.models.bypass import bypassing_attentions
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.sample_inputs import input_device, sample_inputs
-from hf_attnkit.models.tensors import cloned, first_difference, tensors_in
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A module that attends, as it was seen to run.
-
-    Attributes:
-        index: its number among the model's attentions, in calling order.
-        path: the module's path in the model.
-        module: the module that calls the attention interface (or would, see `calls_interface`).
-        num_heads, num_key_value_heads: as queries and keys arrive.
-        head_dim, value_head_dim: size of a head of queries and keys, and of values.
-        is_causal: whether no query sees a later key.
-        is_cross: whether the keys are of another sequence than the queries.
-        window: as Transformers counts it (a query and the `window - 1` keys before it), or `None`.
-        softcap: the scores' bound, or `None`.
-        has_sinks: whether the softmax has learned keys without value.
-        position_bias: whether scores get a bias that differs between heads and is made outside of this function.
-        dropout: of the attention weights, in training.
-        keywords: names of all keywords that came with a value.
-        calls: how often the model calls the module in one forward pass (ALBERT: once a layer).
-        calls_per_forward: how often one forward pass of the module calls the interface.
-        output: path of the output projection, the module that takes the attention's output as it is; `None` where
-            no such module was seen (a gate or a norm may lie between, see `ownership`).
-        calls_interface: whether it attends through Transformers' interface.
-        reason: why not.
-        inputs: what the module was given, for running it alone.
-    """
-
-    index: int
-    path: str
-    module: nn.Module
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    value_head_dim: int
-    is_causal: bool = False
-    is_cross: bool = False
-    window: int | None = None
-    softcap: float | None = None
-    has_sinks: bool = False
-    position_bias: bool = False
-    dropout: float = 0.0
-    keywords: tuple[str, ...] = ()
-    calls: int = 1
-    calls_per_forward: int = 1
-    output: str | None = None
-    calls_interface: bool = True
-    reason: str = ""
-    inputs: Inputs = field(default=((), {}), repr=False, compare=False)
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per key/value head."""
-        return self.num_heads // self.num_key_value_heads
+from hf_attnkit.models.tensors import cloned, first_difference, tensors_in, without_caches
 
 
 @dataclass(frozen=True)
@@ -112,18 +55,20 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
     require_runnable(model)
     with quiet(model):
         inputs, calls, before = _first_run(model, probe)
-        if not calls:
-            raise ValueError(
-                f"{type(model).__name__} never calls Transformers' attention interface, so nothing shows its heads"
-            )
         found, after, not_run = _second_run(model, inputs, calls)
+        found += bypassing_attentions(model, inputs, [each.module for each in found], len(found))
     if (differs := first_difference(before, after)) is not None:
         raise ValueError(
             f"{type(model).__name__} gives other outputs when it runs again on the same inputs, in evaluation mode: "
             f"output {differs[0]} differs by {differs[1]:.1e}; nothing can be proven on it. Turn off what it draws at "
             "random (masking, sampling, noise) in its config"
         )
-    return Discovery(found, inputs, not_run)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, and "
+            "none that says how many heads it has takes a softmax"
+        )
+    return Discovery(tuple(found), inputs, not_run)
 
 
 def require_runnable(model: PreTrainedModel) -> None:
@@ -192,7 +137,9 @@ def _first_run(
         except Exception as error:  # whatever a model's code raises says that these are not its inputs
             reasons.append(f"{type(error).__name__}: {str(error)[:200]}")
             if given is not None:
-                raise ValueError(f"{type(model).__name__} does not run on the probe {list(given)}: {reasons[0]}") from error
+                raise ValueError(
+                    f"{type(model).__name__} does not run on the probe {list(given)}: {reasons[0]}"
+                ) from error
     raise ValueError(
         f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give "
         f"probe={{...}} with the inputs that it needs. Tried, and it failed with: {'; '.join(reasons) or 'nothing'}"
@@ -205,14 +152,9 @@ def _arguments(model: PreTrainedModel) -> str:
     return ", ".join(name for name in inspect.signature(model.forward).parameters if name not in ("kwargs", "args"))
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a matrix product: `nn.Linear`, or the `Conv1D` of GPT-2."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
 def _second_run(
     model: PreTrainedModel, inputs: dict[str, Any], calls: Sequence[Call]
-) -> tuple[tuple[Attention, ...], list[Tensor], tuple[str, ...]]:
+) -> tuple[list[Attention], list[Tensor], tuple[str, ...]]:
     """The attentions, with what each module was given and which module took its output; and the outputs."""
     paths = {id(module): path for path, module in model.named_modules()}
     modules = list({id(call.module): call.module for call in calls}.values())
@@ -224,7 +166,7 @@ def _second_run(
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         runs[id(module)] += 1
-        given.setdefault(id(module), (cloned(args), cloned(kwargs)))
+        given.setdefault(id(module), (without_caches(args), without_caches(kwargs)))
 
     def watch(call: Call) -> tuple[Tensor, Any]:
         output, weights = call.run()
@@ -266,7 +208,7 @@ def _second_run(
         found.append(
             replace(attention, calls=count, calls_per_forward=len(own) // count, output=outputs.get(id(module)))
         )
-    return tuple(found), after, not_run
+    return found, after, not_run
 
 
 def _attends_nowhere(path: str, modules: Sequence[nn.Module], paths: Mapping[int, str]) -> bool:

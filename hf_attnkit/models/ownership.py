@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from hf_attnkit.models.discovery import Attention, is_linear, quiet
+from hf_attnkit.models.attention import Attention, is_linear
+from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.owners import Owners, owners_of
 from hf_attnkit.models.tensors import as_float32, tensors_in

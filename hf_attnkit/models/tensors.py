@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -26,6 +27,22 @@ def cloned(value: Any) -> Any:
     return mapped(value, lambda tensor: tensor.detach().clone())
 
 
+def is_cache(value: Any) -> bool:
+    """Whether it is a cache of keys and values, of which a second run would find the first's."""
+    return isinstance(value, Cache)
+
+
+def without_caches(value: Any) -> Any:
+    """A copy for running a module again: tensors cloned, caches `None`."""
+    if is_cache(value):
+        return None
+    if type(value) in (list, tuple):
+        return type(value)(without_caches(each) for each in value)
+    if type(value) is dict:
+        return {key: without_caches(each) for key, each in value.items()}
+    return cloned(value)
+
+
 def as_float32(value: Any) -> Any:
     """A copy with all floating-point tensors in float32."""
     return mapped(value, lambda t: t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True))
@@ -35,7 +52,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of floating point in a model's output, in order; caches are no output."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
-    if type(value).__name__.endswith("Cache"):
+    if is_cache(value):
         return []
     if isinstance(value, Mapping):
         parts: Sequence[Any] = list(value.values())

@@ -1,0 +1,109 @@
+"""Small models of every type that Transformers maps, with random weights from a seed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+# Later ones win: the class of a type is that of the last task that has it.
+TASKS = (
+    "MODEL_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+)
+CLASSES: dict[str, str] = {}
+for _task in TASKS:
+    for _type, _names in getattr(modeling_auto, _task).items():
+        CLASSES[_type] = _names if isinstance(_names, str) else _names[0]
+
+WIDTH, HEADS, GROUPS, SIZE, LAYERS = 32, 4, 2, 8, 2
+LARGEST = 2e7
+SMALL: dict[str, Any] = (
+    dict.fromkeys((
+        "hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim", "embedding_size", "intermediate_size",
+        "ffn_dim", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "mlp_dim", "ffn_hidden_size",
+        "projection_dim", "output_dim", "decoder_hidden_size", "moe_intermediate_size", "conv_dim_out", "qkv_hidden_size",
+        "shared_expert_intermediate_size", "d_inner", "output_hidden_size", "out_hidden_size", "inner_dim", "feat_proj_dim",
+        "decoder_intermediate_size", "encoder_hidden_size", "cross_attention_hidden_size", "n_state", "cross_hidden_size",
+        "hidden_size_per_layer_input", "moe_ffn_hidden_size", "lru_width", "audio_embed_dim", "text_embed_dim",
+    ), WIDTH)
+    | dict.fromkeys((
+        "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+        "num_encoder_layers", "decoder_num_hidden_layers", "encoder_num_hidden_layers", "num_block", "n_block", "depth",
+    ), LAYERS)
+    | dict.fromkeys((
+        "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",
+        "decoder_num_attention_heads", "encoder_num_attention_heads", "num_experts", "num_local_experts",
+        "n_routed_experts", "moe_num_experts", "num_attention_heads_linear",
+    ), HEADS)
+    | dict.fromkeys(("num_key_value_heads", "num_experts_per_tok", "attn_layer_period", "full_attention_interval",
+                     "moe_k", "moe_topk", "num_kv_heads", "global_attn_every_n_layers", "decoder_num_key_value_heads",
+                     "encoder_num_key_value_heads"), GROUPS)
+    | dict.fromkeys(("head_dim", "d_kv", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim",
+                     "decoder_head_dim", "global_head_dim", "swa_head_dim", "linear_key_head_dim",
+                     "linear_value_head_dim", "attention_head_dim"), SIZE)
+    | dict.fromkeys(("n_group", "topk_group", "n_groups", "mamba_n_groups", "attn_layer_offset", "num_conv_layers",
+                     "first_k_dense_replace", "bos_token_id"), 1)
+    | dict.fromkeys(("kv_lora_rank", "q_lora_rank", "mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head",
+                     "mamba_head_dim", "o_lora_rank", "index_head_dim"), 16)
+    | dict(mamba_n_heads=4, mamba_num_heads=4, mamba_expand=2, expand=2, chunk_size=8, mamba_chunk_size=8,
+           linear_num_key_heads=2, linear_num_value_heads=4, vocab_size=99, max_position_embeddings=64, n_positions=64,
+           pad_token_id=0, eos_token_id=2, decoder_start_token_id=1, type_vocab_size=2, sliding_window=16,
+           image_size=16, patch_size=8, num_mel_bins=16, max_source_positions=16, max_target_positions=32,
+           index_n_heads=4, index_topk=4, attn_layer_indices=[1], vocab_size_per_layer_input=99,
+           num_channels=3, n_mels=16, num_nextn_predict_layers=0, num_mtp_layers=0, num_conv_pos_embeddings=16,
+           num_conv_pos_embedding_groups=4)
+)  # fmt: skip
+DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
+
+
+def small_config(kind: type[PreTrainedConfig], depth: int = 0) -> PreTrainedConfig:
+    """A config of this class with few and small layers, and small parts."""
+    known = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", {}))
+    known |= set(getattr(kind, "attribute_map", {}))
+    given = {name: value for name, value in SMALL.items() if name in known}
+    try:
+        whole: PreTrainedConfig | None = kind()
+    except Exception:
+        whole = None
+    for name in getattr(kind, "sub_configs", {}):
+        part = getattr(whole, name, None)
+        if isinstance(part, PreTrainedConfig) and depth < 3:
+            given[name] = small_config(type(part), depth + 1)
+    return kind(**given)
+
+
+def small_model(model_type: str) -> PreTrainedModel:
+    """A small model of this type in evaluation mode, whose attention matters.
+
+    Raises:
+        Exception: whatever the model's code raises; `MemoryError` where the model is large for all that.
+    """
+    config = small_config(CONFIG_MAPPING[model_type])
+    for each in (config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))):
+        for name in DROPOUTS:
+            if isinstance(getattr(each, name, None), float):
+                setattr(each, name, 0.0)
+    kind = getattr(transformers, CLASSES[model_type])
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind._from_config(config).parameters())
+    if size > LARGEST:
+        raise MemoryError(f"{size:,} parameters")
+    torch.manual_seed(0)
+    model: PreTrainedModel = kind._from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2 and parameter.is_floating_point():
+                parameter.mul_(4)  # small random weights attend to everything alike
+    return model

@@ -24,7 +24,7 @@ from hf_attnkit.editing.alone import Alone
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.undo import Undo
-from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.attention import Attention, given_by_head
 from hf_attnkit.models.discovery import Discovery, quiet
 from hf_attnkit.models.ownership import Ownership, ownerships, signature
 
@@ -216,11 +216,16 @@ def _cut_alike(model: nn.Module, alike: Sequence[_Plan], uniform: set[int], cut:
             if values
             else ""
         )
-        bias = ". A bias of its scores, head by head, is made by another module" if attention.position_bias else ""
         raise ValueError(
-            f"{attention.path} does not run with fewer heads: {error}{hint}{bias}; the model is unchanged"
+            f"{attention.path} does not run with fewer heads: {error}{hint}{_by_head_given(attention)}; the model is "
+            "unchanged"
         ) from error
     _follow(model, alike, chosen, unread(attention.module, reads.values(), numbers), cut)
+
+
+def _by_head_given(attention: Attention) -> str:
+    found = given_by_head(attention)
+    return f". It is given something for each head by others: {', '.join(found)}" if found else ""
 
 
 def _config_value(attention: Attention, name: str) -> Any:

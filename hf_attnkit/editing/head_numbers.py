@@ -149,7 +149,7 @@ def _by_rank(options: list[list[tuple[int, int]]]) -> Iterator[tuple[tuple[int, 
 
 
 def unread(module: nn.Module, read: Iterable[Place], numbers: Mapping[str, tuple[int, int]]) -> list[tuple[str, int]]:
-    """Attributes of the module that nothing read, but whose name and value say a number of heads, with the new value."""
+    """Attributes that nothing read, but whose name and value say a number of heads, with the new value."""
     seen = {name for owner, name in read if owner is module}
     found = []
     for name, value in vars(module).items():

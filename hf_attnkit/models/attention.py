@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -64,6 +64,20 @@ class Attention:
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_heads // self.num_key_value_heads
+
+
+def given_by_head(attention: Attention) -> list[str]:
+    """What the module is given that has something for each head, such as a bias of the scores; names with shapes."""
+    args, kwargs = attention.inputs
+    given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    number = attention.num_heads
+    return [
+        f"{name} {tuple(value.shape)}"
+        for name, value in given.items()
+        if isinstance(value, Tensor)
+        and ((value.dim() == 4 and value.shape[1] == number > 1) or (value.dim() == 3 and value.shape[1] == 1))
+        and value.shape[0] * value.shape[1] % number == 0
+    ]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def _candidates(model: nn.Module, seen: Iterable[nn.Module]) -> list[str]:
 
 
 class _Watch(TorchFunctionMode):
-    """One forward pass: which candidates take a softmax, what they are given, which matrix product takes their heads."""
+    """One forward pass: which candidates take a softmax, what they are given, what takes their heads."""
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
         super().__init__()

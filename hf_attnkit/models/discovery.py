@@ -65,8 +65,8 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
         )
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, and "
-            "none that says how many heads it has takes a softmax"
+            f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, "
+            "and none that says how many heads it has takes a softmax"
         )
     return Discovery(tuple(found), inputs, not_run)
 

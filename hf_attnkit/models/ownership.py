@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from hf_attnkit.models.attention import Attention, is_linear
+from hf_attnkit.models.attention import Attention, given_by_head, is_linear
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.owners import Owners, owners_of
@@ -101,7 +101,28 @@ def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Owners
                 path = attention.path + one.output.removeprefix(_path_of(known, one, attentions))
             one = Ownership(one.owned, one.shared, one.coupled, one.key_heads, path)
         found.append(one)
-    return found
+    return [_with_bias(attention, one, attentions, found) for attention, one in zip(attentions, found, strict=True)]
+
+
+def _with_bias(
+    attention: Attention, one: Ownership, attentions: Sequence[Attention], found: Sequence[Ownership]
+) -> Ownership:
+    """The same, coupled where a bias of the scores, head by head, is one for several attentions (T5)."""
+    if not attention.position_bias:
+        return one
+    takers = [each for each in attentions if each.position_bias and given_by_head(each)]
+    if not takers:
+        return one
+    made = [
+        f"{each.path}.{name}"
+        for each, other in zip(attentions, found, strict=True)
+        for name, owners in other.owned.items()
+        if each.position_bias and set(owners.rows) == {"output"}
+    ]
+    own = [name for name in made if name.startswith(f"{attention.path}.")]
+    name = (own or made or ["the bias of its scores"])[0]
+    why = f"a bias of the scores, head by head, is one for several attentions ({len(takers)} take it from elsewhere)"
+    return replace(one, coupled=one.coupled | {name: why})
 
 
 def _path_of(known: dict[tuple[Any, ...], Ownership], one: Ownership, attentions: Sequence[Attention]) -> str:
@@ -110,13 +131,13 @@ def _path_of(known: dict[tuple[Any, ...], Ownership], one: Ownership, attentions
 
 def ownership(model: nn.Module, attention: Attention) -> Ownership:
     """What belongs to the heads of one attention; see the top of this file."""
-    run = _Run(attention)
+    run = Run(attention)
     with quiet(model), torch.enable_grad():
         run.forward()
         return _read(run)
 
 
-class _Run:
+class Run:
     """One forward pass of an attention module alone, with random parameters, and the tensors that show its heads."""
 
     def __init__(self, attention: Attention) -> None:
@@ -235,7 +256,7 @@ def _touched(heads: Tensor, leaves: dict[str, Tensor], seen: Callable[[str, int,
                 seen(name, head, gradient)
 
 
-def _read(run: _Run) -> Ownership:
+def _read(run: Run) -> Ownership:
     attention, coupled = run.attention, {}
     roles = dict(run.heads)
     if run.taken is None or run.output is None:
@@ -304,7 +325,7 @@ def _slices(taken: Tensor, attention: Attention) -> Tensor | None:
     return (whole if whole.dim() == 4 else whole[None]).permute(2, 0, 1, 3)
 
 
-def _is_head_by_head(run: _Run, slices: Tensor) -> bool:
+def _is_head_by_head(run: Run, slices: Tensor) -> bool:
     """Whether slice h of what the output projection takes depends on the output of head h and no other."""
     if run.attended is None:
         return True  # a module that never calls the interface: its parameters tell
@@ -321,7 +342,7 @@ def _is_head_by_head(run: _Run, slices: Tensor) -> bool:
 
 
 def _mixed(
-    run: _Run,
+    run: Run,
     roles: dict[str, Tensor],
     by_role: dict[str, dict[str, Owners | str | None]],
     owned: dict[str, Owners],

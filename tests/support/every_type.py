@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -65,6 +66,19 @@ SMALL: dict[str, Any] = (
            num_channels=3, n_mels=16, num_nextn_predict_layers=0, num_mtp_layers=0, num_conv_pos_embeddings=16,
            num_conv_pos_embedding_groups=4)
 )  # fmt: skip
+# What single types need.
+EXTRA: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * LAYERS, num_hidden_layers=2 * LAYERS),
+    "bailing_hybrid": dict(layer_group_size=2, num_hidden_layers=2 * LAYERS),
+    "time_series_transformer": dict(prediction_length=4),
+    "informer": dict(prediction_length=4),
+    "autoformer": dict(prediction_length=4),
+    "reformer": dict(is_decoder=True),
+    "esmc": dict(num_key_value_heads=HEADS),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
+    "mamba2": dict(head_dim=16, num_heads=4),
+}
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 
 
@@ -81,7 +95,30 @@ def small_config(kind: type[PreTrainedConfig], depth: int = 0) -> PreTrainedConf
         part = getattr(whole, name, None)
         if isinstance(part, PreTrainedConfig) and depth < 3:
             given[name] = small_config(type(part), depth + 1)
-    return kind(**given)
+    if "qk_rope_head_dim" in known:  # latent attention: a head is what is rotated and what is not
+        given.pop("head_dim", None)
+        if "num_key_value_heads" in given:
+            given["num_key_value_heads"] = HEADS
+    if {"linear_num_key_heads", "mamba_d_state", "ssm_state_size", "conv_L_cache"} & known:
+        for name in ("num_hidden_layers", "num_layers"):
+            if name in given:
+                given[name] = 2 * LAYERS  # hybrids: some of them attend
+    return _accepted(kind, given | EXTRA.get(kind.model_type, {}))
+
+
+def _accepted(kind: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:
+    """The config, without the values that its class refuses by name."""
+    while True:
+        try:
+            return kind(**given)
+        except Exception as error:
+            named = [name for name in given if re.search(rf"\b{name}\b", str(error))]
+            if not named:
+                raise
+            if {"num_key_value_heads", "num_attention_heads"} <= set(named):
+                given["num_key_value_heads"] = given["num_attention_heads"] = GROUPS
+                named = ["num_key_value_heads"]
+            given = {name: value for name, value in given.items() if name != named[0]}
 
 
 def small_model(model_type: str) -> PreTrainedModel:

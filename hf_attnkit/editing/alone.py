@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.attention import Attention, by_head
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.ownership import Ownership
 from hf_attnkit.models.tensors import as_float32, tensors_in
@@ -39,7 +39,7 @@ class Alone:
             return output, weights
 
         def take(_: nn.Module, given: tuple[Any, ...]) -> None:
-            found.append(self._by_head(given[0]))
+            found.append(by_head(given[0], attention.value_head_dim))
 
         with ExitStack() as stack:
             stack.enter_context(watched([attention.module], watch))
@@ -47,11 +47,7 @@ class Alone:
             if not attention.calls_interface and inside and self._output is not None:
                 stack.callback(self._output.register_forward_pre_hook(take).remove)
             result = functional_call(attention.module, state, args, kwargs)
-        return found[0] if found else self._by_head(tensors_in(result)[0])
-
-    def _by_head(self, taken: Tensor) -> Tensor:
-        whole = taken.unflatten(-1, (-1, self._attention.value_head_dim))
-        return (whole if whole.dim() == 4 else whole[None]).permute(2, 0, 1, 3)
+        return found[0] if found else by_head(tensors_in(result)[0], attention.value_head_dim)
 
     def difference(self, want: Tensor) -> str:
         """What is wrong with the heads as they are now, or nothing."""

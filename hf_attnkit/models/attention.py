@@ -66,17 +66,25 @@ class Attention:
         return self.num_heads // self.num_key_value_heads
 
 
+def by_head(taken: Tensor, size: int) -> Tensor:
+    """What an output projection takes, `(..., heads * size)`, as `(heads, batch, positions, size)`."""
+    whole = taken.unflatten(-1, (-1, size))
+    whole = whole.flatten(0, -4) if whole.dim() > 4 else whole
+    return (whole if whole.dim() == 4 else whole[None]).permute(2, 0, 1, 3)
+
+
 def given_by_head(attention: Attention) -> list[str]:
     """What the module is given that has something for each head, such as a bias of the scores; names with shapes."""
     args, kwargs = attention.inputs
     given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     number = attention.num_heads
+    batch = next((value.shape[0] for value in tensors.values()), 0)
     return [
         f"{name} {tuple(value.shape)}"
-        for name, value in given.items()
-        if isinstance(value, Tensor)
-        and ((value.dim() == 4 and value.shape[1] == number > 1) or (value.dim() == 3 and value.shape[1] == 1))
-        and value.shape[0] * value.shape[1] % number == 0
+        for name, value in tensors.items()
+        if (value.dim() == 4 and value.shape[1] == number > 1)
+        or (value.dim() == 3 and value.shape[0] == batch * number)
     ]
 
 

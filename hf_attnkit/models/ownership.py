@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from hf_attnkit.models.attention import Attention, given_by_head, is_linear
+from hf_attnkit.models.attention import Attention, by_head, given_by_head, is_linear
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.owners import Owners, owners_of
@@ -49,6 +49,7 @@ class Ownership:
         key_heads: for each key/value head, as keys arrive, the number of the key/value head whose parameters make it:
             a module may repeat its keys before it attends. `(0, 1, 2, ...)` where it does not.
         output: path of the output projection in the model, or `None`, which `coupled` then explains.
+        matrices: the owned parameters that have more than one dimension.
     """
 
     owned: dict[str, Owners]
@@ -56,6 +57,7 @@ class Ownership:
     coupled: dict[str, str]
     key_heads: tuple[int, ...]
     output: str | None
+    matrices: frozenset[str] = frozenset()
 
     @property
     def num_key_value_heads(self) -> int:
@@ -65,6 +67,14 @@ class Ownership:
     def key_head_of(self, head: int, num_heads: int) -> int:
         """The key/value head, by its parameters, of a query head."""
         return self.key_heads[head * len(self.key_heads) // num_heads]
+
+    def rows_per_head(self, role: str) -> int:
+        """How many rows of matrices each head of a role owns."""
+        return sum(
+            int(one.rows[role][0].sum())
+            for name, one in self.owned.items()
+            if role in one.rows and name in self.matrices
+        )
 
     @property
     def problem(self) -> str:
@@ -99,7 +109,7 @@ def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Owners
             path = attention.output
             if path is None:  # found inside the module, at the same place in each
                 path = attention.path + one.output.removeprefix(_path_of(known, one, attentions))
-            one = Ownership(one.owned, one.shared, one.coupled, one.key_heads, path)
+            one = replace(one, output=path)
         found.append(one)
     return [_with_bias(attention, one, attentions, found) for attention, one in zip(attentions, found, strict=True)]
 
@@ -108,6 +118,8 @@ def _with_bias(
     attention: Attention, one: Ownership, attentions: Sequence[Attention], found: Sequence[Ownership]
 ) -> Ownership:
     """The same, coupled where a bias of the scores, head by head, is one for several attentions (T5)."""
+    if not attention.calls_interface and (given := given_by_head(attention)):
+        return replace(one, coupled=one.coupled | {", ".join(given): "others give it something for each head"})
     if not attention.position_bias:
         return one
     takers = [each for each in attentions if each.position_bias and given_by_head(each)]
@@ -150,7 +162,7 @@ class Run:
             if parameter.is_floating_point()
         }
         for name, buffer in self.module.named_buffers():
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() and "running_" not in name:  # what a batch norm keeps takes no gradient
                 self.leaves[name] = buffer.detach().to(torch.float32, copy=True).requires_grad_()
         self.heads: dict[str, Tensor] = {}  # (heads, batch, positions, size) by role
         self.attended: Tensor | None = None  # the output, before gates; leaf of what the output projection takes
@@ -168,6 +180,8 @@ class Run:
         found: list[tuple[str, Tensor]] = []
 
         def watch(call: Call) -> tuple[Tensor, Any]:
+            if call.query.dim() != 4:
+                raise ValueError(f"its queries have {call.query.dim()} dimensions and not 4")
             self.heads = {"query": _by_head(call.query), "key": _by_head(call.key), "value": _by_head(call.value)}
             call.query, call.key, call.value = (x.detach() for x in (call.query, call.key, call.value))
             output, weights = call.run()
@@ -302,7 +316,8 @@ def _read(run: Run) -> Ownership:
             coupled[name] = str(error)
     coupled |= _mixed(run, roles, by_role, owned)
     key_heads = _key_heads(roles, by_role, attention, coupled)
-    return Ownership(owned, tuple(shared), coupled, key_heads, run.output)
+    matrices = frozenset(name for name in owned if run.leaves[name].dim() > 1)
+    return Ownership(owned, tuple(shared), coupled, key_heads, run.output, matrices)
 
 
 def _note(
@@ -320,9 +335,7 @@ def _slices(taken: Tensor, attention: Attention) -> Tensor | None:
     """What the output projection takes, by head: `(heads, batch, positions, size)`."""
     if taken.shape[-1] != attention.num_heads * attention.value_head_dim:
         return None
-    whole = taken.unflatten(-1, (attention.num_heads, attention.value_head_dim))
-    whole = whole.flatten(0, -4) if whole.dim() > 4 else whole
-    return (whole if whole.dim() == 4 else whole[None]).permute(2, 0, 1, 3)
+    return by_head(taken, attention.value_head_dim)
 
 
 def _is_head_by_head(run: Run, slices: Tensor) -> bool:

@@ -36,11 +36,13 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     text = _tokens(model, known, generator)
     for name, maker in makers.items():
         if name in known and _part(model.config, name) is not None:
-            given = {name: maker(model, generator)}
-            try:
-                yield _with_placeholders(model, text, given[name]) | given
-            except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError):
-                yield text | given
+            made = maker(model, generator)
+            # Some take several images a text, along an axis of their own.
+            for given in (made, made.unsqueeze(1)) if name == "pixel_values" else (made,):
+                try:
+                    yield _with_placeholders(model, text, given) | {name: given}
+                except Exception:  # whatever a model's code raises says that this is not its image
+                    yield text | {name: given}
     yield text
 
 

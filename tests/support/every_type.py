@@ -13,15 +13,14 @@ from transformers.models.auto import modeling_auto
 
 # Later ones win: the class of a type is that of the last task that has it.
 TASKS = (
-    "MODEL_MAPPING_NAMES",
     "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_MAPPING_NAMES",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 )
 CLASSES: dict[str, str] = {}
 for _task in TASKS:
@@ -61,7 +60,7 @@ SMALL: dict[str, Any] = (
     | dict(mamba_n_heads=4, mamba_num_heads=4, mamba_expand=2, expand=2, chunk_size=8, mamba_chunk_size=8,
            linear_num_key_heads=2, linear_num_value_heads=4, vocab_size=99, max_position_embeddings=64, n_positions=64,
            pad_token_id=0, eos_token_id=2, decoder_start_token_id=1, type_vocab_size=2, sliding_window=16,
-           image_size=16, patch_size=8, num_mel_bins=16, max_source_positions=16, max_target_positions=32,
+           image_token_id=98, image_token_index=98, video_token_id=97, audio_token_id=96, image_size=16, patch_size=8, num_mel_bins=16, max_source_positions=16, max_target_positions=32,
            index_n_heads=4, index_topk=4, attn_layer_indices=[1], vocab_size_per_layer_input=99,
            num_channels=3, n_mels=16, num_nextn_predict_layers=0, num_mtp_layers=0, num_conv_pos_embeddings=16,
            num_conv_pos_embedding_groups=4)

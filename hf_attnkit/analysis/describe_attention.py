@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.ownership import Ownership, ownerships, signature
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
 
 # Keywords that change the scores in a way that none of our kinds computes.
@@ -89,7 +90,7 @@ class AttentionReport:
             "prune",
             "convert",
         )
-        table = [head]
+        table: list[tuple[str, ...]] = [head]
         for row in self.rows:
             size = f"{row.head_dim}" if row.head_dim == row.value_head_dim else f"{row.head_dim}, {row.value_head_dim}"
             table.append((

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from hf_attnkit.models.attention import Attention, by_head
 from hf_attnkit.models.interface import Call, watched
-from hf_attnkit.models.ownership import Ownership
+from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.tensors import as_float32, tensors_in
 
 # In float32 rounding explains a difference of a few hundred epsilons, and a wrong head is off by all of its size.
@@ -57,7 +57,7 @@ class Alone:
             return f"{type(error).__name__}: {str(error)[:200]}"
         if got.shape != want.shape:
             return f"its heads put out {tuple(got.shape)} and not {tuple(want.shape)}"
-        error = float((got - want).abs().nan_to_num().max())
-        if error > BOUND * float(want.abs().nan_to_num().max()):
-            return f"its remaining heads differ from what they were by {error:.1e}"
+        off = float((got - want).abs().nan_to_num().max())
+        if off > BOUND * float(want.abs().nan_to_num().max()):
+            return f"its remaining heads differ from what they were by {off:.1e}"
         return ""

@@ -14,19 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.alone import Alone
+from hf_attnkit.editing.cut_parameters import cut_parameters
+from hf_attnkit.editing.cut_plan import CutPlan, plan_cut, require_own_parameters, uniform_configs
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models.attention import Attention, given_by_head
 from hf_attnkit.models.discovery import Discovery, quiet
-from hf_attnkit.models.ownership import Ownership, ownerships, signature
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.ownership import ownerships, signature
 
 
 @dataclass
@@ -47,29 +48,6 @@ class CutHeads:
     def undo(self) -> None:
         """Put the model back as it was."""
         self._undo.back_to()
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What one attention keeps."""
-
-    attention: Attention
-    owned: Ownership
-    heads: tuple[int, ...]
-    key_value_heads: tuple[int, ...]
-
-    @property
-    def before(self) -> tuple[int, int]:
-        return self.attention.num_heads, self.owned.num_key_value_heads
-
-    @property
-    def after(self) -> tuple[int, int]:
-        return len(self.heads), len(self.key_value_heads)
-
-    def by_role(self) -> dict[str, list[int]]:
-        """Heads that stay, as they arrive, by role."""
-        keys = [i for i, number in enumerate(self.owned.key_heads) if number in self.key_value_heads]
-        return {"query": list(self.heads), "output": list(self.heads), "key": keys, "value": keys}
 
 
 def cut_heads(
@@ -97,13 +75,13 @@ def cut_heads(
         for index, heads in removed.items()
     ]
     require_own_parameters(model, plans)
-    uniform = _uniform_configs(plans, attentions)
+    uniform = uniform_configs(plans, attentions)
     gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
     paths = {p.attention.index: p.owned.output for p in plans}
     zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
     cut = CutHeads()
     try:
-        groups: dict[tuple[Any, ...], list[_Plan]] = {}
+        groups: dict[tuple[Any, ...], list[CutPlan]] = {}
         for plan in plans:
             groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
         for alike in groups.values():
@@ -116,74 +94,7 @@ def cut_heads(
     return cut
 
 
-def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> _Plan:
-    """What an attention keeps.
-
-    Raises:
-        ValueError: as `cut_heads`.
-    """
-    name, number = attention.path, attention.num_heads
-    gone = [in_range(head, number, "head", f"{name}: ") for head in removed]
-    if len(set(gone)) != len(gone):
-        raise ValueError(f"{name}: a head is named twice in {gone}")
-    if owned.problem:
-        raise ValueError(f"{name}: heads cannot be cut: {owned.problem}")
-    if attention.calls_per_forward > 1:
-        raise ValueError(f"{name}: it attends {attention.calls_per_forward} times in one forward pass")
-    heads = tuple(head for head in range(number) if head not in gone)
-    if not heads:
-        raise ValueError(f"{name}: all {number} heads would go; leave one")
-    sizes: dict[int, int] = {}
-    for head in heads:
-        key = owned.key_head_of(head, number)
-        sizes[key] = sizes.get(key, 0) + 1
-    if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"{name}: {number} query heads share {owned.num_key_value_heads} key/value heads, and this selection would "
-            f"leave groups of {[sizes.get(g, 0) for g in range(owned.num_key_value_heads)]}; remove whole groups, or "
-            "the same number of heads from each group"
-        )
-    return _Plan(attention, owned, heads, tuple(sorted(sizes)))
-
-
-def require_own_parameters(model: nn.Module, plans: Sequence[_Plan]) -> None:
-    """Raise `ValueError` for a parameter that another module uses too, or that is made from others (pruned, normed)."""
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(f"{path}.{name}")
-    for plan in plans:
-        path = plan.attention.path
-        targets = [f"{path}.{name}" for name in plan.owned.owned] + [f"{plan.owned.output}.weight"]
-        for target in targets:
-            owner, _, leaf = target.rpartition(".")
-            module = model.get_submodule(owner)
-            if hasattr(module, "parametrizations") or ".parametrizations." in target or leaf.endswith("_orig"):
-                raise ValueError(
-                    f"{target} is made from other parameters (torch.nn.utils.prune, weight_norm or a parametrization); "
-                    "make it permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
-                )
-            tensor = getattr(module, leaf)
-            if len(sharing := users.get(id(tensor), [])) > 1:
-                raise ValueError(
-                    f"{target} is shared with {', '.join(name for name in sharing if name != target)}, which would be "
-                    "changed too; give each its own copy first"
-                )
-
-
-def _uniform_configs(plans: Sequence[_Plan], attentions: Sequence[Attention]) -> set[int]:
-    """Configs all of whose attentions are cut to the same numbers, so that they may change."""
-    cuts = {plan.attention.index: (plan.before, plan.after) for plan in plans}
-    by_config: dict[int, set[Any]] = {}
-    for attention in attentions:
-        for owner in readable(attention.module):
-            if isinstance(owner, PreTrainedConfig):
-                by_config.setdefault(id(owner), set()).add(cuts.get(attention.index))
-    return {config for config, numbers in by_config.items() if len(numbers) == 1 and None not in numbers}
-
-
-def _cut_alike(model: nn.Module, alike: Sequence[_Plan], uniform: set[int], cut: CutHeads) -> None:
+def _cut_alike(model: nn.Module, alike: Sequence[CutPlan], uniform: set[int], cut: CutHeads) -> None:
     """Cut attentions that are alike to the same heads: the numbers are found on the first."""
     first = alike[0]
     attention = first.attention
@@ -192,7 +103,7 @@ def _cut_alike(model: nn.Module, alike: Sequence[_Plan], uniform: set[int], cut:
         want = alone.heads()[list(first.heads)]
     rows: set[tuple[int, int]] = set()
     for plan in alike:
-        rows |= _cut_parameters(model, plan, cut._undo)
+        rows |= cut_parameters(model, plan, cut._undo)
     sizes = attention.head_dim, attention.value_head_dim
     numbers = quantities(first.before, first.after, sizes, sorted(rows))
     places = [
@@ -235,7 +146,7 @@ def _config_value(attention: Attention, name: str) -> Any:
 
 def _follow(
     model: nn.Module,
-    alike: Sequence[_Plan],
+    alike: Sequence[CutPlan],
     chosen: Sequence[tuple[Place, int]],
     others: Sequence[tuple[str, int]],
     cut: CutHeads,
@@ -259,64 +170,3 @@ def _follow(
             given[name] = value
         cut.numbers[plan.attention.path] = given
         cut.heads[plan.attention.index] = plan.after
-
-
-def _cut_parameters(model: nn.Module, plan: _Plan, undo: Undo) -> set[tuple[int, int]]:
-    """Keep the rows of what stays; returns sizes before and after along the cut dimensions."""
-    sizes: set[tuple[int, int]] = set()
-    module, heads = plan.attention.module, plan.by_role()
-    gone: dict[tuple[str, str], set[int]] = {}
-    edits: list[tuple[nn.Module, str, int, Tensor]] = []
-    for name, owners in plan.owned.owned.items():
-        keep = owners.kept(heads)
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        tensor = getattr(owner, leaf)
-        if not len(keep):
-            gone.setdefault(_list_entry(module, name), set()).add(_position(name))
-            continue
-        if len(keep) < tensor.shape[owners.dim]:
-            edits.append((owner, leaf, owners.dim, keep))
-    assert plan.owned.output is not None
-    output = model.get_submodule(plan.owned.output)
-    size = plan.attention.value_head_dim
-    columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
-    edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
-    for owner, leaf, dim, keep in edits:
-        tensor = getattr(owner, leaf)
-        sizes.add((tensor.shape[dim], len(keep)))
-        _keep(owner, leaf, dim, keep, undo)
-    for (path, name), positions in gone.items():
-        owner = module.get_submodule(path)
-        old = getattr(owner, name)
-        undo.set(owner, name, nn.ModuleList(each for i, each in enumerate(old) if i not in positions))
-    return sizes
-
-
-def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:
-    """Path and name of the list of modules, one a head, that a head's own parameter is in.
-
-    Raises:
-        ValueError: if it is in none.
-    """
-    parts = name.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        if parts[end].isdecimal() and isinstance(module.get_submodule(".".join(parts[:end])), nn.ModuleList):
-            return ".".join(parts[: end - 1]), parts[end - 1]
-    raise ValueError(f"{name} belongs to the removed heads whole, and is in no list from which it could be taken")
-
-
-def _position(name: str) -> int:
-    return int(next(part for part in reversed(name.split(".")) if part.isdecimal()))
-
-
-def _keep(owner: nn.Module, leaf: str, dim: int, keep: Tensor, undo: Undo) -> None:
-    """Keep these rows of a parameter or buffer; device, dtype and `requires_grad` stay."""
-    old = getattr(owner, leaf)
-    new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
-    undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-    if leaf == "weight":
-        names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
-        for name, size in zip(names, new.shape, strict=False):
-            if type(vars(owner).get(name)) is int and vars(owner)[name] != size:
-                undo.set(owner, name, size)

@@ -32,7 +32,7 @@ def recorded_reads(owners: Iterable[Any]) -> Iterator[dict[tuple[int, str], Plac
 
     def recording(kind: type) -> type:
         def read(self: Any, name: str) -> Any:
-            value = kind.__getattribute__(self, name)
+            value = kind.__getattribute__(self, name)  # type: ignore[call-arg]
             if type(value) is int:
                 reads[id(self), name] = self, name
             return value

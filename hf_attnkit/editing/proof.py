@@ -114,9 +114,9 @@ class Zeroed:
                 return f"output {index} has the shape {tuple(a.shape)} and not {tuple(b.shape)}"
             if torch.isfinite(a).ne(torch.isfinite(b)).any():
                 return f"output {index} is not finite where that of the uncut model with these heads zeroed is"
-            if (error := _largest(a - b)) > bound:
+            if (off := _largest(a - b)) > bound:
                 return (
-                    f"output {index} differs from that of the uncut model with these heads zeroed by {error:.1e}, "
+                    f"output {index} differs from that of the uncut model with these heads zeroed by {off:.1e}, "
                     f"more than {bound:.1e}, which rounding explains"
                 )
         return ""

@@ -17,7 +17,9 @@ class Undo:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """`owner.name = value`; parameters, buffers and modules keep their place in the order of the owner's."""
-        tables = [owner._parameters, owner._buffers, owner._modules] if isinstance(owner, nn.Module) else []
+        tables: list[dict[str, Any]] = []
+        if isinstance(owner, nn.Module):
+            tables = [owner._parameters, owner._buffers, owner._modules]
         table = next((each for each in tables if name in each), None)
         if table is not None:
             self._steps.append(functools.partial(table.__setitem__, name, table[name]))

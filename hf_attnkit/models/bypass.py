@@ -81,7 +81,8 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, paths: list[str]) -> None:
         super().__init__()
-        self._model, self._running, self._hooks = model, [], ExitStack()
+        self._model, self._hooks = model, ExitStack()
+        self._running: list[str] = []
         self._waiting: dict[str, Tensor] = {}
         self.order: list[str] = []
         self.attending: set[str] = set()

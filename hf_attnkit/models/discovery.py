@@ -193,9 +193,7 @@ def _second_run(
             if is_linear(module):
                 stack.callback(module.register_forward_pre_hook(take).remove)
             if isinstance(module, PreTrainedModel) and path:
-                stack.callback(
-                    module.register_forward_pre_hook(lambda _, __, path=path: reached.add(path)).remove  # type: ignore[misc]
-                )
+                stack.callback(module.register_forward_pre_hook(lambda _, __, path=path: reached.add(path)).remove)
         stack.enter_context(watched(modules, watch))
         after = run_outputs(model, inputs)
     inner = [path for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel)]

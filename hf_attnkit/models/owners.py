@@ -1,4 +1,4 @@
-"""Which heads own which rows of a parameter."""
+"""What heads own: rows of a parameter, and of all parameters of an attention."""
 
 from __future__ import annotations
 
@@ -86,3 +86,47 @@ def _is_nested(rows: Tensor) -> bool:
     """Whether any two rows' sets of heads are disjoint, equal, or one inside the other."""
     sets = [frozenset(column.nonzero()[:, 0].tolist()) for column in torch.unique(rows, dim=1).T if column.any()]
     return all(not (a & b) or a <= b or b <= a for i, a in enumerate(sets) for b in sets[:i])
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """What belongs to the heads of an attention, by the parameters' names in its module.
+
+    Attributes:
+        owned: rows (along one dimension) by head; other rows of these parameters stay.
+        shared: parameters that all heads touch alike.
+        coupled: parameters that cannot be cut, and why; nothing can be cut where there is one.
+        key_heads: for each key/value head, as keys arrive, the number of the key/value head whose parameters make it:
+            a module may repeat its keys before it attends. `(0, 1, 2, ...)` where it does not.
+        output: path of the output projection in the model, or `None`, which `coupled` then explains.
+        matrices: the owned parameters that have more than one dimension.
+    """
+
+    owned: dict[str, Owners]
+    shared: tuple[str, ...]
+    coupled: dict[str, str]
+    key_heads: tuple[int, ...]
+    output: str | None
+    matrices: frozenset[str] = frozenset()
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads that have parameters of their own."""
+        return max(self.key_heads) + 1
+
+    def key_head_of(self, head: int, num_heads: int) -> int:
+        """The key/value head, by its parameters, of a query head."""
+        return self.key_heads[head * len(self.key_heads) // num_heads]
+
+    def rows_per_head(self, role: str) -> int:
+        """How many rows of matrices each head of a role owns."""
+        return sum(
+            int(one.rows[role][0].sum())
+            for name, one in self.owned.items()
+            if role in one.rows and name in self.matrices
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why heads cannot be cut, or nothing."""
+        return "; ".join(f"{name}: {why}" for name, why in self.coupled.items())

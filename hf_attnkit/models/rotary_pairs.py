@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import quiet
-from hf_attnkit.models.ownership import Ownership, Run
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.random_run import RandomRun
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> Ro
     """The pairs of components that rotate together; `None` without a rotary embedding, or where it cannot be told."""
     if not attention.calls_interface:
         return None
-    run = Run(attention)
+    run = RandomRun(attention)
     with quiet(model), torch.enable_grad():
         run.forward()
         query = run.heads["query"][0]  # (batch, positions, head_dim)
@@ -52,7 +53,7 @@ def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> Ro
     return None
 
 
-def _telling(run: Run, attention: Attention, owned: Ownership) -> list[str]:
+def _telling(run: RandomRun, attention: Attention, owned: Ownership) -> list[str]:
     """Parameters with a row for each component of a head: the query's projections, and norms."""
     projections = [name for name, one in owned.owned.items() if "query" in one.rows]
     norms = [name for name in owned.shared if tuple(run.leaves[name].shape) == (attention.head_dim,)]

@@ -25,13 +25,13 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     makers = {"pixel_values": _pixels, "input_features": _features, "input_values": _waveform}
     main = model.main_input_name
     if main in makers:
-        given = {main: makers[main](model, generator)}
+        own = {main: makers[main](model, generator)}
         if "input_ids" in known and "decoder_input_ids" not in known:
-            yield given | _tokens(model, known, generator)
+            yield own | _tokens(model, known, generator)
         if "decoder_input_ids" in known:
             ids = _ids(model, DECODER_TOKENS, generator)
-            yield given | {"decoder_input_ids": ids, "use_cache": False}
-        yield given
+            yield own | {"decoder_input_ids": ids, "use_cache": False}
+        yield own
         return
     text = _tokens(model, known, generator)
     for name, maker in makers.items():

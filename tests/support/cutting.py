@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.models.discovery import Discovery, discover, run_outputs
-from hf_attnkit.models.ownership import Ownership, ownerships
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.ownership import ownerships
 
 # Kinds of refusals, by words of the message; the first that fits counts.
 KINDS = {
@@ -33,7 +34,7 @@ def a_group(attention_heads: int, owned: Ownership) -> list[int]:
 
 
 def outcome(model: PreTrainedModel) -> str:
-    """ "exact" if a group of every attention, cut at once, leaves what zeroing gives; "partly" if some; or the refusal."""
+    """Whether a group of every attention can be cut at once ("exact"), of some ("partly"), or the kind of refusal."""
     try:
         discovery = discover(model)
         owned = ownerships(model, discovery.attentions)

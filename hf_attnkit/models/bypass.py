@@ -20,7 +20,7 @@ from hf_attnkit.models.attention import Attention, Inputs, is_linear
 from hf_attnkit.models.tensors import cloned, tensors_in, without_caches
 
 REASON = "it never calls Transformers' attention interface"
-_ATTENDING = ("softmax", "scaled_dot_product_attention")
+_ATTENDING = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
 
 def bypassing_attentions(

@@ -66,7 +66,7 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, "
-            "and none that says how many heads it has takes a softmax"
+            "and none that says how many heads it has takes a softmax in front of a matrix product"
         )
     return Discovery(tuple(found), inputs, not_run)
 

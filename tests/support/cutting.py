@@ -22,6 +22,8 @@ KINDS = {
     "no attention": "has no attention",
     "not deterministic": "other outputs when it runs again",
     "one bias for several attentions": "is one for several attentions",
+    "a parameter of two modules": "is shared with",
+    "a parameter of one head": "belongs to the removed heads whole",
     "mixed heads": "heads cannot be cut",
     "not with fewer heads": "not run with fewer heads",
 }

@@ -90,6 +90,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "esmc": {"num_key_value_heads": HEADS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "bros": {"bbox_scale": 1.0, "dim_bbox": 8, "dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 8},
     "mamba2": {"head_dim": 16, "num_heads": 4},
 }
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
@@ -116,7 +117,11 @@ def small_config(kind: type[PreTrainedConfig], depth: int = 0) -> PreTrainedConf
         for name in ("num_hidden_layers", "num_layers"):
             if name in given:
                 given[name] = 2 * LAYERS  # hybrids: some of them attend
-    return _accepted(kind, given | EXTRA.get(kind.model_type, {}))
+    config = _accepted(kind, given | EXTRA.get(kind.model_type, {}))
+    rotary = getattr(config, "rope_parameters", None)
+    if isinstance(rotary, dict) and "mrope_section" in rotary:
+        rotary["mrope_section"] = [1, 1, 2]  # of half a head
+    return config
 
 
 def _accepted(kind: type[PreTrainedConfig], given: dict[str, Any]) -> PreTrainedConfig:

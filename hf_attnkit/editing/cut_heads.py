@@ -84,8 +84,11 @@ def cut_heads(
         groups: dict[tuple[Any, ...], list[CutPlan]] = {}
         for plan in plans:
             groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
-        for alike in groups.values():
-            _cut_alike(model, alike, uniform, cut)
+        before = [_Uncut(model, alike) for alike in groups.values()]
+        for uncut in before:
+            uncut.cut(cut._undo)
+        for uncut in before:
+            _settle(model, uncut, uniform, cut)
         if problem := zeroed.difference():
             raise ValueError(f"{problem}; the model is unchanged")
     except BaseException:
@@ -94,32 +97,45 @@ def cut_heads(
     return cut
 
 
-def _cut_alike(model: nn.Module, alike: Sequence[CutPlan], uniform: set[int], cut: CutHeads) -> None:
-    """Cut attentions that are alike to the same heads: the numbers are found on the first."""
+class _Uncut:
+    """Attentions that are alike and lose the same heads: what the first gives and reads before it is cut."""
+
+    def __init__(self, model: PreTrainedModel, alike: Sequence[CutPlan]) -> None:
+        self.alike, self._model = alike, model
+        plan = alike[0]
+        self.alone = Alone(model, plan.attention, plan.owned)
+        with quiet(model), recorded_reads(readable(plan.attention.module)) as reads:
+            self.want = self.alone.heads()[list(plan.heads)]
+        self.reads = list(reads.values())
+        self.numbers: dict[str, tuple[int, int]] = {}
+
+    def cut(self, undo: Undo) -> None:
+        """Cut the parameters of all of them."""
+        rows: set[tuple[int, int]] = set()
+        for plan in self.alike:
+            rows |= cut_parameters(self._model, plan, undo)
+        plan = self.alike[0]
+        sizes = plan.attention.head_dim, plan.attention.value_head_dim
+        self.numbers = quantities(plan.before, plan.after, sizes, sorted(rows))
+
+
+def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHeads) -> None:
+    """Find the numbers on the first of attentions that are alike, and give them to all."""
+    alike, numbers, reads = uncut.alike, uncut.numbers, uncut.reads
     first = alike[0]
     attention = first.attention
-    alone = Alone(model, attention, first.owned)
-    with quiet(model), recorded_reads(readable(attention.module)) as reads:
-        want = alone.heads()[list(first.heads)]
-    rows: set[tuple[int, int]] = set()
-    for plan in alike:
-        rows |= cut_parameters(model, plan, cut._undo)
-    sizes = attention.head_dim, attention.value_head_dim
-    numbers = quantities(first.before, first.after, sizes, sorted(rows))
-    places = [
-        place for place in reads.values() if not isinstance(place[0], PreTrainedConfig) or id(place[0]) in uniform
-    ]
+    places = [(owner, name) for owner, name in reads if not isinstance(owner, PreTrainedConfig) or id(owner) in uniform]
     found = candidates(places, numbers)
 
     def works() -> str:
         with quiet(model):
-            return alone.difference(want)
+            return uncut.alone.difference(uncut.want)
 
     try:
         chosen = settle(found, cut._undo, works)
     except ValueError as error:
         fields = sorted(
-            {name for owner, name in reads.values() if isinstance(owner, PreTrainedConfig) and id(owner) not in uniform}
+            {name for owner, name in reads if isinstance(owner, PreTrainedConfig) and id(owner) not in uniform}
         )
         values = [name for name in fields if _config_value(attention, name) in first.before]
         hint = (
@@ -131,7 +147,7 @@ def _cut_alike(model: nn.Module, alike: Sequence[CutPlan], uniform: set[int], cu
             f"{attention.path} does not run with fewer heads: {error}{hint}{_by_head_given(attention)}; the model is "
             "unchanged"
         ) from error
-    _follow(model, alike, chosen, unread(attention.module, reads.values(), numbers), cut)
+    _follow(model, alike, chosen, unread(attention.module, reads, numbers), cut)
 
 
 def _by_head_given(attention: Attention) -> str:

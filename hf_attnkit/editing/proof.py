@@ -5,7 +5,10 @@ dtype's epsilon, changes the model's outputs by an amount that is measured, on t
 layers make of a rounding error, larger in a deep model than in a flat one. Sums of fewer terms are added up in another
 order, which changes some roundings of each layer:
 
-    | pruned - zeroed |  <=  16 * (| rounded - zeroed | + eps * | zeroed |)      largest entries, of each output
+    | pruned - zeroed |  <=  c * (| rounded - zeroed | + eps * | zeroed |)      largest entries, of each output
+
+c is 16, and 4 in 16 bits, where sums are kept in float32 and rounded once. In 16 bits this sees gross faults only; each
+head's own output is therefore compared in float32 first, see `alone`.
 
 The inputs have a padded row wherever the model takes a mask.
 """
@@ -24,7 +27,9 @@ from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import quiet, run_outputs
 from hf_attnkit.models.interface import Call, watched
 
-FACTOR = 16
+
+def _factor(dtype: torch.dtype) -> int:
+    return 4 if dtype.itemsize == 2 else 16
 
 
 @contextmanager
@@ -96,7 +101,7 @@ class Zeroed:
             with heads_changed(model, attentions, rounded, outputs):
                 noisy = run_outputs(model, inputs)
         self._bounds = [
-            FACTOR * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b)) if a.shape == b.shape else 0.0
+            _factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b)) if a.shape == b.shape else 0.0
             for a, b in zip(noisy, self._want, strict=True)
         ]
 

@@ -147,7 +147,7 @@ def _key_heads(
     """For each key head, as it arrives, the head whose parameters make it; see `Ownership`."""
     if not attention.calls_interface:
         # What is shared within groups: the coarsest partition that owned rows have.
-        groups = [one.partition() for one in by_role["output"].values() if isinstance(one, Owners)]
+        groups = [one.partition() for one in by_role.get("output", {}).values() if isinstance(one, Owners)]
         coarse = [group for group in groups if group is not None]
         return min(coarse, key=max, default=tuple(range(attention.num_heads)))
     number = len(roles["key"])

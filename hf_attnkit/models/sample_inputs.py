@@ -26,8 +26,12 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     main = model.main_input_name
     if main in makers:
         own = {main: makers[main](model, generator)}
-        if "input_ids" in known and "decoder_input_ids" not in known:
-            yield own | _tokens(model, known, generator)
+        if "input_ids" in known:
+            text = _tokens(model, known, generator)
+            try:
+                yield _with_placeholders(model, text, own[main]) | own
+            except Exception:  # whatever a model's code raises says that it has no placeholders
+                yield text | own
         if "decoder_input_ids" in known:
             ids = _ids(model, DECODER_TOKENS, generator)
             yield own | {"decoder_input_ids": ids, "use_cache": False}
@@ -44,6 +48,8 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                 except Exception:  # whatever a model's code raises says that this is not its image
                     yield text | {name: given}
     yield text
+    if "pixel_values" in known:
+        yield text | {"pixel_values": _pixels(model, generator)}
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -129,7 +135,15 @@ def _pixels(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
 
 def _features(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
     config = _part(model.config, "input_features") or model.config
-    bins = _number(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", default=80)
+    bins = _number(
+        config,
+        "num_mel_bins",
+        "feature_size",
+        "feature_projection_input_dim",
+        "input_feat_per_channel",
+        "input_dim",
+        default=80,
+    )
     positions = getattr(config, "max_source_positions", None)
     # Whisper's encoder takes windows of one length only, features before time; others take time before features.
     if hasattr(model.config, "max_source_positions") and "Speech2Text" not in type(model).__name__ and positions:
@@ -140,7 +154,10 @@ def _features(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
 
 
 def _waveform(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
-    return torch.randn(2, 3200, generator=generator).to(input_device(model), model.dtype)
+    """A sound wave, or its spectrogram where the model takes that by the same name."""
+    bins, length = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_length"))
+    shape = (2, length, bins) if isinstance(bins, int) and isinstance(length, int) else (2, 3200)
+    return torch.randn(shape, generator=generator).to(input_device(model), model.dtype)
 
 
 def _with_placeholders(model: PreTrainedModel, text: dict[str, Any], given: Tensor) -> dict[str, Any]:

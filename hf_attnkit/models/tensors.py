@@ -44,8 +44,15 @@ def without_caches(value: Any) -> Any:
 
 
 def as_float32(value: Any) -> Any:
-    """A copy with all floating-point tensors in float32."""
-    return mapped(value, lambda t: t.detach().to(torch.float32 if t.is_floating_point() else t.dtype, copy=True))
+    """A copy with all floating-point tensors in float32 and finite: masks in float64 hold numbers that are not there."""
+    limit = torch.finfo(torch.float32).max
+
+    def convert(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().clone()
+        return tensor.detach().to(torch.float32, copy=True).nan_to_num(0.0, limit, -limit)
+
+    return mapped(value, convert)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -119,8 +119,8 @@ def small_config(kind: type[PreTrainedConfig], depth: int = 0) -> PreTrainedConf
                 given[name] = 2 * LAYERS  # hybrids: some of them attend
     config = _accepted(kind, given | EXTRA.get(kind.model_type, {}))
     rotary = getattr(config, "rope_parameters", None)
-    if isinstance(rotary, dict) and "mrope_section" in rotary:
-        rotary["mrope_section"] = [1, 1, 2]  # of half a head
+    if isinstance(rotary, dict) and "rope_type" in rotary:
+        rotary["mrope_section"] = [1, 1, 2]  # of half a head, where the model takes three positions
     return config
 
 

@@ -37,7 +37,8 @@ def test_cut_equals_zeroed_in_float64(model_type: str) -> None:
     model = small_model(model_type)
     discovery, owned = looked_at(model)
     heads = {i: a_group(each.num_heads, owned[i]) for i, each in enumerate(discovery.attentions)}
-    if not hasattr(model.config, "num_experts_per_tok"):  # experts have no kernel for float64
+    # Experts have no kernel for float64, and eager attention takes its softmax in float32, where masks overflow.
+    if not hasattr(model.config, "num_experts_per_tok") and model.config._attn_implementation == "sdpa":
         model = model.double()
         discovery, owned = looked_at(model)
     want = zeroed_outputs(model, discovery, owned, heads)

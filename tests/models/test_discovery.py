@@ -101,10 +101,10 @@ def test_the_same_in_16_bits() -> None:
 
 
 def test_inputs_that_cannot_be_made_are_asked_for() -> None:
-    model = small_model("bros")
-    with unchanged(model), pytest.raises(ValueError, match=r"(?s)takes input_ids, bbox.*probe=.*You have to specify bbox"):
+    model = small_model("xmod")
+    with unchanged(model), pytest.raises(ValueError, match=r"(?s)takes input_ids, lang_ids.*probe=.*Input language unknown"):
         discover(model)
-    found = discover(model, {"input_ids": torch.tensor([[3, 4, 5]]), "bbox": torch.rand(1, 3, 8)})
+    found = discover(model, {"input_ids": torch.tensor([[3, 4, 5]]), "lang_ids": torch.tensor([0])})
     assert len(found.attentions) == 2
 
 

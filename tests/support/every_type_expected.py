@@ -24,8 +24,9 @@ EXPECTED: dict[str, str] = {
     """,
     # no softmax in front of a matrix product: state space, convolution, Fourier, einsum
     "no attention": """
-        falcon_mamba fnet focalnet funnel hgnet_v2 ibert mamba mamba2 mobilenet_v1 mobilenet_v2 mra poolformer
-        recurrent_gemma regnet rwkv sam3_lite_text_text_model squeezebert swiftformer textnet xlnet xlstm yoso
+        falcon_mamba fnet focalnet funnel hgnet_v2 ibert kimi_linear mamba mamba2 mobilenet_v1 mobilenet_v2
+        mra poolformer recurrent_gemma regnet rwkv sam3_lite_text_text_model squeezebert swiftformer textnet
+        xlnet xlstm yoso
     """,
     # masks or noise in evaluation mode
     "not deterministic": """

@@ -44,7 +44,7 @@ def without_caches(value: Any) -> Any:
 
 
 def as_float32(value: Any) -> Any:
-    """A copy with all floating-point tensors in float32 and finite: masks in float64 hold numbers that are not there."""
+    """A copy, its floating-point tensors in float32 and finite: masks in float64 hold numbers that are not there."""
     limit = torch.finfo(torch.float32).max
 
     def convert(tensor: Tensor) -> Tensor:

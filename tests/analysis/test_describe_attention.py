@@ -64,7 +64,10 @@ def test_a_class_that_transformers_has_never_seen() -> None:
     owned = ownerships(model, discovery.attentions)
     assert owned[0].owned["everything.weight"].of("value", 1).tolist() == list(range(1, 32, 4))
     cut = cut_heads(model, {0: [1], 1: [0, 3]}, discovery, owned)
-    assert [(block.crowd, block.width, block.everything.out_features) for block in model.blocks] == [(3, 8, 72), (2, 8, 48)]
+    assert [(block.crowd, block.width, block.everything.out_features) for block in model.blocks] == [
+        (3, 8, 72),
+        (2, 8, 48),
+    ]
     assert cut.numbers == {"blocks.0": {"crowd": 3}, "blocks.1": {"crowd": 2}}
 
 
@@ -87,8 +90,33 @@ def test_what_can_be_done_and_why_not() -> None:
 def test_the_table() -> None:
     text = str(describe_attention(small_model("gpt_oss")))
     lines = text.splitlines()
-    assert lines[0].split() == "attention heads key/value size sees window rotary swap score prune convert".split()
-    assert lines[1].split() == "model.layers.0.self_attn 4 2 8 past 16 half 8/8 [1] yes yes yes".split()
+    assert lines[0].split() == [
+        "attention",
+        "heads",
+        "key/value",
+        "size",
+        "sees",
+        "window",
+        "rotary",
+        "swap",
+        "score",
+        "prune",
+        "convert",
+    ]
+    assert lines[1].split() == [
+        "model.layers.0.self_attn",
+        "4",
+        "2",
+        "8",
+        "past",
+        "16",
+        "half",
+        "8/8",
+        "[1]",
+        "yes",
+        "yes",
+        "yes",
+    ]
     assert lines[3] == "[1] its softmax has learned sinks (s_aux)"
 
 

@@ -153,7 +153,10 @@ def test_shared_parameters_are_refused() -> None:
     first, second = (model.bert.encoder.layer[i].attention.self for i in range(2))
     second.query.weight = first.query.weight
     discovery, owned = looked_at(model)
-    with unchanged(model), pytest.raises(ValueError, match=r"shared with bert\.encoder\.layer\.1\.attention\.self\.query"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"shared with bert\.encoder\.layer\.1\.attention\.self\.query"),
+    ):
         cut_heads(model, {0: [0]}, discovery, owned)
 
 
@@ -203,7 +206,7 @@ def test_a_failing_proof_puts_the_model_back(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gradients_are_those_of_the_zeroed_model() -> None:
     model = small_model("llama").double()
-    discovery, owned = looked_at(model)
+    discovery, _ = looked_at(model)
     cut = copy.deepcopy(model)
     other = discover(cut)
     cut_heads(cut, {0: [0, 1]}, other, ownerships(cut, other.attentions))

@@ -46,7 +46,11 @@ def test_the_first_attention(model_type: str, facts: dict[str, Any]) -> None:
 def test_calling_order_and_cross_attention() -> None:
     found = attentions("bart")
     assert [each.index for each in found] == list(range(6))
-    assert [each.path.split(".")[-1] for each in found] == ["self_attn"] * 3 + ["encoder_attn", "self_attn", "encoder_attn"]
+    assert [each.path.split(".")[-1] for each in found] == ["self_attn"] * 3 + [
+        "encoder_attn",
+        "self_attn",
+        "encoder_attn",
+    ]
     assert [each.is_cross for each in found] == [False, False, False, True, False, True]
     assert [each.is_causal for each in found] == [False, False, True, False, True, False]
 
@@ -97,12 +101,17 @@ def test_the_same_in_16_bits() -> None:
     model = small_model("qwen3")
     want = discover(model).attentions
     got = discover(copy.deepcopy(model).bfloat16()).attentions
-    assert [(a.path, a.num_heads, a.output, a.window) for a in got] == [(a.path, a.num_heads, a.output, a.window) for a in want]
+    assert [(a.path, a.num_heads, a.output, a.window) for a in got] == [
+        (a.path, a.num_heads, a.output, a.window) for a in want
+    ]
 
 
 def test_inputs_that_cannot_be_made_are_asked_for() -> None:
     model = small_model("xmod")
-    with unchanged(model), pytest.raises(ValueError, match=r"(?s)takes input_ids, lang_ids.*probe=.*Input language unknown"):
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"(?s)takes input_ids, lang_ids.*probe=.*Input language unknown"),
+    ):
         discover(model)
     found = discover(model, {"input_ids": torch.tensor([[3, 4, 5]]), "lang_ids": torch.tensor([0])})
     assert len(found.attentions) == 2
@@ -110,7 +119,7 @@ def test_inputs_that_cannot_be_made_are_asked_for() -> None:
 
 def test_a_model_without_attention() -> None:
     model = small_model("fnet")
-    with unchanged(model), pytest.raises(ValueError, match="FNet.* has no attention"):
+    with unchanged(model), pytest.raises(ValueError, match=r"FNet.* has no attention"):
         discover(model)
 
 

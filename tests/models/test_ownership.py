@@ -153,7 +153,13 @@ def test_layers_that_are_alike_are_looked_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "pairing", "pairs"),
-    [("llama", "half", 4), ("cohere", "interleaved", 4), ("glm", "interleaved", 2), ("qwen3", "half", 4), ("bert", None, 0)],
+    [
+        ("llama", "half", 4),
+        ("cohere", "interleaved", 4),
+        ("glm", "interleaved", 2),
+        ("qwen3", "half", 4),
+        ("bert", None, 0),
+    ],
 )
 def test_rotary_pairs(model_type: str, pairing: str | None, pairs: int) -> None:
     model = small_model(model_type)

@@ -62,8 +62,9 @@ def _position(name: str) -> int:
 def _keep(owner: nn.Module, leaf: str, dim: int, keep: Tensor, undo: Undo) -> None:
     """Keep these rows of a parameter or buffer; device, dtype and `requires_grad` stay."""
     old = getattr(owner, leaf)
-    new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
-    undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+        new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
+        undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     if leaf == "weight":
         names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
         for name, size in zip(names, new.shape, strict=False):

@@ -66,7 +66,7 @@ def owned_rows(run: RandomRun) -> Ownership:
 def _touched(heads: Tensor, leaves: dict[str, Tensor], seen: Callable[[str, int, Tensor], None]) -> None:
     """Tell `seen` the gradient of each head's random combination by each leaf, where there is one."""
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(heads.shape[1:], generator=generator).to(heads.device)
+    weights = torch.randn(heads.shape[1:], generator=generator, dtype=heads.dtype).to(heads.device)
     if not heads.requires_grad:
         return
     for head in range(len(heads)):

@@ -56,8 +56,8 @@ def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Owners
 
 def ownership(model: nn.Module, attention: Attention) -> Ownership:
     """What belongs to the heads of one attention; see the top of this file."""
-    run = RandomRun(attention)
     with quiet(model), torch.enable_grad():
+        run = RandomRun(attention)
         run.forward()
         return owned_rows(run)
 

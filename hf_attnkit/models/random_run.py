@@ -112,7 +112,7 @@ class _SoftmaxOfItsOwn(TorchFunctionMode):
 
 def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Random values of a size that neither saturates nor vanishes: a matrix keeps its input's size."""
-    values = torch.randn(parameter.shape, generator=generator)
+    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
     return values / max(1, parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 1 + 0.1 * values
 
 

@@ -40,8 +40,8 @@ def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> Ro
     """The pairs of components that rotate together; `None` without a rotary embedding, or where it cannot be told."""
     if not attention.calls_interface:
         return None
-    run = RandomRun(attention)
     with quiet(model), torch.enable_grad():
+        run = RandomRun(attention)
         run.forward()
         query = run.heads["query"][0]  # (batch, positions, head_dim)
         for name in _telling(run, attention, owned):
@@ -63,7 +63,7 @@ def _telling(run: RandomRun, attention: Attention, owned: Ownership) -> list[str
 def _touched(component: Tensor, leaf: Tensor, rows: Tensor | None, dim: int) -> list[int]:
     """The rows, of a head's or of all, that a component depends on."""
     generator = torch.Generator().manual_seed(2)
-    weights = torch.randn(component.shape, generator=generator).to(component.device)
+    weights = torch.randn(component.shape, generator=generator, dtype=component.dtype).to(component.device)
     (gradient,) = torch.autograd.grad((component * weights).sum(), [leaf], retain_graph=True, allow_unused=True)
     if gradient is None:
         return []

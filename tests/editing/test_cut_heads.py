@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -169,6 +170,24 @@ def test_requires_grad_and_training_mode_stay() -> None:
     assert not query.weight.requires_grad and query.bias.requires_grad
     assert (query.out_features, model.bert.encoder.layer[0].attention.self.all_head_size) == (24, 24)
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("where", ["inference mode", "autocast", "another default dtype"])
+def test_the_same_under(where: str) -> None:
+    model = small_model("gpt_oss")
+    with ExitStack() as stack:
+        if where == "inference mode":
+            stack.enter_context(torch.inference_mode())
+        elif where == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        else:
+            torch.set_default_dtype(torch.float64)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        discovery, owned = looked_at(model)
+        cut = cut_heads(model, {0: [0, 1]}, discovery, owned)
+    assert cut.heads == {0: (2, 1)}
+    query = model.model.layers[0].self_attn.q_proj.weight
+    assert (query.dtype, query.is_inference(), tuple(query.shape)) == (torch.float32, False, (16, 32))
 
 
 def test_the_proof_sees_another_head_gone() -> None:

@@ -1,0 +1,72 @@
+"""Keep the rows of what stays, of any parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_attnkit.editing.cut_plan import CutPlan
+from hf_attnkit.editing.undo import Undo
+
+
+def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int, int]]:
+    """Keep the rows of what stays; returns sizes before and after along the cut dimensions."""
+    sizes: set[tuple[int, int]] = set()
+    module, heads = plan.attention.module, plan.by_role()
+    gone: dict[tuple[str, str], set[int]] = {}
+    edits: list[tuple[nn.Module, str, int, Tensor]] = []
+    for name, owners in plan.owned.owned.items():
+        keep = owners.kept(heads)
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        tensor = getattr(owner, leaf)
+        if not len(keep):
+            gone.setdefault(_list_entry(module, name), set()).add(_position(name))
+            continue
+        if len(keep) < tensor.shape[owners.dim]:
+            edits.append((owner, leaf, owners.dim, keep))
+    assert plan.owned.output is not None
+    output = model.get_submodule(plan.owned.output)
+    size = plan.attention.value_head_dim
+    columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
+    edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
+    for owner, leaf, dim, keep in edits:
+        tensor = getattr(owner, leaf)
+        sizes.add((tensor.shape[dim], len(keep)))
+        _keep(owner, leaf, dim, keep, undo)
+    for (path, name), positions in gone.items():
+        owner = module.get_submodule(path)
+        old = getattr(owner, name)
+        undo.set(owner, name, nn.ModuleList(each for i, each in enumerate(old) if i not in positions))
+    return sizes
+
+
+def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:
+    """Path and name of the list of modules, one a head, that a head's own parameter is in.
+
+    Raises:
+        ValueError: if it is in none.
+    """
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end].isdecimal() and isinstance(module.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end - 1]), parts[end - 1]
+    raise ValueError(f"{name} belongs to the removed heads whole, and is in no list from which it could be taken")
+
+
+def _position(name: str) -> int:
+    return int(next(part for part in reversed(name.split(".")) if part.isdecimal()))
+
+
+def _keep(owner: nn.Module, leaf: str, dim: int, keep: Tensor, undo: Undo) -> None:
+    """Keep these rows of a parameter or buffer; device, dtype and `requires_grad` stay."""
+    old = getattr(owner, leaf)
+    with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+        new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
+        undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    if leaf == "weight":
+        names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
+        for name, size in zip(names, new.shape, strict=False):
+            if type(vars(owner).get(name)) is int and vars(owner)[name] != size:
+                undo.set(owner, name, size)

@@ -1,0 +1,105 @@
+"""Which heads of an attention stay, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_attnkit.common.checks import in_range
+from hf_attnkit.editing.head_numbers import readable
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.owners import Ownership
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """What one attention keeps."""
+
+    attention: Attention
+    owned: Ownership
+    heads: tuple[int, ...]
+    key_value_heads: tuple[int, ...]
+
+    @property
+    def before(self) -> tuple[int, int]:
+        return self.attention.num_heads, self.owned.num_key_value_heads
+
+    @property
+    def after(self) -> tuple[int, int]:
+        return len(self.heads), len(self.key_value_heads)
+
+    def by_role(self) -> dict[str, list[int]]:
+        """Heads that stay, as they arrive, by role."""
+        keys = [i for i, number in enumerate(self.owned.key_heads) if number in self.key_value_heads]
+        return {"query": list(self.heads), "output": list(self.heads), "key": keys, "value": keys}
+
+
+def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> CutPlan:
+    """What an attention keeps.
+
+    Raises:
+        ValueError: as `cut_heads`.
+    """
+    name, number = attention.path, attention.num_heads
+    gone = [in_range(head, number, "head", f"{name}: ") for head in removed]
+    if len(set(gone)) != len(gone):
+        raise ValueError(f"{name}: a head is named twice in {gone}")
+    if owned.problem:
+        raise ValueError(f"{name}: heads cannot be cut: {owned.problem}")
+    if attention.calls_per_forward > 1:
+        raise ValueError(f"{name}: it attends {attention.calls_per_forward} times in one forward pass")
+    heads = tuple(head for head in range(number) if head not in gone)
+    if not heads:
+        raise ValueError(f"{name}: all {number} heads would go; leave one")
+    sizes: dict[int, int] = {}
+    for head in heads:
+        key = owned.key_head_of(head, number)
+        sizes[key] = sizes.get(key, 0) + 1
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"{name}: {number} query heads share {owned.num_key_value_heads} key/value heads, and this selection would "
+            f"leave groups of {[sizes.get(g, 0) for g in range(owned.num_key_value_heads)]}; remove whole groups, or "
+            "the same number of heads from each group"
+        )
+    return CutPlan(attention, owned, heads, tuple(sorted(sizes)))
+
+
+def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
+    """Raise `ValueError` for a parameter that another module uses too, or that is made from others (pruned, normed)."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for plan in plans:
+        path = plan.attention.path
+        targets = [f"{path}.{name}" for name in plan.owned.owned] + [f"{plan.owned.output}.weight"]
+        for target in targets:
+            owner, _, leaf = target.rpartition(".")
+            module = model.get_submodule(owner)
+            if hasattr(module, "parametrizations") or ".parametrizations." in target or leaf.endswith("_orig"):
+                raise ValueError(
+                    f"{target} is made from other parameters (torch.nn.utils.prune, weight_norm or a parametrization); "
+                    "make it permanent first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
+                )
+            tensor = getattr(module, leaf)
+            if len(sharing := users.get(id(tensor), [])) > 1:
+                raise ValueError(
+                    f"{target} is shared with {', '.join(name for name in sharing if name != target)}, which would be "
+                    "changed too; give each its own copy first"
+                )
+
+
+def uniform_configs(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> set[int]:
+    """Configs all of whose attentions are cut to the same numbers, so that they may change."""
+    cuts = {plan.attention.index: (plan.before, plan.after) for plan in plans}
+    by_config: dict[int, set[Any]] = {}
+    for attention in attentions:
+        for owner in readable(attention.module):
+            if isinstance(owner, PreTrainedConfig):
+                by_config.setdefault(id(owner), set()).add(cuts.get(attention.index))
+    return {config for config, numbers in by_config.items() if len(numbers) == 1 and None not in numbers}

@@ -1,0 +1,93 @@
+"""What is known of one attention of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A module that attends, as it was seen to run.
+
+    Attributes:
+        index: its number among the model's attentions, in calling order.
+        path: the module's path in the model.
+        module: the module that calls the attention interface (or would, see `calls_interface`).
+        num_heads, num_key_value_heads: as queries and keys arrive.
+        head_dim, value_head_dim: size of a head of queries and keys, and of values.
+        is_causal: whether no query sees a later key.
+        is_cross: whether the keys are of another sequence than the queries.
+        window: as Transformers counts it (a query and the `window - 1` keys before it), or `None`.
+        softcap: the scores' bound, or `None`.
+        has_sinks: whether the softmax has learned keys without value.
+        position_bias: whether scores get a bias that differs between heads and is made outside of this function.
+        dropout: of the attention weights, in training.
+        keywords: names of all keywords that came with a value.
+        calls: how often the model calls the module in one forward pass (ALBERT: once a layer).
+        calls_per_forward: how often one forward pass of the module calls the interface.
+        output: path of the output projection, the module that takes the attention's output as it is; `None` where
+            no such module was seen (a gate or a norm may lie between, see `ownership`).
+        calls_interface: whether it attends through Transformers' interface.
+        reason: why not.
+        inputs: what the module was given, for running it alone.
+    """
+
+    index: int
+    path: str
+    module: nn.Module
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    value_head_dim: int
+    is_causal: bool = False
+    is_cross: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    position_bias: bool = False
+    dropout: float = 0.0
+    keywords: tuple[str, ...] = ()
+    calls: int = 1
+    calls_per_forward: int = 1
+    output: str | None = None
+    calls_interface: bool = True
+    reason: str = ""
+    inputs: Inputs = field(default=((), {}), repr=False, compare=False)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_key_value_heads
+
+
+def by_head(taken: Tensor, size: int) -> Tensor:
+    """What an output projection takes, `(..., heads * size)`, as `(heads, batch, positions, size)`."""
+    whole = taken.unflatten(-1, (-1, size))
+    whole = whole.flatten(0, -4) if whole.dim() > 4 else whole
+    return (whole if whole.dim() == 4 else whole[None]).permute(2, 0, 1, 3)
+
+
+def given_by_head(attention: Attention) -> list[str]:
+    """What the module is given that has something for each head, such as a bias of the scores; names with shapes."""
+    args, kwargs = attention.inputs
+    given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    number = attention.num_heads
+    batch = next((value.shape[0] for value in tensors.values()), 0)
+    return [
+        f"{name} {tuple(value.shape)}"
+        for name, value in tensors.items()
+        if (value.dim() == 4 and value.shape[1] == number > 1)
+        or (value.dim() == 3 and value.shape[0] == batch * number)
+    ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a matrix product: `nn.Linear`, or the `Conv1D` of GPT-2."""
+    return isinstance(module, (nn.Linear, Conv1D))

@@ -1,0 +1,99 @@
+"""What belongs to a head is what its gradient says.
+
+The module that attends runs alone, on what it was given, with random float32 parameters of the same shapes (weights
+that are zero by accident, or 16 bits, would mislead; the real ones are not touched). For each head h the gradient of a
+random combination of `query[:, h]` with respect to each parameter is exactly zero except in the rows of that head:
+
+    query head 0   q_proj.weight  x x . . . . . .      "x": some gradient in this row
+    query head 1                  . . x x . . . .
+    ...
+    all alike      k_norm.weight  x x                  shared: it stays
+    overlapping    q_norm.weight  and q_proj.weight    coupled: it cannot be cut, and is named
+
+The same for key/value heads with `key` and `value`. Parameters that only the output sees (sinks, gates, biases of the
+scores) show by the gradient of what the output projection takes, with query, key and value held fixed.
+
+A module that never calls the interface shows all of it by what its output projection takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_attnkit.models.attention import Attention, given_by_head
+from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.owned_rows import owned_rows
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.random_run import RandomRun
+
+
+def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Ownership]:
+    """What belongs to the heads of each attention; looked at once for those that are alike.
+
+    Raises:
+        ValueError: for a module that does not run alone on what it was given.
+    """
+    known: dict[tuple[Any, ...], Ownership] = {}
+    found = []
+    for attention in attentions:
+        key = signature(attention)
+        if key not in known:
+            known[key] = ownership(model, attention)
+        one = known[key]
+        if one.output is not None and attention.output != one.output:
+            path = attention.output
+            if path is None:  # found inside the module, at the same place in each
+                path = attention.path + one.output.removeprefix(_path_of(known, one, attentions))
+            one = replace(one, output=path)
+        found.append(one)
+    return [_with_bias(attention, one, attentions, found) for attention, one in zip(attentions, found, strict=True)]
+
+
+def ownership(model: nn.Module, attention: Attention) -> Ownership:
+    """What belongs to the heads of one attention; see the top of this file."""
+    with quiet(model), torch.enable_grad():
+        run = RandomRun(attention)
+        run.forward()
+        return owned_rows(run)
+
+
+def signature(attention: Attention) -> tuple[Any, ...]:
+    """What attentions have in common whose heads own the same: class, shapes and numbers."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in attention.module.named_parameters())
+    numbers = (attention.num_heads, attention.num_key_value_heads, attention.head_dim, attention.value_head_dim)
+    inside = attention.output is not None and attention.output.startswith(f"{attention.path}.")
+    output = attention.output.removeprefix(attention.path) if inside and attention.output else None
+    flags = (attention.is_cross, attention.position_bias, attention.keywords, attention.calls_interface)
+    return type(attention.module), shapes, numbers, output, flags, tuple(sorted(attention.inputs[1]))
+
+
+def _path_of(known: dict[tuple[Any, ...], Ownership], one: Ownership, attentions: Sequence[Attention]) -> str:
+    return next(each.path for each in attentions if known.get(signature(each)) is one)
+
+
+def _with_bias(
+    attention: Attention, one: Ownership, attentions: Sequence[Attention], found: Sequence[Ownership]
+) -> Ownership:
+    """The same, coupled where a bias of the scores, head by head, is one for several attentions (T5)."""
+    if not attention.calls_interface and (given := given_by_head(attention)):
+        return replace(one, coupled=one.coupled | {", ".join(given): "others give it something for each head"})
+    if not attention.position_bias:
+        return one
+    takers = [each for each in attentions if each.position_bias and given_by_head(each)]
+    if not takers:
+        return one
+    made = [
+        f"{each.path}.{name}"
+        for each, other in zip(attentions, found, strict=True)
+        for name, owners in other.owned.items()
+        if each.position_bias and set(owners.rows) == {"output"}
+    ]
+    own = [name for name in made if name.startswith(f"{attention.path}.")]
+    name = (own or made or ["the bias of its scores"])[0]
+    why = f"a bias of the scores, head by head, is one for several attentions ({len(takers)} take it from elsewhere)"
+    return replace(one, coupled=one.coupled | {name: why})

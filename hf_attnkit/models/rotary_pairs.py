@@ -1,0 +1,85 @@
+"""How a rotary embedding pairs the components of a head, read off the gradient.
+
+A rotation mixes two components and no others, so the gradient of one component of a query by its head's rows is zero
+except in these two:
+
+    component f of query head 0 depends on rows {f, f + half}   "half" (Llama)
+                                           rows {2f, 2f + 1}    "interleaved" (GPT-J, Cohere)
+                                           row {f}              not rotated
+
+Where a norm makes each component depend on the whole head, the norm's own weight tells the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.random_run import RandomRun
+
+
+@dataclass(frozen=True)
+class RotaryPairs:
+    """The rotated pairs.
+
+    Attributes:
+        pairing: "half", "interleaved", or "other".
+        pairs: rows of a head's projection (counted in the head) that a rotation mixes.
+    """
+
+    pairing: str
+    pairs: tuple[tuple[int, int], ...]
+
+
+def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> RotaryPairs | None:
+    """The pairs of components that rotate together; `None` without a rotary embedding, or where it cannot be told."""
+    if not attention.calls_interface:
+        return None
+    with quiet(model), torch.enable_grad():
+        run = RandomRun(attention)
+        run.forward()
+        query = run.heads["query"][0]  # (batch, positions, head_dim)
+        for name in _telling(run, attention, owned):
+            own = owned.owned.get(name)
+            rows, dim = (None, 0) if own is None else (own.of("query", 0), own.dim)
+            touched = [_touched(query[..., f], run.leaves[name], rows, dim) for f in range(query.shape[-1])]
+            if all(0 < len(each) <= 2 for each in touched):
+                return _named({tuple(each) for each in touched if len(each) == 2})
+    return None
+
+
+def _telling(run: RandomRun, attention: Attention, owned: Ownership) -> list[str]:
+    """Parameters with a row for each component of a head: the query's projections, and norms."""
+    projections = [name for name, one in owned.owned.items() if "query" in one.rows]
+    norms = [name for name in owned.shared if tuple(run.leaves[name].shape) == (attention.head_dim,)]
+    return projections + norms
+
+
+def _touched(component: Tensor, leaf: Tensor, rows: Tensor | None, dim: int) -> list[int]:
+    """The rows, of a head's or of all, that a component depends on."""
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(component.shape, generator=generator, dtype=component.dtype).to(component.device)
+    (gradient,) = torch.autograd.grad((component * weights).sum(), [leaf], retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return []
+    if rows is not None:
+        gradient = gradient.index_select(dim, rows.to(gradient.device))
+    touched = gradient.movedim(dim, 0) != 0
+    return touched.reshape(len(touched), -1).any(1).nonzero()[:, 0].tolist()
+
+
+def _named(pairs: set[tuple[int, ...]]) -> RotaryPairs | None:
+    if not pairs:
+        return None
+    ordered = tuple(sorted((a, b) for a, b in pairs))
+    half = len(ordered)
+    if ordered == tuple((f, f + half) for f in range(half)):
+        return RotaryPairs("half", ordered)
+    if ordered == tuple((2 * f, 2 * f + 1) for f in range(half)):
+        return RotaryPairs("interleaved", ordered)
+    return RotaryPairs("other", ordered)

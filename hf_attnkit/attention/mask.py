@@ -216,6 +216,34 @@ class Mask:
         after = self.key_position.amax(-1, keepdim=True) + 1
         return torch.where(seen, self.key_position, after).amin(-1, keepdim=True)
 
+    def first_tokens(self) -> Tensor:
+        """For each key the position of the first real token of its document, `(B or 1, K)`.
+
+        A row is one document, unless a full matrix keeps parts of it apart (packed sequences): a document then begins
+        at each token before which no query sees from one side to the other.
+
+        Raises:
+            ValueError: as `first_token`.
+        """
+        first = self.first_token()
+        if self.dense is None:
+            return first.expand(-1, self.key_position.shape[1])
+        length = self.key_position.shape[1]
+        seen = self.dense.any(1).expand(-1, length, -1)  # (B, Q, K), Q = K
+        own = torch.arange(length, device=seen.device)
+        some = seen.any(-1)
+        begin = torch.where(some, seen.int().argmax(-1), own).minimum(own)
+        end = torch.where(some, length - 1 - seen.flip(-1).int().argmax(-1), own).maximum(own)
+        # Query i joins the tokens from `begin` to `end`: so many queries join a token to the one before it.
+        spans = seen.new_zeros(len(seen), length + 1, dtype=torch.long)
+        ones = torch.ones_like(begin)
+        spans = spans.scatter_add(1, begin + 1, ones).scatter_add(1, end + 1, -ones)
+        document = (spans.cumsum(-1)[:, :-1] == 0).cumsum(-1) - 1
+        position = self.key_position.expand(len(seen), -1)
+        real = torch.where(seen.any(-2), position, position.amax() + 1)
+        firsts = real.new_full(real.shape, int(torch.iinfo(real.dtype).max))
+        return firsts.scatter_reduce(1, document, real, "amin").gather(1, document)
+
     def offset(self) -> int:
         """Position of the first query minus that of the first key."""
         return (

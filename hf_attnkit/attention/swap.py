@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
+from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
 from hf_attnkit.attention.consistency import is_swapped, require_consistent, require_grouping
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
@@ -119,6 +120,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
+    remove_checks(model)
     for config in _configs(model):
         config.__dict__.pop("hf_attnkit", None)
         # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
@@ -254,6 +256,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
         model.set_attn_implementation(NAME)
         _prove(model, [layer for layer in model_layers if layer.index in kinds])
+        add_checks(model)
     except BaseException:
         for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
@@ -314,8 +317,10 @@ def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         called.add(id(module))
 
+    inputs = probe_inputs(model)
     with torch.no_grad(), evaluation_mode(model), observe(note):
-        model.base_model(**probe_inputs(model))
+        model.base_model(**inputs)
+        note_handed_down(model, [layer.module for layer in swapped], inputs)
     missing = [layer.index for layer in swapped if id(layer.module) not in called]
     if missing:
         raise ValueError(

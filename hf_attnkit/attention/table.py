@@ -28,6 +28,7 @@ PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so 
 #   SELF_ATTENTION_ONLY   queries and keys must be of one sequence
 #   NO_SCORES             there is nothing to which a model's position bias could be added
 #   OWN_WINDOW            applies `Mask.window`, a model's own; otherwise it comes inside a full matrix
+#   RETURNS_WEIGHTS       forms attention weights, so that a model can be asked for output_attentions
 #   seen                  (mask, key's shape, **options, **call arguments) -> the mask with the implementation's own
 #                         pattern: which keys each query attends to; where it attends to fewer than the mask says
 #   CALL_ARGUMENTS        keywords that a user may give to `model(...)`

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
-from hf_attnkit.models.probe import input_device
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import Unit, heads_of, removable, units_of
@@ -68,8 +67,8 @@ def select_for_target(
         raise ValueError("parameters are counted, so batches would have no effect; leave them out")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats={repeats!r} must be an integer of at least 1")
-    layers, device = editable_layers(model), input_device(model)
-    inputs = [to_device(batch, device) for batch in batches or ()]
+    layers = editable_layers(model)
+    inputs = [to_device(batch, model) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
     expected, given = [len(layer.heads) for layer in layers], [len(units) for units in units_of(importance)]

@@ -31,7 +31,6 @@ from transformers.utils import logging
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.change import Change
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.models.probe import input_device
 from hf_attnkit.observing.batches import real_tokens, to_device
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.head_scales import scaled
@@ -85,8 +84,7 @@ def refit(
     assert order is None or not stream
     model = change.model
     try:
-        device = input_device(model)
-        inputs = [to_device(batch, device) for batch in batches]
+        inputs = [to_device(batch, model) for batch in batches]
         if not inputs:
             raise ValueError("refit needs calibration batches, and got none (an iterator is spent after one use)")
         untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))

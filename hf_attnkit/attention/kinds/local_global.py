@@ -82,8 +82,8 @@ def seen(
     """
     mask = mask.as_matrix()
     is_global, _ = _global_tokens(mask, num_global_tokens, global_attention_mask, shape)
-    links = _links(mask, shape, num_random_blocks, block_size, seed) if num_random_blocks else None
-    return mask.also(_allowed(mask, window, is_global, links, block_size))
+    linked = _linked(mask, shape, num_random_blocks, block_size, seed) if num_random_blocks else None
+    return mask.also(_allowed(mask, window, is_global, linked))
 
 
 def attention(
@@ -125,12 +125,10 @@ def attention(
             query, key, value, mask, window=window, num_sink_tokens=num_global_tokens, cache=cache, **common
         )
     is_global, positions = _global_tokens(mask, num_global_tokens, global_attention_mask, key.shape)
-    links = None
-    if num_random_blocks:
-        links = _links(mask, key.shape, num_random_blocks, block_size, seed)
     if mask.dense is not None or mask.bias is not None or query.shape[2] != key.shape[2]:
-        allowed = _allowed(mask, window, is_global, links, block_size)
-        return packed.attention(query, key, value, mask.also(allowed), **common)
+        linked = _linked(mask, key.shape, num_random_blocks, block_size, seed) if num_random_blocks else None
+        return packed.attention(query, key, value, mask.also(_allowed(mask, window, is_global, linked)), **common)
+    links = _links(mask, key.shape, num_random_blocks, block_size, seed) if num_random_blocks else None
     return _sparse(query, key, value, mask, window, is_global, positions, links, block_size, scaling, dropout), None
 
 
@@ -147,7 +145,7 @@ def _global_tokens(mask: Mask, number: int, marks: Tensor | None, shape: torch.S
     """`(B, K)` bool, True = global, and `(B, G)` their indices; rows with fewer repeat a token that is not global."""
     batch, kv_length = shape[0], shape[2]
     if marks is None:
-        first = mask.first_token()
+        first = mask.first_tokens()
         position = mask.key_position.expand(first.shape[0], -1)
         is_global = ((position >= first) & (position < first + number)).expand(batch, -1)
         count = min(number, kv_length)
@@ -164,35 +162,46 @@ def _links(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: in
     """`(B,)` index of each row's first token, and `(B, blocks, number)` the blocks that each block sees."""
     batch, kv_length = shape[0], shape[2]
     start = (mask.first_token() - mask.key_position[:, :1]).expand(batch, -1)[:, 0]
-    visible = mask.key_visible if mask.dense is None else mask.dense.any(-2)[:, 0]
-    if visible is None:
+    if mask.key_visible is None:
         lengths = torch.full((batch,), kv_length, device=start.device)
     else:
-        lengths = kv_length - visible.flip(-1).int().argmax(-1).expand(batch) - start
+        lengths = kv_length - mask.key_visible.flip(-1).int().argmax(-1).expand(batch) - start
     num_blocks = -(-kv_length // block_size)
     blocks = chosen_blocks(lengths, num_blocks, number, seed, mask.is_causal, block_size)
     return start, blocks
 
 
-def _allowed(
-    mask: Mask, window: int, is_global: Tensor, links: tuple[Tensor, Tensor] | None, block_size: int
-) -> Tensor:
+def _linked(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: int) -> Tensor:
+    """Which keys a query sees by random blocks, `(B, Q, K)`; each document of a packed row has blocks of its own."""
+    batch, kv_length = shape[0], shape[2]
+    start = mask.key_position[:, :1]
+    place = mask.key_position - mask.first_tokens().expand(batch, -1)  # among the tokens of its document
+    visible = mask.key_visible if mask.dense is None else mask.dense.any(1).any(-2)
+    visible = torch.ones_like(place, dtype=torch.bool) if visible is None else visible.expand(batch, -1)
+    document = ((visible & (place == 0)).cumsum(-1) - 1).clamp(min=0)
+    count = 1 if mask.dense is None else int(document.amax()) + 1
+    lengths = place.new_zeros(batch, count).scatter_reduce(1, document, (place + 1).where(visible, 0), "amax")
+    num_blocks = -(-kv_length // block_size)
+    blocks = chosen_blocks(lengths.flatten(), num_blocks, number, seed, mask.is_causal, block_size)
+    linked = torch.zeros(len(blocks), num_blocks, num_blocks + 1, dtype=torch.bool, device=blocks.device)
+    linked = linked.scatter(2, blocks.where(blocks >= 0, num_blocks), True)[:, :, :-1]
+    query = (mask.query_position - start).expand(batch, -1).clamp(0, kv_length - 1)  # its index among the keys
+    own = document.gather(1, query)
+    block = place.clamp(min=0) // block_size
+    rows = torch.arange(batch, device=own.device)[:, None] * count + own
+    of_query = linked[rows, block.gather(1, query)]  # (B, Q, blocks)
+    seen = of_query.gather(2, block[:, None].expand(-1, of_query.shape[1], -1))
+    return seen & (place >= 0)[:, None] & (own[:, :, None] == document[:, None])
+
+
+def _allowed(mask: Mask, window: int, is_global: Tensor, linked: Tensor | None) -> Tensor:
     """The pattern as a matrix `(B, 1, Q, K)`: for a mask that is one already, or with a cache that keeps all keys."""
     batch, kv_length = is_global.shape
     index = (mask.query_position - mask.key_position[:, :1]).expand(batch, -1)  # of each query among the keys
     inside = index.clamp(0, kv_length - 1)
     allowed = (mask.distance().abs() < window) | is_global[:, None, None, :]
     allowed = allowed | is_global.gather(1, inside)[:, None, :, None]
-    if links is None:
-        return allowed
-    start, blocks = links
-    linked = torch.zeros(batch, blocks.shape[1], blocks.shape[1] + 1, dtype=torch.bool, device=blocks.device)
-    linked = linked.scatter(2, blocks.where(blocks >= 0, blocks.shape[1]), True)[:, :, :-1]
-    query_block = (inside - start[:, None]).clamp(min=0) // block_size
-    key_index = torch.arange(kv_length, device=start.device) - start[:, None]
-    of_query = linked.gather(1, query_block[:, :, None].expand(-1, -1, linked.shape[2]))
-    of_key = (key_index.clamp(min=0) // block_size)[:, None].expand(-1, of_query.shape[1], -1)
-    return allowed | (of_query.gather(2, of_key) & (key_index >= 0)[:, None])[:, None]
+    return allowed if linked is None else allowed | linked[:, None]
 
 
 def _sparse(

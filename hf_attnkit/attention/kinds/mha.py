@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_attnkit.attention.mask import Mask
 
-OWN_WINDOW = True
+OWN_WINDOW = RETURNS_WEIGHTS = True
 
 
 def check(num_heads: int, num_key_value_heads: int) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer, window_layer
-from hf_attnkit.attention.kernels import backends, tiled
+from hf_attnkit.attention.kernels import backends, packed, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
 from hf_attnkit.attention.mask import Mask
 
@@ -55,12 +55,18 @@ def create_cache(
 
 
 def seen(mask: Mask, shape: torch.Size, *, window: int, num_sink_tokens: int = 0, backend: str = "auto") -> Mask:
-    """The mask with the window and the sinks in it; a matrix where there are sinks, or was one."""
+    """The mask with the window and the sinks in it; a matrix where there are sinks, or was one.
+
+    Each document of a packed row has sinks of its own.
+    """
     if mask.dense is None and not num_sink_tokens:
         return dataclasses.replace(mask, window=min(window, mask.window or window))
-    first = mask.first_token()
+    near = mask.distance().abs() < window
+    if not num_sink_tokens:
+        return mask.also(near)
+    first = mask.first_tokens()
     is_sink = (mask.key_position >= first) & (mask.key_position < first + num_sink_tokens)
-    return mask.as_matrix().also((mask.distance().abs() < window) | is_sink[:, None, None, :])
+    return mask.as_matrix().also(near | is_sink[:, None, None, :])
 
 
 def attention(
@@ -92,6 +98,9 @@ def attention(
         mask, common["window"] = mask.narrow(window)
         return backends.attend(query, key, value, mask, backend=backend, **common), None
     mask = mask.as_matrix()
+    if mask.dense is not None and (cache is None or cache.num_sinks == 0):
+        pattern = seen(mask, key.shape, window=window, num_sink_tokens=num_sink_tokens)
+        return packed.attention(query, key, value, pattern, scaling=scaling, dropout=dropout)
     sinks, key, value = first_keys(key, value, mask, num_sink_tokens, cache)
     matrix = mask.dense is not None or mask.bias is not None
     if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * window:

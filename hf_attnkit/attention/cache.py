@@ -1,8 +1,9 @@
 """Cache layers for attention that does not need every past key: they live in Transformers' own caches.
 
 Transformers makes a cache from the config, which cannot say what a swapped layer needs. So each
-swapped module has a pre-hook (`place.py`) that puts the right layer into the cache before its first
-token, whoever made the cache, and hands it on to the attention call.
+swapped module has a pre-hook (`cache_placement.py`) that puts the right layer into the cache before its first
+token, whoever made the cache, and hands it on to the attention call. A layer belongs to the kind of attention that
+it was made for: no other can use what it kept, so each call is announced, and one that is not raises.
 
     keys of a `WindowLayer`, window 3, 2 sinks, after 8 tokens and one step with token 8:
 
@@ -34,6 +35,10 @@ def take(states: Tensor, index: Tensor, otherwise: Tensor | None = None) -> Tens
     return taken if otherwise is None else torch.where(inside[:, None, :, None], taken, otherwise)
 
 
+def _describe(kind: Any) -> str:
+    return "attention" if kind is None else f"{kind.name!r} attention ({kind.options})"
+
+
 class SequenceLayer(CacheLayerMixin):
     """A cache layer that counts the tokens it has seen and stores what its attention needs.
 
@@ -44,6 +49,8 @@ class SequenceLayer(CacheLayerMixin):
         keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
         seen: tokens so far; a tensor in a static cache.
         max_length: that of a static cache, else `None`.
+        owner: the kind of attention that it keeps keys for.
+        announced: whether a module of that kind is about to add tokens.
         sink_position: `(B, S)` positions of the first S entries of `keys`, `None` as long as there are none.
         sink_visible: `(B, S)` bool.
     """
@@ -61,6 +68,8 @@ class SequenceLayer(CacheLayerMixin):
     def __init__(self, max_length: int | None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.owner: Any = None
+        self.announced = False
         self.seen = 0
         self.sink_position = self.sink_visible = None
 
@@ -77,10 +86,30 @@ class SequenceLayer(CacheLayerMixin):
         """`(q_length,)` positions of the new tokens."""
         return torch.arange(q_length, device=device) + (self.seen - q_length)
 
+    def _begin(self) -> None:
+        """Tokens are about to be added: only by the kind that the layer belongs to."""
+        if not self.announced:
+            raise ValueError(
+                f"this cache was filled by {_describe(self.owner)} of hf_attnkit, which does not keep what the attention "
+                "that runs now needs; start with a new cache"
+            )
+        self.announced = False
+
     def prepare(self, mask: Mask) -> None:
-        """The new tokens are about to attend under this mask of the keys without the sinks."""
-        if self.sink_position is not None:
-            self._find_sinks(mask)
+        """The new tokens are about to attend under this mask of the keys without the sinks.
+
+        Raises:
+            ValueError: for a full matrix, once sinks are copied: it cannot tell which of its columns are theirs.
+        """
+        if self.sink_position is None:
+            return
+        if mask.dense is not None:
+            raise ValueError(
+                "attention sinks and global tokens with a cache need the model's own 2-D mask, and this step has a "
+                "full attention matrix: pass a 2-D attention_mask, set config.sliding_window to None, or "
+                "use_cache=False"
+            )
+        self._find_sinks(mask)
 
     def settle(self, mask: Mask) -> None:
         """The new tokens have attended, under the same mask: keep what later ones need."""
@@ -139,8 +168,6 @@ class SequenceLayer(CacheLayerMixin):
 class WindowLayer(SequenceLayer):
     """Keeps the last `window - 1` tokens and the first `num_sink_tokens` of each row."""
 
-    is_sliding = True
-
     def __init__(self, max_length: int | None, window: int, num_sink_tokens: int = 0) -> None:
         super().__init__(max_length)
         self.window, self.num_sink_tokens = window, num_sink_tokens
@@ -151,6 +178,7 @@ class WindowLayer(SequenceLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._begin()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, key_states], dim=2)
@@ -199,7 +227,6 @@ class StaticWindowLayer(SequenceLayer):
     """
 
     seen: Tensor
-    is_sliding = True
     is_compileable = True
 
     def __init__(self, max_length: int, window: int, num_sink_tokens: int = 0) -> None:
@@ -222,6 +249,7 @@ class StaticWindowLayer(SequenceLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._begin()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, sinks = key_states.shape[2], self.num_sink_tokens
@@ -300,8 +328,6 @@ class StateLayer(WindowLayer):
         sums: `(B, num_key_value_heads, features, head_dim + 1)` float32 or better, or `None` before
             the first token; see `linear`.
     """
-
-    is_sliding = False
 
     def __init__(self, max_length: int | None, window: int = 1) -> None:
         super().__init__(max_length, window)

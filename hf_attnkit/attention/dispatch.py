@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,10 +112,7 @@ def _run(
     implementation = IMPLEMENTATIONS[kind.name]
     given = {name: kwargs[name] for name in getattr(implementation, "CALL_ARGUMENTS", ()) if name in kwargs}
     if _observers:
-        seen = (
-            implementation.seen(mask, key.shape, **kind.options, **given) if hasattr(implementation, "seen") else mask
-        )
-        _tell_observers(module, query, key, value, seen, scaling)
+        _tell_observers(module, query, key, value, seen(kind, mask, key.shape, given), scaling)
     if not hasattr(implementation, "OWN_WINDOW"):
         mask = mask.as_matrix()
     if cache is not None:
@@ -130,6 +127,22 @@ def _run(
     if cache is not None:
         cache.settle(mask)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def seen(kind: Kind, mask: Mask, shape: torch.Size, given: Mapping[str, Any]) -> Mask:
+    """What a kind attends to under a mask: the one place where all that measures it learns that.
+
+    A pattern of its own is the implementation's `seen`; a window is in the mask for every kind that has the option.
+
+    Args:
+        shape: of the keys, `(B, num_key_value_heads, K, head_dim)`.
+        given: those of its call arguments that the call has.
+    """
+    implementation = IMPLEMENTATIONS[kind.name]
+    if hasattr(implementation, "seen"):
+        return implementation.seen(mask, shape, **kind.options, **given)
+    window = kind.options.get("window")
+    return mask if window is None else mask.within(window)
 
 
 def _tell_observers(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:

@@ -30,7 +30,8 @@ PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so 
 #   OWN_WINDOW            applies `Mask.window`, a model's own; otherwise it comes inside a full matrix
 #   RETURNS_WEIGHTS       forms attention weights, so that a model can be asked for output_attentions
 #   seen                  (mask, key's shape, **options, **call arguments) -> the mask with the implementation's own
-#                         pattern: which keys each query attends to; where it attends to fewer than the mask says
+#                         pattern: which keys each query attends to; where that is less than the mask and, for a kind
+#                         with the option `window`, the window say (see `dispatch.seen`)
 #   CALL_ARGUMENTS        keywords that a user may give to `model(...)`
 #   create_cache          (max_length, **options) -> its layer of a causal model's cache, or None for the usual
 #                         one; `attention` then gets it as `cache`

@@ -16,7 +16,6 @@ they keep their own positions.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -59,14 +58,11 @@ def seen(mask: Mask, shape: torch.Size, *, window: int, num_sink_tokens: int = 0
 
     Each document of a packed row has sinks of its own.
     """
-    if mask.dense is None and not num_sink_tokens:
-        return dataclasses.replace(mask, window=min(window, mask.window or window))
-    near = mask.distance().abs() < window
     if not num_sink_tokens:
-        return mask.also(near)
+        return mask.within(window)
     first = mask.first_tokens()
     is_sink = (mask.key_position >= first) & (mask.key_position < first + num_sink_tokens)
-    return mask.as_matrix().also(near | is_sink[:, None, None, :])
+    return mask.as_matrix().also((mask.distance().abs() < window) | is_sink[:, None, None, :])
 
 
 def attention(

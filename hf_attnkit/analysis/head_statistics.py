@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
 from hf_attnkit.observing.batches import run_batches
@@ -91,6 +92,7 @@ def _cell(value: int | float | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
+@plain_mode()
 def head_statistics(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],

@@ -24,9 +24,9 @@ from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remov
 from hf_attnkit.attention.consistency import is_swapped, require_consistent, require_grouping
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, NAME, PARAMETERS, Kind, check_kind
+from hf_attnkit.attention.table import ATTRIBUTE, IMPLEMENTATIONS, KEPT, NAME, PARAMETERS, Kind, check_kind
 from hf_attnkit.common.checks import in_range
-from hf_attnkit.common.state import evaluation_mode, replace_state
+from hf_attnkit.common.state import evaluation_mode, plain_mode, replace_state
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.probe import input_device, probe_inputs
 
@@ -37,6 +37,7 @@ STOCK = ("sdpa", "eager")
 Spec = str | tuple[str, Mapping[str, Any]]
 
 
+@plain_mode()
 def swap_attention(
     model: PreTrainedModel,
     implementation: Spec | Mapping[int, Spec],
@@ -78,7 +79,7 @@ def swap_attention(
         warnings.warn(
             f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained with "
             "softmax gives useless output until it is trained with it",
-            stacklevel=2,
+            stacklevel=4,
         )
     return model
 
@@ -98,6 +99,7 @@ def check(
     return _checked(model, attention_layers(model), implementation, layers, options)[1]
 
 
+@plain_mode()
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 
@@ -128,6 +130,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@plain_mode()
 def install_saved(model: PreTrainedModel) -> None:
     """Put the kinds that a loaded config names onto the model's modules, with the same proof.
 
@@ -241,13 +244,12 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
     config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
-    old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
+    old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
     saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Kind(base)
-            if kind != getattr(layer.module, ATTRIBUTE, None):
-                add_parameters(layer, kind)
+            add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
             if kind.name in IMPLEMENTATIONS:
@@ -258,8 +260,11 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         _prove(model, [layer for layer in model_layers if layer.index in kinds])
         add_checks(model)
     except BaseException:
-        for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
+        for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
+            layer.module.__dict__.pop(KEPT, None)
+            if kept is not None:
+                layer.module.__dict__[KEPT] = kept
             if old is not None:
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
@@ -272,16 +277,17 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
 
 
 def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
-    """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
+    """Give a layer's module what its kind learns: what it has or had already, if it fits, else the start value.
 
     `load_pretrained` calls this before the weights are read.
     """
     create = getattr(IMPLEMENTATIONS.get(kind.name), "create_parameters", None)
     new = None if create is None else create(layer.num_heads, layer.num_key_value_heads, layer.head_dim, **kind.options)
     old = getattr(layer.module, PARAMETERS, None)
-    if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
-        return  # a checkpoint that is being loaded
+    if new is not None and _fits(old, new):
+        return
     if new is not None:
+        new = _kept(layer.module) if _fits(_kept(layer.module), new) else new
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
         if like.is_meta and hasattr(layer.module, "_hf_hook"):
             raise ValueError(
@@ -293,10 +299,27 @@ def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
 
 
 def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
-    if parameters is not None:
-        setattr(module, PARAMETERS, parameters)
-    elif hasattr(module, PARAMETERS):
+    """Others than these are kept aside, in case the module runs their kind again."""
+    old = getattr(module, PARAMETERS, None)
+    if old is not None and old is not parameters:
+        module.__dict__[KEPT] = old  # not as a submodule: it is neither trained nor saved
         delattr(module, PARAMETERS)
+    if parameters is not None:
+        if _kept(module) is parameters:
+            del module.__dict__[KEPT]
+        setattr(module, PARAMETERS, parameters)
+
+
+def _kept(module: nn.Module) -> nn.Module | None:
+    return module.__dict__.get(KEPT)
+
+
+def _fits(parameters: nn.Module | None, needed: nn.Module) -> bool:
+    """Whether these are parameters of the same function for the same numbers of heads."""
+    if type(parameters) is not type(needed):
+        return False
+    found, shapes = ({n: p.shape for n, p in m.state_dict().items()} for m in (parameters, needed) if m is not None)
+    return found == shapes
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

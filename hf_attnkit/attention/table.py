@@ -22,6 +22,9 @@ ATTRIBUTE = "_hf_attnkit_kind"
 PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so that it is trained and saved with it
 
 
+KEPT = "_hf_attnkit_kept_parameters"  # on the attention module: those of a kind that it ran before, with its heads
+
+
 # name -> module with `attention(query, key, value, mask, *, scaling, dropout, **options)` and
 # `check(num_heads, num_key_value_heads, **options)`. Optionally it has
 #   NEEDS_TRANSFER        a pretrained softmax model needs training after the swap

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion.methods.table import METHODS, uses_statistics
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
@@ -23,6 +24,7 @@ from hf_attnkit.refitting.refit import refit as refit_projections
 logger = logging.get_logger(__name__)
 
 
+@plain_mode()
 def convert_to_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,

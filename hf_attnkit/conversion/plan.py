@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import grouping as groupings
 from hf_attnkit.conversion import head_numbers as targets
@@ -62,6 +63,7 @@ class GQAPlan:
     _change: Change = field(repr=False)
     _weights: list[tuple[Tensor, int]] = field(repr=False)
 
+    @plain_mode()
     def apply(self) -> PreTrainedModel:
         """Change the model to what was planned, and return it.
 
@@ -104,6 +106,7 @@ def summary(method: str, key_method: str, num_tokens: int | None, bytes_before: 
     return f"method {method}{keys}, {data}; cache {bytes_before:,} -> {bytes_after:,} bytes per token"
 
 
+@plain_mode()
 def plan_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_grouping
-from hf_attnkit.attention.table import ATTRIBUTE, PARAMETERS, Kind
+from hf_attnkit.attention.table import ATTRIBUTE, KEPT, PARAMETERS, Kind
 from hf_attnkit.common.state import replace_state
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.projections import Edit
@@ -66,6 +66,7 @@ class Change:
                 projections.apply(edit)
             for (module, head_dim), numbers in zip(self._modules, self.heads, strict=True):
                 set_attributes(module, *numbers, head_dim)
+                module.__dict__.pop(KEPT, None)  # they were of the heads before
             replace_state(self.model.config, self._config.__dict__)
             after = editable_layers(self.model)
             if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != self.heads:
@@ -108,7 +109,7 @@ def require_nothing_learned(layers: Sequence[AttentionLayer]) -> None:
     if learned:
         raise ValueError(
             f"layers {learned} run attention with learned parameters (feature_map='hedgehog'), one set per head; "
-            "change the heads first and swap then, or call hf_attnkit.restore_attention(model), which discards them"
+            "change the heads first and swap then, or call hf_attnkit.restore_attention(model): the change then discards them"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.table import check_options
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.importance.methods import (
     confidence,
     contribution,
@@ -42,6 +43,7 @@ METHODS: dict[str, ModuleType] = {
 }
 
 
+@plain_mode()
 def head_importance(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]] | None = None,

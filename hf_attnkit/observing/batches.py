@@ -119,11 +119,16 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     _require_apart(batch, model)
     device = input_device(model)
     inputs = {
-        name: value.to(device) if isinstance(value, Tensor) else value
+        name: _usable(value).to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if labels or name not in LABELS
     }
     return inputs | _known(model, {"use_cache": False})
+
+
+def _usable(value: Tensor) -> Tensor:
+    # Autograd refuses tensors that were made in inference mode.
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
 
 def _require_apart(batch: Mapping[str, Any], model: PreTrainedModel) -> None:

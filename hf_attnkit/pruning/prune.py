@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.editing.change import Change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
@@ -26,6 +27,7 @@ from hf_attnkit.pruning.select import checked_heads
 from hf_attnkit.refitting import refit as refits
 
 
+@plain_mode()
 def prune_heads(
     model: PreTrainedModel,
     heads: Mapping[int, Iterable[int]],

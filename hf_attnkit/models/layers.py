@@ -190,7 +190,9 @@ def _require_own_parameters(layer: AttentionLayer, name: str, linear: nn.Module)
         )
         kind = type(linear._parameters.get(which))
         if computed or (isinstance(linear, nn.Linear) and kind.__module__.startswith("torch.distributed")):
-            how = "computed from other parameters at each call" if computed else f"a {kind.__name__}, spread over devices"
+            how = (
+                "computed from other parameters at each call" if computed else f"a {kind.__name__}, spread over devices"
+            )
             raise ValueError(
                 f"{layer.name}: the {which} of the {name} projection is {how}, so rows cannot be cut out of it; make "
                 "it a plain parameter first (torch.nn.utils.prune.remove, remove_weight_norm, "

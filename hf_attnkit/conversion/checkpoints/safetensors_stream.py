@@ -2,14 +2,15 @@
 
     u64 little-endian: length of the header | header, JSON: name -> dtype, shape, data_offsets | data
 
-The library maps a file into memory and writes whole dictionaries of tensors; both make a process as
-large as a shard. Here a file is opened, read at an offset and closed, and a new one gets its header
-first, since all sizes are known beforehand, and then its tensors in any order.
+The library can read rows of a tensor, but it writes whole dictionaries of tensors, which makes a process as
+large as a shard. Here a new file gets its header first, since all sizes are known beforehand, and then its
+tensors in any order.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of one number of each dtype that has whole bytes.
+NBYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
+          "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
+          "F8_E5M2FNUZ": 1}  # fmt: skip
 CHUNK = 8 * 2**20  # bytes copied at once
-# What the reference implementation accepts, so that a length from a damaged file is not believed.
-LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -41,71 +45,52 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a file; holds no file open and keeps no data.
+    """The tensors of a file, read a few rows at a time; the library checks the header and keeps the file open.
 
     Attributes:
         entries: by name, in the order of the data.
         metadata: the header's `__metadata__`.
 
     Raises:
-        ValueError: if the file is no safetensors file or not as long as its header says.
+        ValueError: if the file is no safetensors file, is not as long as its header says, or a tensor's dtype and shape
+            do not fit its place.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"{self.path} is no complete safetensors file; get it again")
-            try:
-                header = json.loads(file.read(length))
-                self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
-                items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-                offsets = {name: tuple(entry["data_offsets"]) for name, entry in items}
-                self.entries = {
-                    name: Entry(entry["dtype"], tuple(entry["shape"]), offsets[name][1] - offsets[name][0])
-                    for name, entry in items
-                }
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-                raise ValueError(f"{self.path} has no valid safetensors header ({error}); get it again") from error
-        position = 0
-        for name, (start, stop) in offsets.items():
-            if start != position or stop < start:
-                raise ValueError(f"{self.path}: the data of {name!r} overlaps another tensor's or leaves a gap")
-            position = stop
-        if size != 8 + length + position:
+        try:
+            self._file = safe_open(self.path, "pt", backend="pread")  # mapped memory would count as the process's
+        except SafetensorError as error:
             raise ValueError(
-                f"{self.path} has {size:,} bytes, but its header says {8 + length + position:,}: it is truncated or "
-                "damaged; get it again"
-            )
-        self._starts = {name: 8 + length + start for name, (start, _) in offsets.items()}
+                f"{self.path} is no complete safetensors file: truncated, damaged or another format ({error}); get it again"
+            ) from error
+        self.metadata: dict[str, str] | None = self._file.metadata()
+        self.entries: dict[str, Entry] = {}
+        for name in self._file.offset_keys():
+            part = self._file.get_slice(name)
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
+            if dtype not in NBYTES:
+                raise ValueError(f"{self.path} holds {name!r} as {dtype}, of which single rows cannot be read")
+            self.entries[name] = Entry(dtype, shape, NBYTES[dtype] * math.prod(shape))
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """These rows (of the first axis) of a tensor, in its own dtype and fresh memory."""
-        entry = self.entries[name]
-        start, stop, _ = rows.indices(entry.shape[0])
-        tensor = torch.empty(stop - start, *entry.shape[1:], dtype=DTYPES[entry.dtype])
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._starts[name] + start * entry.row_nbytes)
-            _read_into(file, _bytes(tensor), self.path)
-        return tensor
+        if not self.entries[name].shape:
+            return self._file.get_tensor(name)
+        start, stop, _ = rows.indices(self.entries[name].shape[0])
+        return self._file.get_slice(name)[start:stop]
 
     def copy(self, name: str, write: Callable[[memoryview], None], rows: slice | None = None) -> None:
         """Pass a tensor's bytes to `write`, chunk by chunk: all of them, or those of these rows."""
         entry = self.entries[name]
-        first, left = 0, entry.nbytes
-        if rows is not None:
-            start, stop, _ = rows.indices(entry.shape[0])
-            first, left = start * entry.row_nbytes, (stop - start) * entry.row_nbytes
-        buffer = memoryview(bytearray(min(CHUNK, left)))
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._starts[name] + first)
-            while left:
-                part = buffer[: min(left, len(buffer))]
-                _read_into(file, part, self.path)
-                write(part)
-                left -= len(part)
+        if not entry.shape:
+            write(_bytes(self.rows(name)))
+        if not entry.nbytes or not entry.shape:
+            return
+        start, stop, _ = (slice(None) if rows is None else rows).indices(entry.shape[0])
+        step = max(CHUNK // entry.row_nbytes, 1)
+        for first in range(start, stop, step):
+            write(_bytes(self.rows(name, slice(first, min(first + step, stop)))))
 
 
 class Writer:
@@ -213,11 +198,3 @@ def sync_folder(folder: Path) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().flatten().view(torch.uint8).numpy().data
-
-
-def _read_into(file: Any, buffer: memoryview, path: Path) -> None:
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise OSError(f"{path} ended early: it was changed while it was read")
-        buffer = buffer[count:]

@@ -90,8 +90,8 @@ class SequenceLayer(CacheLayerMixin):
         """Tokens are about to be added: only by the kind that the layer belongs to."""
         if not self.announced:
             raise ValueError(
-                f"this cache was filled by {_describe(self.owner)} of hf_attnkit, which does not keep what the attention "
-                "that runs now needs; start with a new cache"
+                f"this cache was filled by {_describe(self.owner)} of hf_attnkit, which does not keep what the "
+                "attention that runs now needs; start with a new cache"
             )
         self.announced = False
 

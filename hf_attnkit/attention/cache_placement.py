@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer, WindowLayer
 from hf_attnkit.attention.table import ATTRIBUTE, create_cache, has_cache
 
-
 QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 

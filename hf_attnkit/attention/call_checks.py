@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -94,10 +94,9 @@ def _arrives(model: PreTrainedModel, readers: list[nn.Module], name: str, inputs
     with ExitStack() as stack:
         for module in readers:
             stack.callback(module.register_forward_pre_hook(look, with_kwargs=True, prepend=True).remove)
-        try:
+        # A head that needs other inputs, and a forward that refuses the argument, do not take it either.
+        with suppress(_Reached, TypeError, ValueError, RuntimeError):
             model(**inputs, **{name: torch.ones(first.shape[:2], dtype=torch.long, device=first.device)})
-        except (_Reached, TypeError, ValueError, RuntimeError):
-            pass  # a head that needs other inputs, or a forward that refuses the argument
     return found
 
 

@@ -178,14 +178,14 @@ class Mask:
                 f"the attention mask has shape {tuple(matrix.shape)} but the layer has {q_length} queries and "
                 f"{kv_length} keys; its last two sizes must be those"
             )
-        if visible.shape[-1] > kv_length and is_causal and not is_tracing(matrix):
-            # The last columns are those of the keys, unless they are places of a static cache, or dropped keys count.
-            if not bool(visible[..., -1, -1].any()) or bool(visible[..., :-kv_length].any()):
-                raise ValueError(
-                    f"the attention mask has shape {tuple(matrix.shape)} and shows other keys than the last {kv_length}, "
-                    "which are all that the layer's cache keeps, the model's own window; pass a 2-D attention_mask, or "
-                    "use_cache=False"
-                )
+        wider = visible.shape[-1] > kv_length and is_causal and not is_tracing(matrix)
+        # The last columns are those of the keys, unless they are places of a static cache, or dropped keys count.
+        if wider and (not bool(visible[..., -1, -1].any()) or bool(visible[..., :-kv_length].any())):
+            raise ValueError(
+                f"the attention mask has shape {tuple(matrix.shape)} and shows other keys than the last {kv_length}, "
+                "which are all that the layer's cache keeps, the model's own window; pass a 2-D attention_mask, or "
+                "use_cache=False"
+            )
         visible = visible[..., -kv_length:]
         bias = None if bias is None else bias[..., -kv_length:]
         mask = cls.aligned(q_length, kv_length, is_causal=is_causal, device=matrix.device)

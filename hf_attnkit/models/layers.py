@@ -182,7 +182,7 @@ def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[A
 
 
 def _require_own_parameters(layer: AttentionLayer, name: str, linear: nn.Module) -> None:
-    """Raise `ValueError` if another tool computes the projection's weight or bias, or has put it in a form of its own."""
+    """Raise `ValueError` if another tool computes the projection's weight or bias, or spreads it over devices."""
     parametrized = getattr(linear, "parametrizations", {})
     for which in ("weight", "bias"):
         computed = which in parametrized or (

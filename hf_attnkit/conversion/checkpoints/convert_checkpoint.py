@@ -85,8 +85,9 @@ def convert_checkpoint(
         statistics: a file that `Statistics.save` wrote, for "pca".
 
     Raises:
-        ValueError: as `convert_to_gqa`; for a checkpoint that is incomplete, damaged, quantized, swapped, in
-            another format or with links to files outside its folder, statistics of another model, and a target that holds something else. Nothing is written.
+        ValueError: as `convert_to_gqa`; for a checkpoint that is incomplete, damaged, quantized, swapped, in another
+            format or with links to files outside its folder, statistics of another model, and a target that holds
+            something else. Nothing is written.
         FileNotFoundError: for files that do not exist.
         OSError: if writing fails, for example on a full disk; the same call then completes the conversion.
     """

@@ -62,7 +62,8 @@ class Reader:
             self._file = safe_open(self.path, "pt", backend="pread")  # mapped memory would count as the process's
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path} is no complete safetensors file: truncated, damaged or another format ({error}); get it again"
+                f"{self.path} is no complete safetensors file: truncated, damaged or another format ({error}); get it "
+                "again"
             ) from error
         self.metadata: dict[str, str] | None = self._file.metadata()
         self.entries: dict[str, Entry] = {}

@@ -133,7 +133,8 @@ def head_statistics(
         for batch, run in run_batches(model, batches, description="head statistics"):
             inputs = batch
             if separator_ids is not None and "input_ids" not in batch:
-                raise ValueError(f"separator_ids={separator_ids!r} need batches with input_ids; got {sorted(batch)}")
+                given = sorted(name for name, value in batch.items() if isinstance(value, Tensor))
+                raise ValueError(f"separator_ids={separator_ids!r} need batches with input_ids; got {given}")
             run()
     shape = len(layers), max(layer.num_heads for layer in layers)
     tables = {name: torch.full(shape, torch.nan) for name in (*MEANS, "redundancy")}

@@ -23,6 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_attnkit.attention.mask import Mask
 
+ALL_TOKENS = 2**62  # a window that no text is longer than
 CACHE_ARGUMENT = "hf_attnkit_cache"
 
 

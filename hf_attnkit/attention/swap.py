@@ -287,7 +287,8 @@ def add_parameters(layer: AttentionLayer, kind: Kind) -> None:
     if new is not None and _fits(old, new):
         return
     if new is not None:
-        new = _kept(layer.module) if _fits(_kept(layer.module), new) else new
+        kept = _kept(layer.module)
+        new = kept if kept is not None and _fits(kept, new) else new
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
         if like.is_meta and hasattr(layer.module, "_hf_hook"):
             raise ValueError(

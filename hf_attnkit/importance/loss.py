@@ -48,9 +48,10 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
         inputs |= _predicted(model, inputs)
     elif any(inputs.get(name) is None for name in names):
         if not (_is_causal(model) and "input_ids" in inputs):
+            tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
             raise ValueError(
                 f"labels are missing: this method needs the loss of {type(model).__name__}, so every batch needs "
-                f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, inputs))}); or give "
+                f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, tensors))}); or give "
                 'labels="predicted", which takes the model\'s own answers'
             )
         inputs["labels"] = inputs["input_ids"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attnkit.attention.cache import SequenceLayer, take, window_layer
+from hf_attnkit.attention.cache import ALL_TOKENS, SequenceLayer, take, window_layer
 from hf_attnkit.attention.kernels import packed, tiled
 from hf_attnkit.attention.kernels.random_blocks import chosen_blocks
 from hf_attnkit.attention.kernels.tiles import Extra
@@ -59,9 +59,11 @@ def create_cache(
     num_random_blocks: int = 0,
     block_size: int = 64,
     seed: int = 0,
-) -> SequenceLayer | None:
-    """The cache layer of a causal model; `None`, which keeps all keys, if random blocks may need any of them."""
-    return window_layer(max_length, window, num_global_tokens) if num_random_blocks == 0 else None
+) -> SequenceLayer:
+    """The cache layer of a causal model; it keeps all keys if random blocks may need any of them."""
+    if num_random_blocks:
+        return window_layer(max_length, ALL_TOKENS)
+    return window_layer(max_length, window, num_global_tokens)
 
 
 def seen(

@@ -109,8 +109,8 @@ def require_nothing_learned(layers: Sequence[AttentionLayer]) -> None:
     if learned:
         raise ValueError(
             f"layers {learned} run attention with learned parameters (feature_map='hedgehog'), one set per head; "
-            "change the heads first and swap then, or call hf_attnkit.restore_attention(model): the change then discards "
-            "them"
+            "change the heads first and swap then, or call hf_attnkit.restore_attention(model): the change then "
+            "discards them"
         )
 
 

@@ -45,7 +45,9 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a file, read a few rows at a time; the library checks the header and keeps the file open.
+    """The tensors of a file; the library checks the header, plain reads at an offset take rows and chunks.
+
+    The library's own slices of a file that is not mapped read the whole tensor for each.
 
     Attributes:
         entries: by name, in the order of the data.
@@ -58,40 +60,53 @@ class Reader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.entries: dict[str, Entry] = {}
         try:
-            self._file = safe_open(self.path, "pt", backend="pread")  # mapped memory would count as the process's
+            with safe_open(self.path, "pt", backend="pread") as file:
+                self.metadata: dict[str, str] | None = file.metadata()
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    if dtype not in NBYTES:
+                        raise ValueError(f"{self.path} holds {name!r} as {dtype}, of which single rows cannot be read")
+                    self.entries[name] = Entry(dtype, shape, NBYTES[dtype] * math.prod(shape))
         except SafetensorError as error:
             raise ValueError(
                 f"{self.path} is no complete safetensors file: truncated, damaged or another format ({error}); get it "
                 "again"
             ) from error
-        self.metadata: dict[str, str] | None = self._file.metadata()
-        self.entries: dict[str, Entry] = {}
-        for name in self._file.offset_keys():
-            part = self._file.get_slice(name)
-            dtype, shape = part.get_dtype(), tuple(part.get_shape())
-            if dtype not in NBYTES:
-                raise ValueError(f"{self.path} holds {name!r} as {dtype}, of which single rows cannot be read")
-            self.entries[name] = Entry(dtype, shape, NBYTES[dtype] * math.prod(shape))
+        with open(self.path, "rb") as raw:
+            position = 8 + int.from_bytes(raw.read(8), "little")
+        self._starts: dict[str, int] = {}
+        for name, entry in self.entries.items():  # the library has refused gaps and overlaps
+            self._starts[name] = position
+            position += entry.nbytes
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """These rows (of the first axis) of a tensor, in its own dtype and fresh memory."""
-        if not self.entries[name].shape:
-            return self._file.get_tensor(name)
-        start, stop, _ = rows.indices(self.entries[name].shape[0])
-        return self._file.get_slice(name)[start:stop]
+        entry = self.entries[name]
+        start, stop, _ = rows.indices(entry.shape[0])
+        tensor = torch.empty(stop - start, *entry.shape[1:], dtype=DTYPES[entry.dtype])
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._starts[name] + start * entry.row_nbytes)
+            _read_into(file, _bytes(tensor), self.path)
+        return tensor
 
     def copy(self, name: str, write: Callable[[memoryview], None], rows: slice | None = None) -> None:
         """Pass a tensor's bytes to `write`, chunk by chunk: all of them, or those of these rows."""
         entry = self.entries[name]
-        if not entry.shape:
-            write(_bytes(self.rows(name)))
-        if not entry.nbytes or not entry.shape:
-            return
-        start, stop, _ = (slice(None) if rows is None else rows).indices(entry.shape[0])
-        step = max(CHUNK // entry.row_nbytes, 1)
-        for first in range(start, stop, step):
-            write(_bytes(self.rows(name, slice(first, min(first + step, stop)))))
+        first, left = 0, entry.nbytes
+        if rows is not None:
+            start, stop, _ = rows.indices(entry.shape[0])
+            first, left = start * entry.row_nbytes, (stop - start) * entry.row_nbytes
+        buffer = memoryview(bytearray(min(CHUNK, left)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._starts[name] + first)
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                _read_into(file, part, self.path)
+                write(part)
+                left -= len(part)
 
 
 class Writer:
@@ -199,3 +214,11 @@ def sync_folder(folder: Path) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().flatten().view(torch.uint8).numpy().data
+
+
+def _read_into(file: Any, buffer: memoryview, path: Path) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise OSError(f"{path} ended early: it was changed while it was read")
+        buffer = buffer[count:]

@@ -149,6 +149,9 @@ class Stock:
         """As in `Kind`."""
         return self.name == "eager"
 
+    def __str__(self) -> str:
+        return f"{self.name!r} attention"
+
 
 def has_cache(module: nn.Module) -> bool:
     """Whether what the module runs may need a cache layer of its own."""

@@ -114,7 +114,7 @@ def _report(name: str) -> str:
     rows = [
         (
             str(layer.index), paths[id(layer.module)], str(len(layer.heads)), str(layer.num_key_value_heads),
-            str(layer.head_dim), _attention(saved["layers"].get(str(layer.index))) or saved["base"] or stock,
+            str(layer.head_dim), _attention(saved["layers"].get(layer.saved_as)) or saved["base"] or stock,
         )
         for layer in layers
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
-from hf_attnkit.attention.kind import ATTRIBUTE, Kind, has_cache
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, has_cache
 from hf_attnkit.attention.window_cache import WindowLayer
 
 
@@ -35,8 +35,9 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         ValueError: if another attention has already filled the cache.
     """
-    if not has_cache(module):
-        return None
+    config = getattr(module, "config", None)
+    if not has_cache(module) or (config is not None and config._attn_implementation != NAME):
+        return None  # or another implementation runs for a while
     kind: Kind = getattr(module, ATTRIBUTE)
     cache = kwargs.get("past_key_values")
     if cache is None and args:

@@ -27,8 +27,8 @@ def choose_kinds(
     given: Spec | Mapping[Where, Spec],
     layers: Iterable[Where] | None,
     options: dict[str, Any],
-) -> tuple[str, dict[int, Kind]]:
-    """What the model ran before its first swap, and the kind of each layer to swap, all of it possible.
+) -> dict[int, Kind]:
+    """The kind of each layer to swap, all of it possible.
 
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
@@ -44,7 +44,7 @@ def choose_kinds(
             f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
             "attn_implementation='sdpa'"
         )
-    return base, kinds
+    return kinds
 
 
 def _plan(

@@ -21,7 +21,8 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
     """
     if not is_swapped(model):
         return
-    swapped = [config for config in part_configs(model) if getattr(config, KEY, None) is not None]
+    saved = [(config, getattr(config, KEY, None)) for config in part_configs(model)]
+    swapped = [config for config, found in saved if found is not None and found["layers"]]
     running = next((each._attn_implementation for each in swapped if each._attn_implementation != NAME), NAME)
     if running != NAME:
         raise ValueError(
@@ -59,10 +60,23 @@ def is_swapped(model: PreTrainedModel) -> bool:
     return any(getattr(config, KEY, None) is not None for config in part_configs(model))
 
 
-def base_of(model: PreTrainedModel) -> str:
-    """The implementation that the model ran before its first swap."""
-    saved = [found for config in part_configs(model) if (found := getattr(config, KEY, None)) is not None]
-    return str(saved[0]["base"] if saved else model.config._attn_implementation)
+def bases(model: PreTrainedModel) -> dict[int, str]:
+    """By the id of each part's config, the implementation that the part ran before the first swap."""
+    own = {id(config): getattr(config, KEY, None) for config in part_configs(model)}
+    first = next((saved["base"] for saved in own.values() if saved is not None), "sdpa")
+    return {
+        id(config): str(
+            own[id(config)]["base"] if own[id(config)] is not None  # type: ignore[index]
+            else first if config._attn_implementation == NAME else config._attn_implementation
+        )
+        for config in part_configs(model)
+    }  # fmt: skip
+
+
+def base_of(model: PreTrainedModel, layer: AttentionLayer | None = None) -> str:
+    """The implementation that the model, or a layer of it, ran before the first swap."""
+    known, config = bases(model), getattr(layer.module, "config", None) if layer is not None else None
+    return known.get(id(config), known[id(model.config)])
 
 
 def runs_ours(layer: AttentionLayer) -> bool:

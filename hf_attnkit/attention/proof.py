@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.attention import kind as kinds_module
 from hf_attnkit.attention.cache import CACHE_ARGUMENT
+from hf_attnkit.attention.consistency import bases
 from hf_attnkit.attention.dispatch import attention_forward
 from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Kind
 from hf_attnkit.attention.mask import Mask
@@ -87,7 +88,7 @@ def prove_swap(model: PreTrainedModel, layers: Sequence[AttentionLayer], swapped
                 problems.append(f"{names[id(call.module)]} {problem}")
             return one.output, None
 
-        with known.transformers_attention(model, preferred=_base(model)), watched(modules, compare):
+        with known.transformers_attention(model, preferred=bases(model)), watched(modules, compare):
             again = _run(model, inputs)
     if not problems and any(seen.values()):
         late = [names[number] for number, calls in seen.items() if calls]
@@ -99,11 +100,6 @@ def prove_swap(model: PreTrainedModel, layers: Sequence[AttentionLayer], swapped
             f"the swapped {type(model).__name__} is not what it should be: {problems[0]}; the model is unchanged. Where "
             "Transformers' own implementation of this model is at fault, load it with another attn_implementation"
         )
-
-
-def _base(model: PreTrainedModel) -> str | None:
-    from_config = [getattr(config, "hf_attnkit", None) for config in known.part_configs(model)]
-    return next((each["base"] for each in from_config if each), None)
 
 
 def _swapped_run(
@@ -140,7 +136,8 @@ def _swapped_run(
             f"layers {[layer.index for layer in missing]} of {type(model).__name__} never called the attention "
             "interface, so swapping it has no effect on them; the model is unchanged"
         )
-    if isinstance(failed, ValueError):
+    assert failed is not None
+    if isinstance(failed, ValueError) or in_table(model):
         raise failed
     raise ValueError(
         f"{type(model).__name__} does not run with the new attention: {type(failed).__name__}: {str(failed)[:200]}; "

@@ -11,6 +11,7 @@ the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its opt
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,14 +28,22 @@ KEY = "hf_attnkit"
 VERSION = 2
 
 
-def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], base: str) -> None:
-    """Say in the configs what the modules run."""
+def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mapping[int, str]) -> None:
+    """Say in the configs what the modules run.
+
+    Args:
+        bases: by the id of each part's config, the implementation that it ran before the first swap.
+    """
+    base = bases[id(model.config)]
     numbered = all(layer.attention is None for layer in layers)
     model.config.hf_attnkit = ({} if numbered else {"version": VERSION}) | {"base": base, "layers": {}}
     model.config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
     parts = [(path, part) for path, part in saved_parts(model) if path and not numbered]
     for _, part in parts:
         part.config.__dict__.pop(KEY, None)
+        if bases[id(part.config)] != base:
+            part.config.hf_attnkit = {"version": VERSION, "base": bases[id(part.config)], "layers": {}}
+            part.config.attn_implementation = NAME
     paths = {id(module): path for path, module in model.named_modules()}
     for layer in layers:
         kind = getattr(layer.module, ATTRIBUTE)
@@ -50,6 +59,38 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], base: str) -
             if not numbered and getattr(layer.module, PARAMETERS, None) is not None:
                 entry.append([layer.num_heads, layer.num_key_value_heads, layer.head_dim])
             owner.config.hf_attnkit["layers"][name] = entry
+
+
+def mark_wholes(model: PreTrainedModel) -> None:
+    """Say in the configs of models that this one is a part of that a part of them was swapped.
+
+    Plain `from_pretrained` gives all parts of a model one implementation, so that it would load the whole without the
+    swap, and say nothing. With the mark it refuses, by the name that it does not know.
+    """
+    for whole in wholes(model):
+        if getattr(whole.config, KEY, None) is None:
+            whole.config.hf_attnkit = {"version": VERSION, "base": whole.config._attn_implementation, "layers": {}}
+            whole.config.attn_implementation = NAME
+
+
+def unmark_wholes(model: PreTrainedModel) -> None:
+    """Undo `mark_wholes` where no other part is swapped."""
+    for whole in wholes(model):
+        inside = [saved for each in _configs_inside(whole.config) if (saved := getattr(each, KEY, None)) is not None]
+        if whole.config._attn_implementation != NAME and not any(saved["layers"] for saved in inside):
+            whole.config.__dict__.pop(KEY, None)
+            whole.config.__dict__.pop("attn_implementation", None)
+
+
+def wholes(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that this one is a part of, with a config of its own inside theirs; a part does not know its whole."""
+    found = []
+    for each in gc.get_objects():
+        if issubclass(type(each), PreTrainedModel) and each is not model and "config" in vars(each):
+            inside = [id(config) for config in _configs_inside(each.config)]
+            if id(model.config) in inside[1:] and any(part is model for part in each.modules()):
+                found.append(each)
+    return found
 
 
 def saved_parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:

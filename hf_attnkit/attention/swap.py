@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention import saved_kinds
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
 from hf_attnkit.attention.choose_kinds import Spec, Where, check_kind, choose_kinds
-from hf_attnkit.attention.consistency import base_of, is_swapped, require_grouping
+from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
 from hf_attnkit.attention.saved_kinds import KEY
@@ -64,8 +64,8 @@ def swap_attention(
             Transformers' attention interface, or a swap that is not what it should be. The model is then unchanged.
     """
     model_layers = attention_layers(model)
-    base, kinds = choose_kinds(model, model_layers, kind, layers, options)
-    _install(model, model_layers, base, kinds)
+    kinds = choose_kinds(model, model_layers, kind, layers, options)
+    _install(model, model_layers, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
@@ -89,7 +89,7 @@ def check(
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
     """
-    return choose_kinds(model, attention_layers(model), kind, layers, options)[1]
+    return choose_kinds(model, attention_layers(model), kind, layers, options)
 
 
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -106,18 +106,20 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"(it runs {model.config._attn_implementation!r})"
         )
     heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
-    base = base_of(model)
-    require_grouping(model, heads, [base] * len(heads))
-    model.set_attn_implementation(base)
+    require_grouping(model, heads, [base_of(model, layer) for layer in model_layers])
+    before = bases(model)
+    model.set_attn_implementation(base_of(model))
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
     for config in part_configs(model):
+        config._attn_implementation_internal = before[id(config)]
         config.__dict__.pop(KEY, None)
         # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
         config.__dict__.pop("attn_implementation", None)
+    saved_kinds.unmark_wholes(model)
     return model
 
 
@@ -136,14 +138,14 @@ def install_saved(model: PreTrainedModel) -> None:
     kinds = saved_kinds.read(model, model_layers)
     for index, kind in kinds.items():
         check_kind(kind, model_layers[index])
-    _install(model, model_layers, model.config.hf_attnkit["base"], kinds)
+    _install(model, model_layers, kinds)
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
     """Name of what a layer runs as the config says: a kind, or one of Transformers' own implementations."""
     model_layers = attention_layers(model)
     kind = saved_kinds.read(model, model_layers).get(index)
-    return base_of(model) if kind is None else kind.name
+    return base_of(model, model_layers[index]) if kind is None else kind.name
 
 
 def add_saved_parameters(model: PreTrainedModel) -> None:
@@ -158,20 +160,22 @@ def add_saved_parameters(model: PreTrainedModel) -> None:
         _set_parameters(module, new.to(device=like.device, dtype=like.dtype))
 
 
-def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
+def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: dict[int, Kind]) -> None:
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
+    before = bases(model)
     old_configs = [(config, dict(config.__dict__)) for config in part_configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
     old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
     try:
         for layer in model_layers:
-            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base)
+            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base_of(model, layer))
             if kind != getattr(layer.module, ATTRIBUTE, None):
                 add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
-        saved_kinds.write(model, model_layers, base)
+        saved_kinds.write(model, model_layers, before)
         model.set_attn_implementation(NAME)
+        saved_kinds.mark_wholes(model)
         prove_swap(model, model_layers, [layer for layer in model_layers if layer.index in kinds])
     except BaseException:
         for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
@@ -184,6 +188,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
                 remove_hook(layer.module)
         for each, state in old_configs:
             replace_state(each, state)
+        saved_kinds.unmark_wholes(model)
         raise
 
 

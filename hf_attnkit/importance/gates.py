@@ -91,6 +91,9 @@ def example_gradients(
                 continue
             with gated(layers, inputs, ones):
                 loss = batch_loss(model, inputs)
+            idle = [layer.name for place, layer in enumerate(layers) if place not in gates]
+            if idle:
+                raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
             found = torch.autograd.grad(loss, [gates[place] for place in range(len(layers))])
         seen = (terms > 0) & _has_tokens(inputs, terms)
         scale = terms.sum() / terms[seen]

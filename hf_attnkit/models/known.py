@@ -110,11 +110,11 @@ def probe_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 @contextmanager
-def transformers_attention(model: nn.Module, preferred: str | None = None) -> Iterator[None]:
+def transformers_attention(model: nn.Module, preferred: Mapping[int, str] | None = None) -> Iterator[None]:
     """Each part of the model runs SDPA or eager attention for a while, where it runs something else.
 
     Args:
-        preferred: "sdpa" or "eager", where it is to be that.
+        preferred: by the id of a part's config, "sdpa" or "eager", where it is to be that.
     """
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)] if _is_module(model) else []
     before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
@@ -122,7 +122,8 @@ def transformers_attention(model: nn.Module, preferred: str | None = None) -> It
         for part in parts:
             if before[id(part.config)][1] not in ("sdpa", "eager", None):
                 name = "sdpa" if part._supports_sdpa else "eager"
-                name = preferred if preferred in ("sdpa", "eager") else name
+                wanted = (preferred or {}).get(id(part.config))
+                name = wanted if wanted in ("sdpa", "eager") else name
                 part.config._attn_implementation_internal = name
         yield
     finally:

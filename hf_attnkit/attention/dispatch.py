@@ -72,6 +72,11 @@ def attention_forward(
             "it. A swapped checkpoint is loaded with hf_attnkit.load_pretrained, and a model is swapped with "
             "hf_attnkit.swap_attention"
         )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call] # PyTorch says no types
+        raise ValueError(
+            f"torch.jit.trace keeps the path that one input takes, and attention of {NAME} takes others for other "
+            "lengths and padding; use torch.compile or torch.export"
+        )
     given = [name for name in OF_SCORES if kwargs.get(name) is not None]
     if given and _observers:
         raise ValueError(
@@ -140,7 +145,7 @@ def _run(
                 "apart does not take in; generate with use_cache=False, or without sink or global tokens"
             )
         seen = kind.seen(mask, key.shape, call)
-        output = capped.attention(
+        output, weights = capped.attention(
             query, key, value, seen, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks
         )
     else:

@@ -57,12 +57,17 @@ class _Seen:
     exact: Tensor | None
 
 
-def prove_swap(model: PreTrainedModel, layers: Sequence[AttentionLayer], swapped: Sequence[AttentionLayer]) -> None:
+def prove_swap(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], swapped: Sequence[AttentionLayer]
+) -> dict[str, Any]:
     """Prove that the model, as it is now, computes in each layer what that layer's kind says.
 
     Args:
         layers: all of the model.
         swapped: those that must have been called.
+
+    Returns:
+        The inputs under which it ran.
 
     Raises:
         ValueError: if one was not called, gives something else, or the model does not run.
@@ -100,6 +105,7 @@ def prove_swap(model: PreTrainedModel, layers: Sequence[AttentionLayer], swapped
             f"the swapped {type(model).__name__} is not what it should be: {problems[0]}; the model is unchanged. Where "
             "Transformers' own implementation of this model is at fault, load it with another attn_implementation"
         )
+    return inputs
 
 
 def _swapped_run(

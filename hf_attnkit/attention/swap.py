@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.attention import saved_kinds
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
+from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
 from hf_attnkit.attention.choose_kinds import Spec, Where, check_kind, choose_kinds
 from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
-from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
 from hf_attnkit.attention.saved_kinds import KEY
-from hf_attnkit.common.state import replace_state
+from hf_attnkit.common.state import plain_mode, replace_state
+from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_table
 
@@ -63,9 +65,10 @@ def swap_attention(
         ValueError: unknown kind or option, layer out of range, a model whose attention does not go through
             Transformers' attention interface, or a swap that is not what it should be. The model is then unchanged.
     """
-    model_layers = attention_layers(model)
-    kinds = choose_kinds(model, model_layers, kind, layers, options)
-    _install(model, model_layers, kinds)
+    with plain_mode():
+        model_layers = attention_layers(model)
+        kinds = choose_kinds(model, model_layers, kind, layers, options)
+        _install(model, model_layers, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
@@ -92,6 +95,7 @@ def check(
     return choose_kinds(model, attention_layers(model), kind, layers, options)
 
 
+@plain_mode()
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 
@@ -114,6 +118,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
+    remove_checks(model)
     for config in part_configs(model):
         config._attn_implementation_internal = before[id(config)]
         config.__dict__.pop(KEY, None)
@@ -123,6 +128,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@plain_mode()
 def install_saved(model: PreTrainedModel) -> None:
     """Put the kinds that a loaded config, and those of parts, name onto the model's modules, with the same proof.
 
@@ -165,21 +171,27 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: 
     before = bases(model)
     old_configs = [(config, dict(config.__dict__)) for config in part_configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
-    old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
+    old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
     try:
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base_of(model, layer))
-            if kind != getattr(layer.module, ATTRIBUTE, None):
-                add_parameters(layer, kind)
+            add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
         saved_kinds.write(model, model_layers, before)
         model.set_attn_implementation(NAME)
         saved_kinds.mark_wholes(model)
-        prove_swap(model, model_layers, [layer for layer in model_layers if layer.index in kinds])
+        swapped = [layer for layer in model_layers if layer.index in kinds]
+        inputs = prove_swap(model, model_layers, swapped)
+        with quiet(model):
+            note_handed_down(model, [layer.module for layer in swapped], inputs)
+        add_checks(model)
     except BaseException:
-        for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
+        for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
+            layer.module.__dict__.pop(KEPT, None)
+            if kept is not None:
+                layer.module.__dict__[KEPT] = kept
             if old is not None:
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
@@ -193,7 +205,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: 
 
 
 def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
-    """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
+    """Give a layer's module what its kind learns: what it has or had already, if it fits, else the start value.
 
     `load_pretrained` calls this before the weights are read.
     """
@@ -201,9 +213,11 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
     if isinstance(kind, Kind):
         new = kind.create_parameters(layer.num_heads, layer.num_key_value_heads, layer.head_dim)
     old = getattr(layer.module, PARAMETERS, None)
-    if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
-        return  # a checkpoint that is being loaded
+    if new is not None and _fits(old, new):
+        return
     if new is not None:
+        kept = _kept(layer.module)
+        new = kept if kept is not None and _fits(kept, new) else new
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
         if like.is_meta and hasattr(layer.module, "_hf_hook"):
             raise ValueError(
@@ -215,7 +229,24 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
 
 
 def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
-    if parameters is not None:
-        setattr(module, PARAMETERS, parameters)
-    elif hasattr(module, PARAMETERS):
+    """Others than these are kept aside, in case the module runs their kind again."""
+    old = getattr(module, PARAMETERS, None)
+    if old is not None and old is not parameters:
+        module.__dict__[KEPT] = old  # not as a submodule: it is neither trained nor saved
         delattr(module, PARAMETERS)
+    if parameters is not None:
+        if _kept(module) is parameters:
+            del module.__dict__[KEPT]
+        setattr(module, PARAMETERS, parameters)
+
+
+def _kept(module: nn.Module) -> nn.Module | None:
+    return module.__dict__.get(KEPT)
+
+
+def _fits(parameters: nn.Module | None, needed: nn.Module) -> bool:
+    """Whether these are parameters of the same function for the same numbers of heads."""
+    if type(parameters) is not type(needed):
+        return False
+    found, shapes = ({n: p.shape for n, p in m.state_dict().items()} for m in (parameters, needed) if m is not None)
+    return found == shapes

@@ -80,13 +80,13 @@ def attention_forward(
     given = [name for name in OF_SCORES if kwargs.get(name) is not None]
     if given and _observers:
         raise ValueError(
-            f"{type(module).__name__} passes {given[0]!r}, which changes its softmax in a way that measures of attention "
-            "do not know; take a score of the heads' outputs, such as 'contribution'"
+            f"{type(module).__name__} passes {given[0]!r}, which changes its softmax in a way that measures of "
+            "attention do not know; take a score of the heads' outputs, such as 'contribution'"
         )
     if given and isinstance(kind, Kind) and not kind.forms_scores:
         raise ValueError(
-            f"{type(module).__name__} passes {given[0]!r}, a change of its softmax's scores, and {kind.name!r} attention "
-            "forms none; use another kind for this model"
+            f"{type(module).__name__} passes {given[0]!r}, a change of its softmax's scores, and {kind.name!r} "
+            "attention forms none; use another kind for this model"
         )
     if torch.is_autocast_enabled(query.device.type):
         # As SDPA does: everything in autocast's dtype, sums in float32, nothing cast again inside.

@@ -102,8 +102,8 @@ def prove_swap(
         problems += _other_outputs(outputs, again)
     if problems:
         raise ValueError(
-            f"the swapped {type(model).__name__} is not what it should be: {problems[0]}; the model is unchanged. Where "
-            "Transformers' own implementation of this model is at fault, load it with another attn_implementation"
+            f"the swapped {type(model).__name__} is not what it should be: {problems[0]}; the model is unchanged. "
+            "Where Transformers' own implementation of this model is at fault, load it with another attn_implementation"
         )
     return inputs
 

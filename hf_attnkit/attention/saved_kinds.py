@@ -55,7 +55,7 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mappi
             owner.config.hf_attnkit = {"version": VERSION, "base": base, "layers": {}}
             owner.config.attn_implementation = NAME
         if isinstance(kind, Kind):
-            entry = [kind.name, kind_options.changed(kind)]
+            entry: list[Any] = [kind.name, kind_options.changed(kind)]
             if not numbered and getattr(layer.module, PARAMETERS, None) is not None:
                 entry.append([layer.num_heads, layer.num_key_value_heads, layer.head_dim])
             owner.config.hf_attnkit["layers"][name] = entry

@@ -6,8 +6,9 @@ and in the config (what is saved), under `hf_attnkit`:
     {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
 
 with the layer's number, or its module's path where the table of families does not know the model; a model of several
-parts keeps them in the config of the part that has the layer. `config.json` then also says `"attn_implementation": "hf_attnkit"`, so that Transformers alone, which
-does not know that name, refuses the checkpoint instead of running other attention.
+parts keeps them in the config of the part that has the layer. `config.json` then also says
+`"attn_implementation": "hf_attnkit"`, so that Transformers alone, which does not know that name, refuses the checkpoint
+instead of running other attention.
 """
 
 from __future__ import annotations
@@ -180,6 +181,11 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: 
             add_hook(layer.module)
         saved_kinds.write(model, model_layers, before)
         model.set_attn_implementation(NAME)
+        for layer in model_layers:
+            config = getattr(layer.module, "config", None)
+            if config is not None and not layer.refusal:
+                # Transformers sets it only for classes whose source has a word that it looks for.
+                config._attn_implementation_internal = NAME
         saved_kinds.mark_wholes(model)
         swapped = [layer for layer in model_layers if layer.index in kinds]
         inputs = prove_swap(model, model_layers, swapped)

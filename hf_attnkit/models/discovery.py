@@ -143,8 +143,8 @@ def _first_run(
                 ) from error
     raise ValueError(
         f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give them "
-        f"by hf_attnkit.set_probe(model, {{...}}), or as probe={{...}} to describe_attention. Tried, and it failed with: "
-        f"{'; '.join(reasons) or 'nothing'}"
+        f"by hf_attnkit.set_probe(model, {{...}}), or as probe={{...}} to describe_attention. Tried, and it failed "
+        f"with: {'; '.join(reasons) or 'nothing'}"
     )
 
 

@@ -25,7 +25,8 @@ _OTHER_FIELDS = {"attn_implementation", "_attn_implementation_internal", "_exper
                  "hf_attnkit", "problem_type", "use_cache", "output_attentions", "output_hidden_states",
                  "_output_attentions", "return_dict", "name_or_path", "_name_or_path"}  # fmt: skip
 
-__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "require_runnable", "set_probe", "transformers_attention"]
+__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "require_runnable", "set_probe",
+           "transformers_attention"]  # fmt: skip
 
 _probes: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
@@ -98,8 +99,7 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
 
 
 def part_configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """The model's config and those of its parts, each once, from the outside in; T5's encoder and decoder have copies.
-    """
+    """The configs of the model and its parts, each once, from the outside in; T5's encoder and decoder have copies."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     return list(configs.values())
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,6 +52,7 @@ class AttentionLayer:
         saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
         value_dim: size of a head of values, where it is not `head_dim`.
         attention: what discovery found; `None` for a layer from the table of families.
+        padding: the model's input that says which of its queries are tokens; empty where all are.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.
@@ -77,6 +80,7 @@ class AttentionLayer:
     saved_as: str = ""
     value_dim: int = 0
     attention: Attention | None = None
+    padding: str = "attention_mask"
 
     @property
     def value_head_dim(self) -> int:
@@ -162,13 +166,13 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
                 rope=_rope(family, model.config, getattr(module, stack.head_dim)),
                 norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
                 is_empty=index in empty, saved_as=str(index),
+                padding="decoder_attention_mask" if stack.name.startswith("decoder") else "attention_mask",
             ))  # fmt: skip
     return layers
 
 
 def in_table(model: PreTrainedModel) -> bool:
-    """Whether the table of families says where the model's attention is; a decoder's cross-attention it does not know.
-    """
+    """Whether the table of families says where the attention is; cross-attention of a decoder alone it does not know."""
     config = getattr(model, "config", None)
     return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "add_cross_attention", False)
 
@@ -182,17 +186,15 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     attentions = known.known(model).attentions
     outputs = [attention.output for attention in attentions]
     if None in outputs:  # something lies between: only gradients tell
-        try:
+        with suppress(ValueError):  # one that does not run alone; only scores need its output
             outputs = [own.output for own in known.owned(model)]
-        except ValueError:  # it does not run alone; only scores need its output
-            pass
     return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
 
 
 def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> AttentionLayer:
     parts = attention.path.split(".")
     outer = [".".join(parts[:stop]) for stop in range(len(parts), -1, -1)]
-    inside = (path for path, above in zip(outer, outer[1:], strict=False)
+    inside = (path for path, above in pairwise(outer)
               if isinstance(model.get_submodule(above), nn.ModuleList))  # fmt: skip
     return AttentionLayer(
         attention.index,
@@ -211,7 +213,20 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
         attention=attention,
+        padding=_padding(model, attention.path),
     )
+
+
+def _padding(model: PreTrainedModel, path: str) -> str:
+    """Which input tells padding from tokens, of a model of several parts: that of the part that the layer is in."""
+    parts = path.split(".")
+    inside = [model.get_submodule(".".join(parts[:stop])) for stop in range(len(parts), -1, -1)]
+    part = next((each for each in inside if isinstance(each, PreTrainedModel) and "forward" in vars(type(each))), model)
+    if part.main_input_name != "input_ids" and model.main_input_name == "input_ids":
+        return ""
+    if getattr(model.config, "is_encoder_decoder", False) and any("decoder" in name for name in parts):
+        return "decoder_attention_mask"
+    return "attention_mask"
 
 
 def scored_layers(model: PreTrainedModel) -> list[AttentionLayer]:
@@ -235,8 +250,8 @@ def output_of(layer: AttentionLayer) -> nn.Module:
     """
     if layer.output is None:
         raise ValueError(
-            f"{layer.name}: no matrix product takes its heads' outputs, so what a head adds cannot be told; take a score "
-            "of attention alone, such as method='entropy'"
+            f"{layer.name}: no matrix product takes its heads' outputs, so what a head adds cannot be told; take a "
+            "score of attention alone, such as method='entropy'"
         )
     return layer.output
 

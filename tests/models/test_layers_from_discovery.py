@@ -28,7 +28,8 @@ def test_discovery_says_what_the_table_says(family: str) -> None:
         same = table[id(layer.module)]
         for name in ("num_heads", "num_key_value_heads", "head_dim", "value_head_dim", "is_cross"):
             assert getattr(layer, name) == getattr(same, name), name
-        assert layer.output is same.output and layer.block is same.block
+        assert layer.output is same.output
+        assert family == "t5" or layer.block is same.block  # T5's blocks are lists of blocks with one attention each
 
 
 def test_fields() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_attnkit.attention.kernels.tiles import product
 from hf_attnkit.attention.mask import Mask
 
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -35,7 +35,11 @@ class Contribution(Score):
 
         def hook(layer: AttentionLayer, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                heads = real_tokens(args[0], inputs).unflatten(-1, (layer.num_heads, layer.value_head_dim)).double()
+                heads = (
+                    real_tokens(args[0], inputs, layer.padding)
+                    .unflatten(-1, (layer.num_heads, layer.value_head_dim))
+                    .double()
+                )
                 heads = torch.cat([heads, heads.new_ones(*heads.shape[:2], 1)], dim=-1).transpose(0, 1)
                 total.add_((heads.transpose(1, 2) @ heads).cpu())
 

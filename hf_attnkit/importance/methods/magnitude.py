@@ -58,7 +58,7 @@ def _owned(layer: AttentionLayer, own: Ownership) -> Tensor:
             continue
         squares = weight.detach().float().square()
         squares = squares.sum([dim for dim in range(squares.dim()) if dim != owners.dim]).cpu()
-        for role, rows in owners.rows.items():
+        for rows in owners.rows.values():
             sums = (rows.cpu().float() * squares).sum(1)
             total += sums if len(sums) == layer.num_heads else sums.repeat_interleave(layer.num_heads // len(sums))
     return total.sqrt()

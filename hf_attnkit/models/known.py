@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,7 @@ _known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary(
 
 @dataclass
 class Known:
-    """A discovery, and what it was made of."""
+    """A discovery without the inputs of the modules, and what it was made of."""
 
     discovery: Discovery
     state: _State
@@ -68,7 +68,7 @@ def set_probe(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
     with transformers_attention(model):
         found = discover(model, inputs)
     _probes[model] = dict(inputs)
-    _known[model] = Known(found, _State(model))
+    _known[model] = Known(_spare(found), _State(model))
 
 
 def known(model: PreTrainedModel) -> Known:
@@ -79,9 +79,7 @@ def known(model: PreTrainedModel) -> Known:
     """
     one = _known.get(model) if isinstance(model, nn.Module) else None
     if one is None or not one.state.holds(model):
-        with transformers_attention(model):
-            found = discover(model, _probes.get(model) if isinstance(model, nn.Module) else None)
-        one = _known[model] = Known(found, _State(model))
+        one = _known[model] = Known(_spare(_discover(model)), _State(model))
     return one
 
 
@@ -93,9 +91,20 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
     """
     one = known(model)
     if not one.owned:
+        found = _discover(model)
         with transformers_attention(model):
-            one.owned = ownerships(model, one.attentions)
+            one.owned = ownerships(model, found.attentions)
     return one.owned
+
+
+def _discover(model: PreTrainedModel) -> Discovery:
+    with transformers_attention(model):
+        return discover(model, _probes.get(model) if isinstance(model, nn.Module) else None)
+
+
+def _spare(found: Discovery) -> Discovery:
+    """Without what each module was given, which for long inputs (audio) is as large as all hidden states."""
+    return replace(found, attentions=tuple(replace(each, inputs=((), {})) for each in found.attentions))
 
 
 def part_configs(model: nn.Module) -> list[PreTrainedConfig]:

@@ -172,7 +172,7 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
 
 
 def in_table(model: PreTrainedModel) -> bool:
-    """Whether the table of families says where the attention is; cross-attention of a decoder alone it does not know."""
+    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
     config = getattr(model, "config", None)
     return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "add_cross_attention", False)
 

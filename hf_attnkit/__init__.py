@@ -15,6 +15,7 @@ from hf_attnkit.editing.last_change import last_change
 from hf_attnkit.importance import attention_entropy, head_gradients, head_importance
 from hf_attnkit.loading import load_pretrained
 from hf_attnkit.models.cache_size import cache_bytes_per_token
+from hf_attnkit.models.known import set_probe
 from hf_attnkit.pruning.mask_search import rearrange_heads
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import select_heads
@@ -40,6 +41,7 @@ __all__ = [
     "restore_attention",
     "select_for_target",
     "select_heads",
+    "set_probe",
     "swap_attention",
 ]
 

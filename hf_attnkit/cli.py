@@ -24,6 +24,7 @@ from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion import METHODS, convert_checkpoint
 from hf_attnkit.loading import skeleton
 from hf_attnkit.models.cache_size import cache_bytes
+from hf_attnkit.models.families import family_of
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
 
 
@@ -110,12 +111,13 @@ def _report(name: str) -> str:
         config.__dict__.pop(field, None)
     model = skeleton(config)
     stock = model.config._attn_implementation
+    family_of(model)  # of other models a config alone does not tell the heads
     layers = attention_layers(model)
     paths = {id(module): path for path, module in model.named_modules()}
     rows = [
         (
             str(layer.index), paths[id(layer.module)], str(len(layer.heads)), str(layer.num_key_value_heads),
-            str(layer.head_dim), _attention(saved["layers"].get(str(layer.index))) or saved["base"] or stock,
+            str(layer.head_dim), _attention(saved["layers"].get(layer.saved_as)) or saved["base"] or stock,
         )
         for layer in layers
     ]  # fmt: skip

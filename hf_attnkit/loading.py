@@ -18,13 +18,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
-from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
+from hf_attnkit.attention.saved_kinds import is_saved, restore_names
+from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.global_reads import expect_global_reads
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import attention_layers, in_table
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -59,7 +60,7 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
     read_pruned_heads(config)
-    swapped = getattr(config, "hf_attnkit", None) is not None
+    swapped = is_saved(config)
     if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
             f"this checkpoint's attention was swapped, so attn_implementation={kwargs['attn_implementation']!r} "
@@ -84,12 +85,12 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
-    if config.model_type in FAMILIES:
+    if in_table(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
-        model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
+        restore_names(model.config)
         install_saved(model)
     return (model, info) if kwargs.get("output_loading_info") else model
 
@@ -158,12 +159,9 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         read_pruned_heads(config)
         model_class.__init__(self, config, *args, **kwargs)
-        if config.model_type in FAMILIES and not FAMILIES[config.model_type].fixed:
+        if in_table(self) and not FAMILIES[config.model_type].fixed:
             _resize(self)
-        kinds = saved_kinds(config)
-        for layer in attention_layers(self) if kinds else ():
-            if layer.index in kinds:
-                add_parameters(layer, kinds[layer.index])
+        add_saved_parameters(self)
 
     # The same name and module, because Transformers looks up sources and architectures by them.
     names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}

@@ -32,6 +32,7 @@ PUBLIC = [
     "restore_attention",
     "select_for_target",
     "select_heads",
+    "set_probe",
     "swap_attention",
 ]
 

@@ -16,7 +16,8 @@ ORDER = ("cli", "experiment", "analysis", "conversion", "pruning", "importance",
          "editing", "attention", "models", "common")  # fmt: skip
 # The same within folders that have floors of their own.
 INSIDE = {
-    "attention": ("attention_backends", "swap", "choose_kinds", "cache_placement", "consistency", "dispatch", "table",
+    "attention": ("attention_backends", "swap", "proof", "choose_kinds", "cache_placement", "consistency", "dispatch",
+                  "saved_kinds", "table",
                   "kinds", "kind", "kernels", "window_cache", "cache", "mask"),
     "conversion": ("convert", "checkpoints", "plan", "methods", "predicted_loss", "heads"),
 }  # fmt: skip

@@ -14,8 +14,8 @@ from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
 
-# Keywords that change the scores in a way that none of our kinds computes.
-_UNSERVED = {"softcap": "its scores are capped (softcap)", "s_aux": "its softmax has learned sinks (s_aux)"}
+# Keywords that change the softmax: swapped attention applies them, measures of attention do not know them.
+_UNMEASURED = {"softcap": "its scores are capped (softcap)", "s_aux": "its softmax has learned sinks (s_aux)"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _sees(row: AttentionRow) -> str:
 def _swap(attention: Attention) -> str:
     if not attention.calls_interface:
         return attention.reason
-    return "; ".join(reason for keyword, reason in _UNSERVED.items() if keyword in attention.keywords)
+    return ""
 
 
 def _score(attention: Attention, own: Ownership) -> str:
@@ -159,7 +159,8 @@ def _score(attention: Attention, own: Ownership) -> str:
         return "no output projection takes its heads"
     if not attention.calls_interface:
         return f"not by entropy: {attention.reason}"
-    return ""
+    unknown = [reason for keyword, reason in _UNMEASURED.items() if keyword in attention.keywords]
+    return f"not by entropy: {'; '.join(unknown)}" if unknown else ""
 
 
 def _prune(attention: Attention, own: Ownership) -> str:

@@ -12,7 +12,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
-from hf_attnkit.attention.kind import ATTRIBUTE, Kind, has_cache
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, has_cache
 from hf_attnkit.attention.window_cache import WindowLayer
 
 QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
@@ -39,8 +39,9 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         ValueError: if another attention, or the same with other options, has already filled the cache, or the cache is
             to be quantized and the kind's layer is not.
     """
-    if not has_cache(module):
-        return None
+    config = getattr(module, "config", None)
+    if not has_cache(module) or (config is not None and config._attn_implementation != NAME):
+        return None  # or another implementation runs for a while
     kind: Kind = getattr(module, ATTRIBUTE)
     cache = kwargs.get("past_key_values")
     if cache is None and args:

@@ -66,7 +66,7 @@ def note_handed_down(model: PreTrainedModel, modules: list[nn.Module], inputs: M
     """Try out which call arguments reach these modules' attention, and note it on those that read them.
 
     Args:
-        inputs: small ones of `model.base_model`, see `probe_inputs`.
+        inputs: small ones, under which the model runs, or its `base_model`.
     """
     for name in _call_arguments():
         readers = [module for module in modules if name in getattr(module, ATTRIBUTE).call_arguments]
@@ -88,12 +88,12 @@ def _arrives(model: PreTrainedModel, readers: list[nn.Module], name: str, inputs
         found = kwargs.get(name) is not None
         raise _Reached
 
-    first = next(iter(inputs.values()))
+    first = next(value for value in inputs.values() if isinstance(value, Tensor))
     with ExitStack() as stack:
         for module in readers:
             stack.callback(module.register_forward_pre_hook(look, with_kwargs=True, prepend=True).remove)
         # A head that needs other inputs, and a forward that refuses the argument, do not take it either.
-        with suppress(_Reached, TypeError, ValueError, RuntimeError):
+        with suppress(_Reached, Exception):
             model(**inputs, **{name: torch.ones(first.shape[:2], dtype=torch.long, device=first.device)})
     return found
 

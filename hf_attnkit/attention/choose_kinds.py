@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.consistency import is_swapped, require_consistent
+from hf_attnkit.attention.consistency import base_of, is_swapped, require_consistent
 from hf_attnkit.attention.kind import Kind
 from hf_attnkit.attention.table import make_kind
 from hf_attnkit.common.checks import in_range
@@ -18,16 +18,17 @@ from hf_attnkit.models.layers import AttentionLayer
 STOCK = ("sdpa", "eager")
 
 Spec = str | tuple[str, Mapping[str, Any]]
+Where = int | str  # a layer's number, or the path of its module
 
 
 def choose_kinds(
     model: PreTrainedModel,
     model_layers: list[AttentionLayer],
-    given: Spec | Mapping[int, Spec],
-    layers: Iterable[int] | None,
+    given: Spec | Mapping[Where, Spec],
+    layers: Iterable[Where] | None,
     options: dict[str, Any],
-) -> tuple[str, dict[int, Kind]]:
-    """What the model ran before its first swap, and the kind of each layer to swap, all of it possible.
+) -> dict[int, Kind]:
+    """The kind of each layer to swap, all of it possible.
 
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
@@ -36,23 +37,21 @@ def choose_kinds(
     for index, kind in kinds.items():
         check_kind(kind, model_layers[index])
     require_consistent(model, model_layers)
-    base = model.config._attn_implementation
-    if is_swapped(model):
-        base = model.config.hf_attnkit["base"]
-    elif base not in STOCK and len(kinds) < len(model_layers):
+    base = base_of(model)
+    if not is_swapped(model) and base not in STOCK and len(kinds) < len(model_layers):
         raise ValueError(
             f"layers {[layer.index for layer in model_layers if layer.index not in kinds]} would keep "
             f"{base!r}, which cannot share masks with swapped layers; swap all layers, or load the model with "
             "attn_implementation='sdpa'"
         )
-    return base, kinds
+    return kinds
 
 
 def _plan(
     model: PreTrainedModel,
     model_layers: list[AttentionLayer],
-    given: Spec | Mapping[int, Spec],
-    layers: Iterable[int] | None,
+    given: Spec | Mapping[Where, Spec],
+    layers: Iterable[Where] | None,
     options: dict[str, Any],
 ) -> dict[int, Kind]:
     """The kind of each layer to swap, indices checked."""
@@ -60,11 +59,11 @@ def _plan(
         if layers is not None or options:
             other = "layers" if layers is not None else ", ".join(options)
             raise ValueError(f"{other} cannot be given next to a mapping; write {{layer: (name, options)}}")
-        specs = dict(given)
+        specs: dict[Where, Spec] = dict(given)
     else:
-        if layers is not None and not isinstance(layers, Iterable):
-            raise TypeError(f"layers={layers!r} must be a list of layer numbers")
-        indices = range(len(model_layers)) if layers is None else list(layers)
+        if layers is not None and (not isinstance(layers, Iterable) or isinstance(layers, str)):
+            raise TypeError(f"layers={layers!r} must be a list of layer numbers or module paths")
+        indices: list[Where] = list(range(len(model_layers)) if layers is None else layers)
         if isinstance(given, str):
             specs = dict.fromkeys(indices, (given, options))
         elif options:
@@ -75,19 +74,46 @@ def _plan(
         raise ValueError("no layer to swap: layers or the mapping is empty")
     kinds = {}
     for layer, spec in specs.items():
-        index = in_range(layer, len(model_layers), "layer")
+        index = layer_number(model, model_layers, layer)
         named = (spec, {}) if isinstance(spec, str) else spec
         if not (isinstance(named, tuple) and len(named) == 2 and isinstance(named[1], Mapping)):
             raise TypeError(f"layer {index}: {spec!r} is no attention; it must be a name or (name, options)")
         kind = make_kind(named[0], dict(named[1]))
         chosen = layers is not None or isinstance(given, Mapping)
-        if chosen or not (model_layers[index].is_cross and kind.self_attention_only):
+        left_out = (model_layers[index].is_cross and kind.self_attention_only) or model_layers[index].refusal
+        if chosen or not left_out:
             kinds[index] = kind
+    if not kinds:
+        refusals = sorted({layer.refusal for layer in model_layers if layer.refusal})
+        raise ValueError(
+            f"no attention of {type(model).__name__} (model type {model.config.model_type!r}) can be swapped for this "
+            f"kind: {'; '.join(refusals) or 'queries and keys are of two sequences in all of them'}"
+        )
     return kinds
+
+
+def layer_number(model: PreTrainedModel, model_layers: list[AttentionLayer], where: Where) -> int:
+    """The number of a layer, given by its number or the path of the module that attends.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    if not isinstance(where, str):
+        return in_range(where, len(model_layers), "layer")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = [layer.index for layer in model_layers if layer.module is modules.get(where)]
+    if not found:
+        known = [path for path, module in modules.items() if any(layer.module is module for layer in model_layers)]
+        raise ValueError(
+            f"no attention has the path {where!r} in this {type(model).__name__}; there are: {', '.join(known)}"
+        )
+    return found[0]
 
 
 def check_kind(kind: Kind, layer: AttentionLayer) -> None:
     """Raise `ValueError` if the layer cannot run this kind."""
+    if layer.refusal:
+        raise ValueError(f"{layer.name} cannot run {kind.name!r}: {layer.refusal}")
     kind.check_heads(layer.num_heads, layer.num_key_value_heads)
     if layer.is_cross and kind.self_attention_only:
         raise ValueError(

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME
+from hf_attnkit.attention.saved_kinds import KEY
 from hf_attnkit.models.families import family_of
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.known import part_configs
+from hf_attnkit.models.layers import AttentionLayer, in_table
 
 
 def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -19,13 +21,16 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
     """
     if not is_swapped(model):
         return
-    running = model.config._attn_implementation
+    saved = [(config, getattr(config, KEY, None)) for config in part_configs(model)]
+    swapped = [config for config, found in saved if found is not None and found["layers"]]
+    running = next((each._attn_implementation for each in swapped if each._attn_implementation != NAME), NAME)
     if running != NAME:
         raise ValueError(
             f"the config says that attention was swapped, but the model runs {running!r}; call "
             f"hf_attnkit.restore_attention(model), or model.set_attn_implementation({NAME!r}) to run the swapped one"
         )
-    if not all(hasattr(layer.module, ATTRIBUTE) for layer in layers):
+    ours = [layer for layer in layers if runs_ours(layer)]
+    if not all(hasattr(layer.module, ATTRIBUTE) for layer in ours):
         raise ValueError(
             "the config says that attention was swapped, but the layers were not told; load the checkpoint with "
             "hf_attnkit.load_pretrained"
@@ -42,7 +47,7 @@ def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], i
         num_heads != num_key_value_heads and implementation == "eager"
         for (num_heads, num_key_value_heads), implementation in zip(heads, implementations, strict=True)
     )
-    if grouped and not family_of(model).has_key_value_heads:
+    if grouped and in_table(model) and not family_of(model).has_key_value_heads:
         raise ValueError(
             f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
             f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), or "
@@ -51,5 +56,30 @@ def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], i
 
 
 def is_swapped(model: PreTrainedModel) -> bool:
-    """Whether the config says that some layers run one of our implementations."""
-    return getattr(model.config, "hf_attnkit", None) is not None
+    """Whether the config, or that of a part, says that some layers run one of our implementations."""
+    return any(getattr(config, KEY, None) is not None for config in part_configs(model))
+
+
+def bases(model: PreTrainedModel) -> dict[int, str]:
+    """By the id of each part's config, the implementation that the part ran before the first swap."""
+    own = {id(config): getattr(config, KEY, None) for config in part_configs(model)}
+    first = next((saved["base"] for saved in own.values() if saved is not None), "sdpa")
+    return {
+        id(config): str(
+            own[id(config)]["base"] if own[id(config)] is not None  # type: ignore[index]
+            else first if config._attn_implementation == NAME else config._attn_implementation
+        )
+        for config in part_configs(model)
+    }  # fmt: skip
+
+
+def base_of(model: PreTrainedModel, layer: AttentionLayer | None = None) -> str:
+    """The implementation that the model, or a layer of it, ran before the first swap."""
+    known, config = bases(model), getattr(layer.module, "config", None) if layer is not None else None
+    return known.get(id(config), known[id(model.config)])
+
+
+def runs_ours(layer: AttentionLayer) -> bool:
+    """Whether the layer's calls come to us."""
+    config = getattr(layer.module, "config", None)
+    return config is None or config._attn_implementation == NAME

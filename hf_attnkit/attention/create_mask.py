@@ -70,7 +70,10 @@ def create_mask(
     if visible is not None:
         keys = torch.where(visible, keys, ~keys)
     queries = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
-    return torch.cat([keys, queries], dim=1)[:, None, None, :].expand(-1, 2 if window else 1, -1, -1)
+    positions = torch.cat([keys, queries], dim=1)[:, None, None, :]
+    if not window:
+        return positions
+    return torch.cat([positions, torch.full_like(positions, _window_size(mask_function))], dim=1)
 
 
 _CAUSAL_WINDOW = sliding_window_causal_mask_function(1)
@@ -87,6 +90,12 @@ def is_causal_window(mask_function: MaskFunction) -> bool:
         return False
     parts, known = _parts(mask_function), _parts(_CAUSAL_WINDOW)
     return len(parts) == 2 and parts[1] is known[1] and parts[0].__code__ is known[0].__code__
+
+
+def _window_size(mask_function: MaskFunction) -> int:
+    """Of a causal window, keys that a query sees, its own included."""
+    (cell,) = _parts(mask_function)[0].__closure__  # type: ignore[misc]
+    return int(cell.cell_contents)
 
 
 def _parts(conjunction: MaskFunction) -> tuple[MaskFunction, ...]:

@@ -19,11 +19,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.create_mask import create_mask
+from hf_attnkit.attention.kernels import capped
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Call, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 
-# Arguments of a model's attention call that change the result and that no kind reads.
-_UNSUPPORTED = ("softcap", "s_aux")
+# Arguments of a model's attention call that change its softmax: a bound of the scores, and learned sinks.
+OF_SCORES = ("softcap", "s_aux")
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -76,9 +77,17 @@ def attention_forward(
             f"torch.jit.trace keeps the path that one input takes, and attention of {NAME} takes others for other "
             "lengths and padding; use torch.compile or torch.export"
         )
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} passes {name!r}, which no attention of {NAME} applies")
+    given = [name for name in OF_SCORES if kwargs.get(name) is not None]
+    if given and _observers:
+        raise ValueError(
+            f"{type(module).__name__} passes {given[0]!r}, which changes its softmax in a way that measures of "
+            "attention do not know; take a score of the heads' outputs, such as 'contribution'"
+        )
+    if given and isinstance(kind, Kind) and not kind.forms_scores:
+        raise ValueError(
+            f"{type(module).__name__} passes {given[0]!r}, a change of its softmax's scores, and {kind.name!r} "
+            "attention forms none; use another kind for this model"
+        )
     if torch.is_autocast_enabled(query.device.type):
         # As SDPA does: everything in autocast's dtype, sums in float32, nothing cast again inside.
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -127,7 +136,20 @@ def _run(
         mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)
-    output, weights = kind.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
+    softcap, sinks = (kwargs.get(name) for name in OF_SCORES)
+    weights: Tensor | None = None
+    if softcap is not None or sinks is not None:
+        if cache is not None and cache.num_sinks:
+            raise ValueError(
+                f"{type(module).__name__} caps its scores or has learned sinks, which a cache that keeps first tokens "
+                "apart does not take in; generate with use_cache=False, or without sink or global tokens"
+            )
+        seen = kind.seen(mask, key.shape, call)
+        output, weights = capped.attention(
+            query, key, value, seen, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks
+        )
+    else:
+        output, weights = kind.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
     if cache is not None:
         cache.settle(mask)
     return output.transpose(1, 2).contiguous(), weights

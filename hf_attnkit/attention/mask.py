@@ -8,8 +8,8 @@ in that slot in one of four forms, and `Mask.receive` turns each into a `Mask`:
 | `None`                                | nothing is hidden but the future (if causal)               |
 | integer `(batch, 1, 1, keys+queries)` | positions of the keys, then of the queries; a hidden key   |
 |                                       | carries the bitwise complement of its position             |
-| integer `(batch, 2, 1, keys+queries)` | the same twice: a model's own window (Mistral) applies     |
-|                                       | too; its size comes as `sliding_window`                    |
+| integer `(batch, 2, 1, keys+queries)` | the same, and the size of a model's own window (Mistral),  |
+|                                       | which applies too; it also comes as `sliding_window`       |
 | bool or float `(batch, 1, q, k)`      | a full matrix: packed sequences or a mask that the user    |
 |                                       | made; it already holds causality                           |
 """
@@ -94,15 +94,16 @@ class Mask:
 
         Args:
             cache: the layer that returned the keys, if it is one of ours; it knows their positions.
-            window: the `sliding_window` of the attention call; counts if the tensor says so.
+            window: the `sliding_window` of the attention call; counts if the tensor says so. Layers that pass none
+                (Phi-3.5-MoE) take the tensor's, which waits for the device.
 
         Raises:
-            ValueError: when its size fits neither the queries nor the keys, or the window is missing.
+            ValueError: when its size fits neither the queries nor the keys.
         """
         if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.shape[1] == 1:
             window = None
         elif window is None:
-            raise ValueError("the attention mask was made for a sliding window, but the layer passes no sliding_window")
+            window = int(attention_mask[0, 1, 0, 0])
         if cache is not None and (attention_mask is None or attention_mask.dtype == torch.long):
             return cls._receive_cached(attention_mask, q_length, kv_length, is_causal, device, cache, window)
         if attention_mask is None:

@@ -5,8 +5,10 @@ and in the config (what is saved), under `hf_attnkit`:
 
     {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
 
-`config.json` then also says `"attn_implementation": "hf_attnkit"`, so that Transformers alone, which
-does not know that name, refuses the checkpoint instead of running other attention.
+with the layer's number, or its module's path where the table of families does not know the model; a model of several
+parts keeps them in the config of the part that has the layer. `config.json` then also says
+`"attn_implementation": "hf_attnkit"`, so that Transformers alone, which does not know that name, refuses the checkpoint
+instead of running other attention.
 """
 
 from __future__ import annotations
@@ -15,40 +17,41 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
+from hf_attnkit.attention import saved_kinds
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
 from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
-from hf_attnkit.attention.choose_kinds import Spec, check_kind, choose_kinds
-from hf_attnkit.attention.consistency import is_swapped, require_grouping
-from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.attention.choose_kinds import Spec, Where, check_kind, choose_kinds
+from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
-from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.table import make_kind
-from hf_attnkit.common import options as kind_options
-from hf_attnkit.common.checks import in_range
-from hf_attnkit.common.state import evaluation_mode, plain_mode, replace_state
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.models.probe import input_device, probe_inputs
+from hf_attnkit.attention.proof import prove_swap
+from hf_attnkit.attention.saved_kinds import KEY
+from hf_attnkit.common.state import plain_mode, replace_state
+from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.known import part_configs
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_table
 
 
 def swap_attention(
     model: PreTrainedModel,
-    kind: Spec | Mapping[int, Spec],
+    kind: Spec | Mapping[Where, Spec],
     *,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[Where] | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Run another kind of attention in the model's layers.
 
-    The swap is proved by a forward pass over four tokens (or an empty image): if any of the layers did
-    not run its new kind, the model is restored and an error raised.
+    The swap is proved by two forward passes over a few tokens (an image, features): each layer must have run its new
+    kind, and give what plain softmax attention gives under that kind's pattern, see `proof.py`. Otherwise the model is
+    restored and an error raised.
 
     Args:
-        model: a model of a supported family; changed in place.
-        kind: a name of `available_attentions()`, or a mapping `{layer index: name or (name, options)}`.
+        model: any model, or a part of one, that calls Transformers' attention interface; changed in place. Where no
+            inputs can be made for it, `set_probe` says some.
+        kind: a name of `available_attentions()`, or a mapping `{layer: name or (name, options)}`; a layer is its number
+            or the path of the module that attends.
         layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
             need queries and keys of one sequence leave cross-attention out. Other layers keep what
             they run. Layers are numbered through encoder self-attention, decoder self-attention,
@@ -60,14 +63,13 @@ def swap_attention(
 
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
-        ValueError: unknown kind or option, layer out of range, unsupported family, or a
-            model whose attention does not go through Transformers' attention interface. The model
-            is then unchanged.
+        ValueError: unknown kind or option, layer out of range, a model whose attention does not go through
+            Transformers' attention interface, or a swap that is not what it should be. The model is then unchanged.
     """
     with plain_mode():
         model_layers = attention_layers(model)
-        base, kinds = choose_kinds(model, model_layers, kind, layers, options)
-        _install(model, model_layers, base, kinds)
+        kinds = choose_kinds(model, model_layers, kind, layers, options)
+        _install(model, model_layers, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
@@ -81,9 +83,9 @@ def swap_attention(
 
 def check(
     model: PreTrainedModel,
-    kind: Spec | Mapping[int, Spec],
+    kind: Spec | Mapping[Where, Spec],
     *,
-    layers: Iterable[int] | None = None,
+    layers: Iterable[Where] | None = None,
     **options: Any,
 ) -> dict[int, Kind]:
     """The kind that `swap_attention` would give to each layer; changes nothing and runs nothing.
@@ -91,7 +93,7 @@ def check(
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
     """
-    return choose_kinds(model, attention_layers(model), kind, layers, options)[1]
+    return choose_kinds(model, attention_layers(model), kind, layers, options)
 
 
 @plain_mode()
@@ -109,72 +111,86 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"(it runs {model.config._attn_implementation!r})"
         )
     heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
-    base = model.config.hf_attnkit["base"]
-    require_grouping(model, heads, [base] * len(heads))
-    model.set_attn_implementation(base)
+    require_grouping(model, heads, [base_of(model, layer) for layer in model_layers])
+    before = bases(model)
+    model.set_attn_implementation(base_of(model))
     for layer in model_layers:
         if hasattr(layer.module, ATTRIBUTE):
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
     remove_checks(model)
-    for config in _configs(model):
-        config.__dict__.pop("hf_attnkit", None)
+    for config in part_configs(model):
+        config._attn_implementation_internal = before[id(config)]
+        config.__dict__.pop(KEY, None)
         # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
         config.__dict__.pop("attn_implementation", None)
+    saved_kinds.unmark_wholes(model)
     return model
 
 
 @plain_mode()
 def install_saved(model: PreTrainedModel) -> None:
-    """Put the kinds that a loaded config names onto the model's modules, with the same proof.
+    """Put the kinds that a loaded config, and those of parts, name onto the model's modules, with the same proof.
 
     Raises:
         ValueError: as `swap_attention`.
     """
+    if getattr(model.config, KEY, None) is None:  # parts of it were swapped alone
+        for path, part in list(saved_kinds.saved_parts(model)):
+            if path and getattr(part.config, KEY, None) is not None:
+                install_saved(part)
+        return
     model_layers = attention_layers(model)
-    kinds = saved_kinds(model.config)
+    kinds = saved_kinds.read(model, model_layers)
     for index, kind in kinds.items():
-        check_kind(kind, model_layers[in_range(index, len(model_layers), "layer")])
-    _install(model, model_layers, model.config.hf_attnkit["base"], kinds)
-
-
-def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
-    """The kinds that a config names, by layer.
-
-    Raises:
-        ValueError: for an unknown name or option.
-    """
-    saved = getattr(config, "hf_attnkit", None) or {"layers": {}}
-    return {int(index): make_kind(name, options) for index, (name, options) in saved["layers"].items()}
+        check_kind(kind, model_layers[index])
+    _install(model, model_layers, kinds)
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
     """Name of what a layer runs as the config says: a kind, or one of Transformers' own implementations."""
-    name: str = model.config._attn_implementation
-    if is_swapped(model):
-        name = model.config.hf_attnkit["layers"].get(str(index), [model.config.hf_attnkit["base"]])[0]
-    return name
+    model_layers = attention_layers(model)
+    kind = saved_kinds.read(model, model_layers).get(index)
+    return base_of(model, model_layers[index]) if kind is None else kind.name
 
 
-def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: str, kinds: dict[int, Kind]) -> None:
+def add_saved_parameters(model: PreTrainedModel) -> None:
+    """Give the modules of a model that is being loaded what their kinds learn, before the weights are read."""
+    for _, part in list(saved_kinds.saved_parts(model)):
+        if in_table(part) and getattr(part.config, KEY, None) is not None:
+            layers = attention_layers(part)
+            for index, kind in saved_kinds.read(part, layers).items():
+                add_parameters(layers[index], kind)
+    for module, new in saved_kinds.learned(model):
+        like = next(p for p in module.parameters() if p.is_floating_point())
+        _set_parameters(module, new.to(device=like.device, dtype=like.dtype))
+
+
+def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: dict[int, Kind]) -> None:
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
-    config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
+    before = bases(model)
+    old_configs = [(config, dict(config.__dict__)) for config in part_configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
     old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
-    saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
-            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base)
+            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base_of(model, layer))
             add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
-            if isinstance(kind, Kind):
-                saved["layers"][str(layer.index)] = [kind.name, kind_options.changed(kind)]
-        config.hf_attnkit = saved
-        config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+        saved_kinds.write(model, model_layers, before)
         model.set_attn_implementation(NAME)
-        _prove(model, [layer for layer in model_layers if layer.index in kinds])
+        for layer in model_layers:
+            config = getattr(layer.module, "config", None)
+            if config is not None and not layer.refusal:
+                # Transformers sets it only for classes whose source has a word that it looks for.
+                config._attn_implementation_internal = NAME
+        saved_kinds.mark_wholes(model)
+        swapped = [layer for layer in model_layers if layer.index in kinds]
+        inputs = prove_swap(model, model_layers, swapped)
+        with quiet(model):
+            note_handed_down(model, [layer.module for layer in swapped], inputs)
         add_checks(model)
     except BaseException:
         for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
@@ -190,6 +206,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
                 remove_hook(layer.module)
         for each, state in old_configs:
             replace_state(each, state)
+        saved_kinds.unmark_wholes(model)
         raise
 
 
@@ -239,33 +256,3 @@ def _fits(parameters: nn.Module | None, needed: nn.Module) -> bool:
         return False
     found, shapes = ({n: p.shape for n, p in m.state_dict().items()} for m in (parameters, needed) if m is not None)
     return found == shapes
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The model's config and those of its parts; T5's encoder and decoder have copies."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    return list(configs.values())
-
-
-def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
-    """Run small inputs through the model and check that each swapped layer ran through `NAME`."""
-    if input_device(model).type == "meta":
-        raise ValueError(
-            "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
-            "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
-        )
-    called: set[int] = set()
-
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
-        called.add(id(module))
-
-    inputs = probe_inputs(model)
-    with torch.no_grad(), evaluation_mode(model), observe(note):
-        model.base_model(**inputs)
-        note_handed_down(model, [layer.module for layer in swapped], inputs)
-    missing = [layer.index for layer in swapped if id(layer.module) not in called]
-    if missing:
-        raise ValueError(
-            f"layers {missing} of {type(model).__name__} never called the attention interface, so swapping it has no "
-            "effect on them; the model is unchanged"
-        )

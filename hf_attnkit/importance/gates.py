@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.importance.loss import batch_loss, same_config, with_labels
 from hf_attnkit.importance.processes import over_processes
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.batches import on_device, real_mask
 
 NO_LABELS = "no example of the batches has a label that counts; labels of -100 are ignored by the loss"
@@ -40,8 +40,8 @@ def gated(
 
     def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            heads = args[0].unflatten(-1, (layer.num_heads, layer.head_dim))
-            factors = torch.where(real_mask(args[0], inputs)[..., None], gate(place, heads), 1.0)
+            heads = args[0].unflatten(-1, (layer.num_heads, layer.value_head_dim))
+            factors = torch.where(real_mask(args[0], inputs, layer.padding)[..., None], gate(place, heads), 1.0)
             # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
             return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
 
@@ -49,7 +49,7 @@ def gated(
 
     with ExitStack() as stack:
         for place, layer in enumerate(layers):
-            stack.callback(layer.output.register_forward_pre_hook(hook(place, layer)).remove)
+            stack.callback(output_of(layer).register_forward_pre_hook(hook(place, layer)).remove)
         yield
 
 
@@ -91,6 +91,9 @@ def example_gradients(
                 continue
             with gated(layers, inputs, ones):
                 loss = batch_loss(model, inputs)
+            idle = [layer.name for place, layer in enumerate(layers) if place not in gates]
+            if idle:
+                raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
             found = torch.autograd.grad(loss, [gates[place] for place in range(len(layers))])
         seen = (terms > 0) & _has_tokens(inputs, terms)
         scale = terms.sum() / terms[seen]

@@ -14,7 +14,7 @@ from hf_attnkit.common.state import plain_mode
 from hf_attnkit.importance.gates import NO_LABELS, example_gradients
 from hf_attnkit.importance.loss import LABELS
 from hf_attnkit.importance.processes import all_finite, from_processes
-from hf_attnkit.models.layers import editable_layers
+from hf_attnkit.models.layers import scored_layers
 
 
 @plain_mode()
@@ -38,7 +38,7 @@ def head_gradients(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]],
         TypeError, ValueError: as `head_importance` with method "gradient".
     """
     choice(labels, "labels", LABELS)
-    layers = editable_layers(model)
+    layers = scored_layers(model)
     places = max(layer.num_heads for layer in layers)
     rows = [torch.zeros(0, len(layers), places)]
     for batch in example_gradients(model, layers, batches, labels=labels, description="gradients"):

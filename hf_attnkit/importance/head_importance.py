@@ -22,7 +22,7 @@ from hf_attnkit.importance.methods.magnitude import Magnitude
 from hf_attnkit.importance.methods.random import Random
 from hf_attnkit.importance.methods.taylor import Taylor
 from hf_attnkit.importance.score import Score
-from hf_attnkit.models.layers import editable_layers
+from hf_attnkit.models.layers import scored_layers
 
 _ALL: tuple[type[Score], ...] = (
     Entropy,
@@ -76,7 +76,7 @@ def head_importance(
     score = make_score(method, options)
     if batches is None and score.needs_batches:
         raise ValueError(f"importance method {method!r} looks at data; give batches of model inputs")
-    layers = editable_layers(model)
+    layers = scored_layers(model)
     scores = score.score(model, layers, () if batches is None else batches)
     importance = torch.full((len(layers), max(layer.num_heads for layer in layers)), torch.nan)
     for row, layer, layer_scores in zip(importance, layers, scores, strict=True):

@@ -41,8 +41,8 @@ class QuerySums:
         self._layers, self._measure, self._fewest_keys, self._what = list(layers), measure, fewest_keys, what
         self._inputs = inputs or {}
         self._places = {id(layer.module): place for place, layer in enumerate(layers)}
-        # Per layer: the heads' sums, and at the end the number of queries.
-        self._sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
+        # Per layer: the heads' sums, and at the end the numbers of queries and of calls.
+        self._sums = [torch.zeros(layer.num_heads + 2, dtype=torch.float64) for layer in layers]
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float
@@ -61,23 +61,30 @@ class QuerySums:
         real = visible_keys(mask, window)[:, :1] >= self._fewest_keys
         real = real if own is None else real & own[:, None]
         found = self._measure(query, key, mask, scaling, window).masked_fill(~real, 0.0)
-        self._sums[place][:-1] += found.sum((0, 2), dtype=torch.float64).cpu()
-        self._sums[place][-1] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+        self._sums[place][:-2] += found.sum((0, 2), dtype=torch.float64).cpu()
+        self._sums[place][-1] += 1
+        self._sums[place][-2] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
 
     def means(self) -> list[Tensor]:
-        """For each layer `(num_heads,)`, float64, over all processes.
+        """For each layer `(num_heads,)`, float64, over all processes; NaN for one that was not called.
+
+        A decoder's cross-attention is not, where the decoder runs alone.
 
         Raises:
-            ValueError: if a layer had no query to look at, or a number is not finite.
+            ValueError: if a layer that was called had no query to look at, or a number is not finite.
         """
         means = []
-        for total in over_processes(self._layers, self._sums, f"the scores of attention ({self._what})"):
-            if not total[-1]:
+        sums = over_processes(self._layers, self._sums, f"the scores of attention ({self._what})")
+        for total in sums:
+            if not total[-1] and any(each[-1] for each in sums):
+                means.append(torch.full_like(total[:-2], torch.nan))
+                continue
+            if not total[-2]:
                 raise ValueError(
                     f"no query of the batches sees enough keys for a score by {self._what}; give sequences of at least "
                     f"{self._fewest_keys} tokens"
                 )
-            means.append(total[:-1] / total[-1])
+            means.append(total[:-2] / total[-2])
         return means
 
 

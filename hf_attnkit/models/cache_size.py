@@ -22,4 +22,5 @@ def cache_bytes_per_token(model: PreTrainedModel) -> int:
     which keeps no cache, the size of the keys and values it computes.
     """
     layers = attention_layers(model)
-    return cache_bytes([(layer.num_key_value_heads, layer.head_dim) for layer in layers], model.dtype)
+    numbers = sum(layer.num_key_value_heads * (layer.head_dim + layer.value_head_dim) for layer in layers)
+    return numbers * model.dtype.itemsize

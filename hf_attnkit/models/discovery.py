@@ -142,8 +142,9 @@ def _first_run(
                     f"{type(model).__name__} does not run on the probe {list(given)}: {reasons[0]}"
                 ) from error
     raise ValueError(
-        f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give "
-        f"probe={{...}} with the inputs that it needs. Tried, and it failed with: {'; '.join(reasons) or 'nothing'}"
+        f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give them "
+        f"by hf_attnkit.set_probe(model, {{...}}), or as probe={{...}} to describe_attention. Tried, and it failed "
+        f"with: {'; '.join(reasons) or 'nothing'}"
     )
 
 

@@ -200,16 +200,7 @@ def family_of(model: PreTrainedModel, *, adapters: bool = False) -> Family:
         ValueError: if its family is refused or not in the table, or it has adapters or cross-attention
             that the table does not know.
     """
-    if not adapters and (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
-        raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters, which are bound to the projections' sizes; change the "
-            "model first and add adapters after, or merge them: model = model.merge_and_unload()"
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"expected a transformers.PreTrainedModel, got {type(model).__name__}; pass the model itself, before "
-            "torch.compile, accelerator.prepare or another wrapper"
-        )
+    require_plain(model, adapters=adapters)
     model_type = model.config.model_type
     if model_type not in FAMILIES:
         reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
@@ -224,3 +215,21 @@ def family_of(model: PreTrainedModel, *, adapters: bool = False) -> Family:
             "load the model without it"
         )
     return FAMILIES[model_type]
+
+
+def require_plain(model: PreTrainedModel, *, adapters: bool = False) -> None:
+    """Raise `TypeError` for what is no `PreTrainedModel`, and `ValueError` for one with PEFT adapters.
+
+    Args:
+        adapters: as of `family_of`.
+    """
+    if not adapters and (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
+        raise ValueError(
+            f"{type(model).__name__} carries PEFT adapters, which are bound to the projections' sizes; change the "
+            "model first and add adapters after, or merge them: model = model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers.PreTrainedModel, got {type(model).__name__}; pass the model itself, before "
+            "torch.compile, accelerator.prepare or another wrapper"
+        )

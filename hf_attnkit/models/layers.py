@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_attnkit.models import known
+from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.attributes import head_attributes
 from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
-from hf_attnkit.models.families import Family, Stack, family_of
+from hf_attnkit.models.families import FAMILIES, Family, Stack, family_of, require_plain
+from hf_attnkit.models.owners import Ownership
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class AttentionLayer:
         query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
         num_heads, num_key_value_heads, head_dim: as the config says.
         is_empty: whether its one head is a stand-in; see `config_heads.py`.
+        saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
+        value_dim: size of a head of values, where it is not `head_dim`.
+        attention: what discovery found; `None` for a layer from the table of families.
+        padding: the model's input that says which of its queries are tokens; empty where all are.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.
@@ -68,6 +77,26 @@ class AttentionLayer:
     rope: Rope | None = None
     norm: str = ""
     is_empty: bool = False
+    saved_as: str = ""
+    value_dim: int = 0
+    attention: Attention | None = None
+    padding: str = "attention_mask"
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a head of values, and of what each head gives to the output projection."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be swapped in, or empty."""
+        return "" if self.attention is None or self.attention.calls_interface else self.attention.reason
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Of the output projection `(features, num_heads * value_head_dim)`; GPT-2's class has it transposed."""
+        weight: Tensor = self.output.weight.detach()
+        return weight if isinstance(self.output, nn.Linear) else weight.T
 
     @property
     def heads(self) -> range:
@@ -105,14 +134,20 @@ def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack
 
 
 def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
-    """The attention layers, first to last, with the numbers of heads from the config.
+    """The attention layers, first to last.
+
+    Of a family of the table with the numbers of heads from the config; of any other model as discovery finds them, in
+    calling order, with `None` for query, key and value.
 
     Args:
         adapters: as of `family_of`; the projections may then be PEFT's modules.
 
     Raises:
-        TypeError, ValueError: as `family_of`; ValueError for a part of a model.
+        TypeError, ValueError: as `family_of` and `discover`; ValueError for a part of a model of the table.
     """
+    if not in_table(model):
+        require_plain(model, adapters=adapters)
+        return discovered_layers(model)
     family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
     layers: list[AttentionLayer] = []
     for stack in present_stacks(model, adapters):
@@ -130,9 +165,105 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
                 is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,
                 rope=_rope(family, model.config, getattr(module, stack.head_dim)),
                 norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
-                is_empty=index in empty,
+                is_empty=index in empty, saved_as=str(index),
+                padding="decoder_attention_mask" if stack.name.startswith("decoder") else "attention_mask",
             ))  # fmt: skip
     return layers
+
+
+def in_table(model: PreTrainedModel) -> bool:
+    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "add_cross_attention", False)
+
+
+def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The attention layers of any model, in calling order, as it was seen to run.
+
+    Raises:
+        TypeError, ValueError: as `discover`.
+    """
+    attentions = known.known(model).attentions
+    outputs = [attention.output for attention in attentions]
+    if None in outputs:  # something lies between: only gradients tell
+        with suppress(ValueError):  # one that does not run alone; only scores need its output
+            outputs = [own.output for own in known.owned(model)]
+    return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+
+
+def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> AttentionLayer:
+    parts = attention.path.split(".")
+    outer = [".".join(parts[:stop]) for stop in range(len(parts), -1, -1)]
+    inside = (path for path, above in pairwise(outer)
+              if isinstance(model.get_submodule(above), nn.ModuleList))  # fmt: skip
+    return AttentionLayer(
+        attention.index,
+        model.get_submodule(next(inside, attention.path)),
+        attention.module,
+        query=None,  # type: ignore[arg-type]
+        key=None,  # type: ignore[arg-type]
+        value=None,  # type: ignore[arg-type]
+        output=None if output is None else model.get_submodule(output),  # type: ignore[arg-type]
+        num_heads=attention.num_heads,
+        num_key_value_heads=attention.num_key_value_heads,
+        head_dim=attention.head_dim,
+        name=f"layer {attention.index} ({attention.path})",
+        is_cross=attention.is_cross,
+        position_bias=attention.position_bias,
+        saved_as=attention.path,
+        value_dim=attention.value_head_dim,
+        attention=attention,
+        padding=_padding(model, attention.path),
+    )
+
+
+def _padding(model: PreTrainedModel, path: str) -> str:
+    """Which input tells padding from tokens, of a model of several parts: that of the part that the layer is in."""
+    parts = path.split(".")
+    inside = [model.get_submodule(".".join(parts[:stop])) for stop in range(len(parts), -1, -1)]
+    part = next((each for each in inside if isinstance(each, PreTrainedModel) and "forward" in vars(type(each))), model)
+    if part.main_input_name != "input_ids" and model.main_input_name == "input_ids":
+        return ""
+    if getattr(model.config, "is_encoder_decoder", False) and any("decoder" in name for name in parts):
+        return "decoder_attention_mask"
+    return "attention_mask"
+
+
+def scored_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The attention layers of a model whose heads are to be scored: nothing is cut, so any model will do.
+
+    Raises:
+        TypeError, ValueError: as `attention_layers`; for a family whose weights may be cut as `editable_layers`.
+    """
+    if in_table(model) and not family_of(model).fixed:
+        return editable_layers(model)
+    layers = attention_layers(model)
+    known.require_runnable(model)
+    return layers
+
+
+def output_of(layer: AttentionLayer) -> nn.Module:
+    """The output projection.
+
+    Raises:
+        ValueError: if none was found.
+    """
+    if layer.output is None:
+        raise ValueError(
+            f"{layer.name}: no matrix product takes its heads' outputs, so what a head adds cannot be told; take a "
+            "score of attention alone, such as method='entropy'"
+        )
+    return layer.output
+
+
+def ownership_of(model: PreTrainedModel, layer: AttentionLayer) -> Ownership:
+    """What belongs to the heads of a layer, from gradients.
+
+    Raises:
+        ValueError: if that cannot be told.
+    """
+    attentions, owned = known.known(model).attentions, known.owned(model)
+    return next(own for each, own in zip(attentions, owned, strict=True) if each.module is layer.module)
 
 
 # What attention modules call a norm of the keys.

@@ -13,7 +13,10 @@ from hf_attnkit.models.layers import present_stacks
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model's inputs go; images enter through a convolution, tokens through an embedding."""
-    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    try:
+        device: torch.device = next(model.get_input_embeddings().parameters()).device
+    except (NotImplementedError, AttributeError, StopIteration):  # several inputs (CLIP), or none of tokens
+        device = next(model.parameters()).device
     return device
 
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.choose_kinds import STOCK
-from hf_attnkit.attention.consistency import is_swapped, require_consistent
+from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.attention.dispatch import Observer, observe
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.batches import run_batches
 
@@ -29,20 +30,29 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     """
     layers = attention_layers(model, adapters=adapters)
     require_consistent(model, layers)
-    if is_swapped(model):
+    refusals = [layer for layer in layers if layer.refusal]
+    if refusals:
+        raise ValueError(
+            f"{refusals[0].name} of {type(model).__name__} cannot be looked at: {refusals[0].refusal}; take a method "
+            "that needs the heads' outputs only, such as 'contribution'"
+        )
+    stock = [layer for layer in layers if not hasattr(layer.module, ATTRIBUTE)]
+    if not stock:
         yield
         return
-    before = model.config._attn_implementation
+    before = [(config, config._attn_implementation) for config in part_configs(model)]
+    name = next((found for _, found in before if found in STOCK), "sdpa")
     try:
-        for layer in layers:
-            setattr(layer.module, ATTRIBUTE, Stock(before if before in STOCK else "sdpa"))
+        for layer in stock:
+            running = getattr(getattr(layer.module, "config", None), "_attn_implementation", name)
+            setattr(layer.module, ATTRIBUTE, Stock(running if running in STOCK else "sdpa"))
         model.set_attn_implementation(NAME)
         yield
     finally:
-        model.set_attn_implementation(before)
-        for layer in layers:
-            if hasattr(layer.module, ATTRIBUTE):
-                delattr(layer.module, ATTRIBUTE)
+        for config, running in before:
+            config._attn_implementation_internal = running
+        for layer in stock:
+            delattr(layer.module, ATTRIBUTE)
 
 
 def observe_attention(

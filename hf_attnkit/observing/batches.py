@@ -69,27 +69,30 @@ def _known(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def real_mask(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def real_mask(x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask") -> Tensor:
     """Which activations `(batch, tokens, features)` are of real tokens and not of padding: bool `(batch, tokens)`.
+
+    Args:
+        padding: the input that says it; see `AttentionLayer`.
 
     Raises:
         ValueError: if the batch has an `attention_mask` that does not say which tokens are padding.
     """
-    mask = inputs.get("attention_mask")
+    mask = inputs.get(padding)
     if mask is None:
         return x.new_ones(x.shape[:-1], dtype=torch.bool)
     # A choice among several texts has them along an axis of its own, which the model folds into the batch.
     if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.flatten(0, -2).shape != x.shape[:2]:
         raise ValueError(
-            f"attention_mask must be a tensor (batch, tokens), here {tuple(x.shape[:2])}, to tell which tokens are "
+            f"{padding} must be a tensor (batch, tokens), here {tuple(x.shape[:2])}, to tell which tokens are "
             f"padding; got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
         )
     return mask.flatten(0, -2).to(x.device).bool()
 
 
-def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def real_tokens(x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask") -> Tensor:
     """Activations without padding's, `(real tokens, features)`; see `real_mask`."""
-    return x[real_mask(x, inputs)]
+    return x[real_mask(x, inputs, padding)]
 
 
 def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool = False) -> dict[str, Any]:

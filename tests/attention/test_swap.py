@@ -129,9 +129,9 @@ def test_bias_made_by_the_user(layers: list[int], stock: str) -> None:
 
 
 @pytest.mark.parametrize(("argument", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(8))])
-def test_arguments_that_no_kind_applies_are_refused(argument: str, value: Any) -> None:
-    model = swapped(build("bert"), "flash")
-    with pytest.raises(ValueError, match=f"BertSelfAttention passes '{argument}', which no attention of hf_attnkit"):
+def test_arguments_of_scores_are_refused_without_scores(argument: str, value: Any) -> None:
+    model = swapped(build("bert"), "linear")
+    with pytest.raises(ValueError, match=f"BertSelfAttention passes '{argument}', .*'linear' attention forms none"):
         model(**batch(model), **{argument: value})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ from transformers import (
     BloomForCausalLM,
     DebertaV2Config,
     DebertaV2Model,
-    OPTConfig,
-    OPTModel,
     PreTrainedModel,
 )
 
-from hf_attnkit import convert_to_gqa, head_importance, prune_heads, swap_attention
+from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.models import families
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -34,16 +31,6 @@ def bloom() -> PreTrainedModel:
 
 def deberta() -> PreTrainedModel:
     return DebertaV2Model(DebertaV2Config(**SIZES, intermediate_size=96)).eval()
-
-
-def opt() -> PreTrainedModel:
-    return OPTModel(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)).eval()
-
-
-def test_a_family_that_is_not_in_the_table_is_refused() -> None:
-    model = opt()
-    with unchanged(model), pytest.raises(ValueError, match=r"type 'opt'.*not supported; supported: bert, .*one row in"):
-        swap_attention(model, "flash")
 
 
 TINY = {
@@ -58,19 +45,17 @@ TINY = {
     [
         lambda model: swap_attention(model, "mha"),
         lambda model: swap_attention(model, "flash", layers=[1]),
-        lambda model: convert_to_gqa(model, 2),
-        lambda model: prune_heads(model, {0: [0]}),
-        lambda model: head_importance(model, method="magnitude"),
+        lambda model: head_importance(model, [{"input_ids": torch.ones(1, 5, dtype=torch.long)}], method="entropy"),
     ],
-    ids=["swap", "one layer", "convert", "prune", "importance"],
+    ids=["swap", "one layer", "entropy"],
 )
 @pytest.mark.parametrize("model_type", list(families.REFUSED))
-def test_families_that_bypass_the_interface_are_refused_by_name(model_type: str, call) -> None:
+def test_families_that_bypass_the_interface_are_refused(model_type: str, call) -> None:
     config = AutoConfig.for_model(model_type, **(SIZES | TINY.get(model_type, {})))
     model = AutoModel.from_config(config).eval()
-    reason = re.escape(families.REFUSED[model_type])
-    with unchanged(model), pytest.raises(ValueError, match=f"type '{model_type}' .* not supported .{reason}"):
+    with unchanged(model), pytest.raises(ValueError, match="it never calls Transformers' attention interface"):
         call(model)
+    assert head_importance(model, method="magnitude").shape == (2, 4)
 
 
 @pytest.mark.parametrize("model_type", list(families.REFUSED))

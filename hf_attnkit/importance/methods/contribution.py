@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.importance.processes import over_processes
 from hf_attnkit.importance.score import Batches, Score
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.batches import real_tokens, run_batches
 
 
@@ -29,13 +29,17 @@ class Contribution(Score):
 
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         # Per layer and head sum_t [a; 1] [a; 1]^T, from which any mean and variance follows.
-        sizes = [(layer.num_heads, layer.head_dim + 1, layer.head_dim + 1) for layer in layers]
+        sizes = [(layer.num_heads, layer.value_head_dim + 1, layer.value_head_dim + 1) for layer in layers]
         sums = [torch.zeros(size, dtype=torch.float64) for size in sizes]
         inputs: dict[str, Any] = {}
 
         def hook(layer: AttentionLayer, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                heads = real_tokens(args[0], inputs).unflatten(-1, (layer.num_heads, layer.head_dim)).double()
+                heads = (
+                    real_tokens(args[0], inputs, layer.padding)
+                    .unflatten(-1, (layer.num_heads, layer.value_head_dim))
+                    .double()
+                )
                 heads = torch.cat([heads, heads.new_ones(*heads.shape[:2], 1)], dim=-1).transpose(0, 1)
                 total.add_((heads.transpose(1, 2) @ heads).cpu())
 
@@ -43,7 +47,7 @@ class Contribution(Score):
 
         with ExitStack() as stack:
             for layer, total in zip(layers, sums, strict=True):
-                stack.callback(layer.output.register_forward_pre_hook(hook(layer, total)).remove)
+                stack.callback(output_of(layer).register_forward_pre_hook(hook(layer, total)).remove)
             for batch, run in run_batches(model, batches, description="contribution"):
                 inputs.clear()
                 inputs.update(batch)
@@ -53,6 +57,6 @@ class Contribution(Score):
             moments = total / total[:, -1:, -1:]
             mean = moments[:, :-1, -1]
             covariance = moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None]
-            weight = layer.output.weight.detach().to("cpu", torch.float64).unflatten(1, (-1, layer.head_dim))
+            weight = layer.output_weight.to("cpu", torch.float64).unflatten(1, (-1, layer.value_head_dim))
             scores.append(torch.einsum("mhi,hij,mhj->h", weight, covariance, weight).clamp(min=0).sqrt().float())
         return scores

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.importance.score import Batches, Score
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.families import family_of
+from hf_attnkit.models.layers import AttentionLayer, output_of, ownership_of
+from hf_attnkit.models.owners import Ownership
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Magnitude(Score):
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         scores = []
         for layer in layers:
+            if layer.query is None or not isinstance(layer.output, nn.Linear) or family_of(model).fixed:
+                scores.append(_owned(layer, ownership_of(model, layer)))
+                continue
             query, key, value = (
                 getattr(layer, name)
                 .weight.detach()[layer.rows(name)]
@@ -38,3 +44,21 @@ class Magnitude(Score):
             shared = (key + value).repeat_interleave(layer.group_size)
             scores.append((query + shared + output).sqrt().cpu())
         return scores
+
+
+def _owned(layer: AttentionLayer, own: Ownership) -> Tensor:
+    """By the rows that gradients say are the head's; see `ownership`."""
+    output_of(layer)
+    output = layer.output_weight.float().unflatten(1, (-1, layer.value_head_dim)).square().sum((0, 2))
+    total = torch.zeros(layer.num_heads, dtype=torch.float32) + output.cpu()
+    parameters = dict(layer.module.named_parameters())
+    for name, owners in own.owned.items():
+        weight = parameters.get(name)
+        if weight is None or weight.dim() < 2:
+            continue
+        squares = weight.detach().float().square()
+        squares = squares.sum([dim for dim in range(squares.dim()) if dim != owners.dim]).cpu()
+        for rows in owners.rows.values():
+            sums = (rows.cpu().float() * squares).sum(1)
+            total += sums if len(sums) == layer.num_heads else sums.repeat_interleave(layer.num_heads // len(sums))
+    return total.sqrt()

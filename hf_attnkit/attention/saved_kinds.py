@@ -1,0 +1,176 @@
+"""Where a model keeps which kinds its layers run: in its config, and in those of its parts.
+
+    config.hf_attnkit = {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
+    config.text_config.hf_attnkit = {"version": 2, "base": "sdpa", "layers": {"layers.0.self_attn": ["flash", {}]}}
+
+A layer is named by its number in models of the table of families, else by its module's path within the part whose
+config has the entry: the innermost part with a config of its own that is saved inside the model's. So a part that is
+saved alone, and a model one of whose parts was swapped alone, both say what runs. A kind that learns something adds
+the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its options.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind
+from hf_attnkit.attention.table import make_kind
+from hf_attnkit.common import options as kind_options
+from hf_attnkit.common.checks import in_range
+from hf_attnkit.models.layers import AttentionLayer, attention_layers
+
+KEY = "hf_attnkit"
+VERSION = 2
+
+
+def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mapping[int, str]) -> None:
+    """Say in the configs what the modules run.
+
+    Args:
+        bases: by the id of each part's config, the implementation that it ran before the first swap.
+    """
+    base = bases[id(model.config)]
+    numbered = all(layer.attention is None for layer in layers)
+    model.config.hf_attnkit = ({} if numbered else {"version": VERSION}) | {"base": base, "layers": {}}
+    model.config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+    parts = [(path, part) for path, part in saved_parts(model) if path and not numbered]
+    for _, part in parts:
+        part.config.__dict__.pop(KEY, None)
+        if bases[id(part.config)] != base:
+            part.config.hf_attnkit = {"version": VERSION, "base": bases[id(part.config)], "layers": {}}
+            part.config.attn_implementation = NAME
+    paths = {id(module): path for path, module in model.named_modules()}
+    for layer in layers:
+        kind = getattr(layer.module, ATTRIBUTE)
+        owner, name = model, layer.saved_as
+        for path, part in parts:  # from the outside in: the last is the innermost
+            if paths[id(layer.module)].startswith(f"{path}."):
+                owner, name = part, paths[id(layer.module)].removeprefix(f"{path}.")
+        if getattr(owner.config, KEY, None) is None:
+            owner.config.hf_attnkit = {"version": VERSION, "base": base, "layers": {}}
+            owner.config.attn_implementation = NAME
+        if isinstance(kind, Kind):
+            entry: list[Any] = [kind.name, kind_options.changed(kind)]
+            if not numbered and getattr(layer.module, PARAMETERS, None) is not None:
+                entry.append([layer.num_heads, layer.num_key_value_heads, layer.head_dim])
+            owner.config.hf_attnkit["layers"][name] = entry
+
+
+def mark_wholes(model: PreTrainedModel) -> None:
+    """Say in the configs of models that this one is a part of that a part of them was swapped.
+
+    Plain `from_pretrained` gives all parts of a model one implementation, so that it would load the whole without the
+    swap, and say nothing. With the mark it refuses, by the name that it does not know.
+    """
+    for whole in wholes(model):
+        if getattr(whole.config, KEY, None) is None:
+            whole.config.hf_attnkit = {"version": VERSION, "base": whole.config._attn_implementation, "layers": {}}
+            whole.config.attn_implementation = NAME
+
+
+def unmark_wholes(model: PreTrainedModel) -> None:
+    """Undo `mark_wholes` where no other part is swapped."""
+    for whole in wholes(model):
+        inside = [saved for each in _configs_inside(whole.config) if (saved := getattr(each, KEY, None)) is not None]
+        if whole.config._attn_implementation != NAME and not any(saved["layers"] for saved in inside):
+            whole.config.__dict__.pop(KEY, None)
+            whole.config.__dict__.pop("attn_implementation", None)
+
+
+def wholes(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that this one is a part of, with a config of its own inside theirs; a part does not know its whole."""
+    found = []
+    for each in gc.get_objects():
+        if issubclass(type(each), PreTrainedModel) and each is not model and "config" in vars(each):
+            inside = [id(config) for config in _configs_inside(each.config)]
+            if id(model.config) in inside[1:] and any(part is model for part in each.modules()):
+                found.append(each)
+    return found
+
+
+def saved_parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The model and its parts that have configs of their own inside the model's, from the outside in; with paths."""
+    inside, done = set(map(id, _configs_inside(model.config))), set()
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and id(part.config) in inside and id(part.config) not in done:
+            done.add(id(part.config))
+            yield path, part
+
+
+def is_saved(config: PreTrainedConfig) -> bool:
+    """Whether the config, or one inside it, names kinds."""
+    return any(getattr(each, KEY, None) is not None for each in _configs_inside(config))
+
+
+def restore_names(config: PreTrainedConfig) -> None:
+    """`from_pretrained` consumed the implementation's name; saving again needs it."""
+    for each in _configs_inside(config):
+        if getattr(each, KEY, None) is not None:
+            each.attn_implementation = NAME
+
+
+def read(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> dict[int, Kind]:
+    """The kinds that the configs name, by the layer's number.
+
+    Raises:
+        ValueError: for an unknown name or option, or a layer that is not there.
+    """
+    numbers = {id(layer.module): layer.index for layer in layers}
+    kinds = {}
+    for part, name, entry in _entries(model):
+        if name.isdecimal():
+            own = layers if part is model else attention_layers(part)
+            module = own[in_range(int(name), len(own), "layer")].module
+        else:
+            module = _module(part, name)
+        if id(module) not in numbers:
+            raise ValueError(f"the config names a kind for {name!r}, where {type(part).__name__} has no attention")
+        kinds[numbers[id(module)]] = make_kind(entry[0], entry[1])
+    return kinds
+
+
+def learned(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The attention modules named by path whose kinds learn something, with what that is, at its start value."""
+    for part, name, entry in _entries(model):
+        if len(entry) > 2:
+            new = make_kind(entry[0], entry[1]).create_parameters(*entry[2])
+            if new is not None:
+                yield _module(part, name), new
+
+
+def _entries(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, str, Sequence[Any]]]:
+    for _, part in saved_parts(model):
+        saved: Mapping[str, Any] = getattr(part.config, KEY, None) or {"layers": {}}
+        if saved.get("version", 1) not in (1, VERSION):
+            raise ValueError(
+                f"config.{KEY} has version {saved['version']!r} and this is version {VERSION}; update hf_attnkit"
+            )
+        for name, entry in saved["layers"].items():
+            yield part, str(name), entry
+
+
+def _module(part: PreTrainedModel, path: str) -> nn.Module:
+    """The module of this path, also where the part was saved as the inner model of another, or the other way round.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    modules = dict(part.named_modules(remove_duplicate=False))
+    if path in modules:
+        return modules[path]
+    found = [name for name in modules if name and (f".{name}".endswith(f".{path}") or f".{path}".endswith(f".{name}"))]
+    if not found:
+        raise ValueError(f"the config names a kind for {path!r}, which {type(part).__name__} does not have")
+    return modules[max(found, key=len)]
+
+
+def _configs_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig) and value is not config:
+            yield from _configs_inside(value)

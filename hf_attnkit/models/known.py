@@ -1,0 +1,174 @@
+"""What discovery found out about a model, kept for as long as it holds.
+
+It holds while the model's parameters are the same objects of the same shapes and its configs say the same numbers.
+A model is looked at under Transformers' own attention, so that what was swapped in does not hide anything.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import Discovery, discover, require_runnable
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.ownership import ownerships
+
+# Of configs: what a model's heads do not depend on.
+_OTHER_FIELDS = {"attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal",
+                 "hf_attnkit", "problem_type", "use_cache", "output_attentions", "output_hidden_states",
+                 "_output_attentions", "return_dict", "name_or_path", "_name_or_path"}  # fmt: skip
+
+__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "require_runnable", "set_probe",
+           "transformers_attention"]  # fmt: skip
+
+_probes: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Known:
+    """A discovery without the inputs of the modules, and what it was made of."""
+
+    discovery: Discovery
+    state: _State
+    owned: list[Ownership] = field(default_factory=list)
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """In calling order."""
+        return self.discovery.attentions
+
+
+def set_probe(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
+    """Say under which inputs a model is to be run to find its attention, where none can be made from its forward.
+
+    They hold for this object, as long as it lives; a few tokens are enough, best with a padded row. `None` takes them
+    back.
+
+    Args:
+        inputs: for `model(**inputs)`.
+
+    Raises:
+        TypeError: if `model` is no `PreTrainedModel`.
+        ValueError: for inputs that are no mapping, or under which the model does not run; the ones before hold then.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers.PreTrainedModel, got {type(model).__name__}; pass the model itself")
+    if inputs is None:
+        _probes.pop(model, None)
+        _known.pop(model, None)
+        return
+    with transformers_attention(model):
+        found = discover(model, inputs)
+    _probes[model] = dict(inputs)
+    _known[model] = Known(_spare(found), _State(model))
+
+
+def known(model: PreTrainedModel) -> Known:
+    """What discovery says about the model as it is now.
+
+    Raises:
+        TypeError, ValueError: as `discover`.
+    """
+    one = _known.get(model) if isinstance(model, nn.Module) else None
+    if one is None or not one.state.holds(model):
+        one = _known[model] = Known(_spare(_discover(model)), _State(model))
+    return one
+
+
+def owned(model: PreTrainedModel) -> list[Ownership]:
+    """What belongs to the heads of each attention of `known(model)`.
+
+    Raises:
+        TypeError, ValueError: as `discover` and `ownerships`.
+    """
+    one = known(model)
+    if not one.owned:
+        found = _discover(model)
+        with transformers_attention(model):
+            one.owned = ownerships(model, found.attentions)
+    return one.owned
+
+
+def _discover(model: PreTrainedModel) -> Discovery:
+    with transformers_attention(model):
+        return discover(model, _probes.get(model) if isinstance(model, nn.Module) else None)
+
+
+def _spare(found: Discovery) -> Discovery:
+    """Without what each module was given, which for long inputs (audio) is as large as all hidden states."""
+    return replace(found, attentions=tuple(replace(each, inputs=((), {})) for each in found.attentions))
+
+
+def part_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs of the model and its parts, each once, from the outside in; T5's encoder and decoder have copies."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    return list(configs.values())
+
+
+def probe_of(model: nn.Module) -> dict[str, Any] | None:
+    """The inputs that `set_probe` was given."""
+    return _probes.get(model)
+
+
+@contextmanager
+def transformers_attention(model: nn.Module, preferred: Mapping[int, str] | None = None) -> Iterator[None]:
+    """Each part of the model runs SDPA or eager attention for a while, where it runs something else.
+
+    Args:
+        preferred: by the id of a part's config, "sdpa" or "eager", where it is to be that.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)] if _is_module(model) else []
+    before = {id(part.config): (part.config, part.config._attn_implementation) for part in parts}
+    try:
+        for part in parts:
+            if before[id(part.config)][1] not in ("sdpa", "eager", None):
+                name = "sdpa" if part._supports_sdpa else "eager"
+                wanted = (preferred or {}).get(id(part.config))
+                name = wanted if wanted in ("sdpa", "eager") else name
+                part.config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, name in before.values():
+            config._attn_implementation_internal = name
+
+
+def _is_module(model: Any) -> bool:
+    return isinstance(model, nn.Module)
+
+
+class _State:
+    """The parameters, their shapes, and the numbers of the configs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [(weakref.ref(p), tuple(p.shape)) for p in model.parameters()]
+        self._numbers = _numbers(model)
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model is still so."""
+        parameters = list(model.parameters())
+        if len(parameters) != len(self._parameters):
+            return False
+        same = all(
+            ref() is parameter and shape == tuple(parameter.shape)
+            for parameter, (ref, shape) in zip(parameters, self._parameters, strict=True)
+        )
+        return same and _numbers(model) == self._numbers
+
+
+def _numbers(model: nn.Module) -> list[dict[str, str]]:
+    return [
+        {
+            name: repr(value)
+            for name, value in vars(config).items()
+            if name not in _OTHER_FIELDS and isinstance(value, (int, float, str, list, tuple, dict))
+        }
+        for config in part_configs(model)
+    ]

@@ -20,11 +20,16 @@ from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
 from hf_attnkit.editing import projections
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_recorded
 from hf_attnkit.models.attributes import set_attributes
+from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.global_reads import expect_global_reads
 from hf_attnkit.models.layers import attention_layers
+
+# On a model that is being loaded: modules whose parameters get the checkpoint's shapes.
+_SIZED = "_hf_attnkit_sized"
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -59,7 +64,7 @@ def load_pretrained(
         config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
     read_pruned_heads(config)
-    swapped = getattr(config, "hf_attnkit", None) is not None
+    swapped = "layers" in (getattr(config, "hf_attnkit", None) or {})
     if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
             f"this checkpoint's attention was swapped, so attn_implementation={kwargs['attn_implementation']!r} "
@@ -84,7 +89,7 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
-    if config.model_type in FAMILIES:
+    if config.model_type in FAMILIES and not is_recorded(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
@@ -157,16 +162,33 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         read_pruned_heads(config)
+        build_by_stock(config)
         model_class.__init__(self, config, *args, **kwargs)
-        if config.model_type in FAMILIES and not FAMILIES[config.model_type].fixed:
+        if sized := build_as_recorded(self):
+            self.__dict__[_SIZED] = sized
+        if config.model_type in FAMILIES and not FAMILIES[config.model_type].fixed and not is_recorded(self):
             _resize(self)
         kinds = saved_kinds(config)
         for layer in attention_layers(self) if kinds else ():
             if layer.index in kinds:
                 add_parameters(layer, kinds[layer.index])
 
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        sized = model.__dict__.pop(_SIZED, ())
+        if sized:
+            shapes = stored_shapes(checkpoint_files, state_dict)
+            resize(model, sized, renamed(shapes, model, load_config.weight_mapping or []))
+        return model_class._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
     # The same name and module, because Transformers looks up sources and architectures by them.
-    names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    names = {
+        "__init__": __init__,
+        "_load_pretrained_model": staticmethod(_load_pretrained_model),
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
     return type(model_class.__name__, (model_class,), names)
 
 

@@ -52,4 +52,4 @@ def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], i
 
 def is_swapped(model: PreTrainedModel) -> bool:
     """Whether the config says that some layers run one of our implementations."""
-    return getattr(model.config, "hf_attnkit", None) is not None
+    return "layers" in (getattr(model.config, "hf_attnkit", None) or {})

@@ -115,9 +115,13 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
     for config in _configs(model):
-        config.__dict__.pop("hf_attnkit", None)
-        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
-        config.__dict__.pop("attn_implementation", None)
+        # What the key says of removed heads stays, and what makes plain from_pretrained refuse them.
+        left = {k: v for k, v in (config.__dict__.pop("hf_attnkit", None) or {}).items() if k not in ("base", "layers")}
+        if "heads" in left:
+            config.hf_attnkit = left
+        else:
+            # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+            config.__dict__.pop("attn_implementation", None)
     return model
 
 
@@ -140,8 +144,8 @@ def saved_kinds(config: PreTrainedConfig) -> dict[int, Kind]:
     Raises:
         ValueError: for an unknown name or option.
     """
-    saved = getattr(config, "hf_attnkit", None) or {"layers": {}}
-    return {int(index): make_kind(name, options) for index, (name, options) in saved["layers"].items()}
+    saved = getattr(config, "hf_attnkit", None) or {}
+    return {int(index): make_kind(name, options) for index, (name, options) in saved.get("layers", {}).items()}
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
@@ -167,7 +171,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
             add_hook(layer.module)
             if isinstance(kind, Kind):
                 saved["layers"][str(layer.index)] = [kind.name, kind_options.changed(kind)]
-        config.hf_attnkit = saved
+        config.hf_attnkit = (getattr(config, "hf_attnkit", None) or {}) | saved
         config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
         model.set_attn_implementation(NAME)
         _prove(model, [layer for layer in model_layers if layer.index in kinds])

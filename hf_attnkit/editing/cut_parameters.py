@@ -10,8 +10,12 @@ from hf_attnkit.editing.cut_plan import CutPlan
 from hf_attnkit.editing.undo import Undo
 
 
-def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int, int]]:
-    """Keep the rows of what stays; returns sizes before and after along the cut dimensions."""
+def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tuple[int, int]], dict[str, int]]:
+    """Keep the rows of what stays.
+
+    Returns:
+        Sizes before and after along the cut dimensions; and by path in the module, how many modules of a list are left.
+    """
     sizes: set[tuple[int, int]] = set()
     module, heads = plan.attention.module, plan.by_role()
     gone: dict[tuple[str, str], set[int]] = {}
@@ -39,7 +43,7 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int
         owner = module.get_submodule(path)
         old = getattr(owner, name)
         undo.set(owner, name, nn.ModuleList(each for i, each in enumerate(old) if i not in positions))
-    return sizes
+    return sizes, {f"{path}.{name}".lstrip("."): len(module.get_submodule(path).get_submodule(name)) for path, name in gone}
 
 
 def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:

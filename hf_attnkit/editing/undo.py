@@ -28,6 +28,10 @@ class Undo:
             self._steps.append(functools.partial(setattr, owner, name, getattr(owner, name)))
             setattr(owner, name, value)
 
+    def remember(self, step: Callable[[], Any]) -> None:
+        """Undo by this step what was just done otherwise."""
+        self._steps.append(step)
+
     def __len__(self) -> int:
         return len(self._steps)
 

@@ -179,7 +179,7 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         sized = model.__dict__.pop(_SIZED, ())
         if sized:
             shapes = stored_shapes(checkpoint_files, state_dict)
-            resize(model, sized, renamed(shapes, model, load_config.weight_mapping or []))
+            resize(model, sized, renamed(shapes, model, load_config.weight_mapping or [], sized))
         return model_class._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     # The same name and module, because Transformers looks up sources and architectures by them.

@@ -75,26 +75,35 @@ def cut_heads(
         for index, heads in removed.items()
     ]
     require_own_parameters(model, plans)
-    uniform = uniform_configs(plans, attentions)
-    gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
-    paths = {p.attention.index: p.owned.output for p in plans}
-    zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
     cut = CutHeads()
     try:
-        groups: dict[tuple[Any, ...], list[CutPlan]] = {}
-        for plan in plans:
-            groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
-        before = [_Uncut(model, alike) for alike in groups.values()]
-        for uncut in before:
-            uncut.cut(cut.steps)
-        for uncut in before:
-            _settle(model, uncut, uniform, cut)
-        if problem := zeroed.difference():
-            raise ValueError(f"{problem}; the model is unchanged")
+        cut_planned(model, plans, discovery, cut)
     except BaseException:
         cut.undo()
         raise
     return cut
+
+
+def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Discovery, cut: CutHeads) -> None:
+    """Cut what the plans say, find the numbers and prove the result; the caller undoes `cut` after an error.
+
+    Raises:
+        ValueError: as `cut_heads`, but for what its arguments say.
+    """
+    uniform = uniform_configs(plans, discovery.attentions)
+    gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
+    paths = {p.attention.index: p.owned.output for p in plans}
+    zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
+    groups: dict[tuple[Any, ...], list[CutPlan]] = {}
+    for plan in plans:
+        groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
+    before = [_Uncut(model, alike) for alike in groups.values()]
+    for uncut in before:
+        uncut.cut(cut.steps)
+    for uncut in before:
+        _settle(model, uncut, uniform, cut)
+    if problem := zeroed.difference():
+        raise ValueError(f"{problem}; the model is unchanged")
 
 
 class _Uncut:

@@ -30,11 +30,12 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tup
             continue
         if len(keep) < tensor.shape[owners.dim]:
             edits.append((owner, leaf, owners.dim, keep))
-    assert plan.owned.output is not None
-    output = model.get_submodule(plan.owned.output)
-    size = plan.attention.value_head_dim
-    columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
-    edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
+    if len(plan.heads) < plan.attention.num_heads:
+        assert plan.owned.output is not None
+        output = model.get_submodule(plan.owned.output)
+        size = plan.attention.value_head_dim
+        columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
+        edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
     for owner, leaf, dim, keep in edits:
         tensor = getattr(owner, leaf)
         sizes.add((tensor.shape[dim], len(keep)))
@@ -43,7 +44,8 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tup
         owner = module.get_submodule(path)
         old = getattr(owner, name)
         undo.set(owner, name, nn.ModuleList(each for i, each in enumerate(old) if i not in positions))
-    return sizes, {f"{path}.{name}".lstrip("."): len(module.get_submodule(path).get_submodule(name)) for path, name in gone}
+    lists = {f"{path}.{name}".lstrip("."): len(getattr(module.get_submodule(path), name)) for path, name in gone}
+    return sizes, lists
 
 
 def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:

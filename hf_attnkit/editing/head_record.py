@@ -80,7 +80,7 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
             if id(owner.config) in saved:
                 break
     if layers and getattr(model.config, "attn_implementation", None) != NAME:
-        _set(model.config, "attn_implementation", NAME, undo)
+        undo.set(model.config, "attn_implementation", NAME)
 
 
 def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:
@@ -133,15 +133,7 @@ def record_config(config: PreTrainedConfig, fields: dict[str, tuple[int, int]], 
 
 
 def _write(config: PreTrainedConfig, heads: dict[str, Any], undo: Undo) -> None:
-    _set(config, KEY, (getattr(config, KEY, None) or {}) | {"version": VERSION, "heads": heads}, undo)
-
-
-def _set(config: PreTrainedConfig, name: str, value: Any, undo: Undo) -> None:
-    if name not in config.__dict__:
-        undo.remember(lambda: config.__dict__.pop(name, None))
-        setattr(config, name, value)
-    else:
-        undo.set(config, name, value)
+    undo.set(config, KEY, (getattr(config, KEY, None) or {}) | {"version": VERSION, "heads": heads})
 
 
 def build_by_stock(config: PreTrainedConfig) -> None:
@@ -168,11 +160,14 @@ def build_as_recorded(model: PreTrainedModel) -> list[str]:
         ValueError: for a layer that the model does not have.
     """
     sized: list[str] = []
-    for prefix, part in _recorded_parts(model):
+    parts = _recorded_parts(model)
+    for prefix, part in parts:
         heads = record_of(part.config)
         layers: dict[str, dict[str, Any]] = {}
         for path, layer in heads.get("layers", {}).items():
             where = _present(part, path)
+            if where is None and heads["model"] != type(part).__name__:
+                continue  # a model that was taken out of another has some of its layers
             if where is None:
                 raise ValueError(f"config.{KEY} names {path}, which {type(part).__name__} does not have")
             for name, number in layer.get("numbers", {}).items():
@@ -188,7 +183,23 @@ def build_as_recorded(model: PreTrainedModel) -> list[str]:
             model.config.attn_implementation = NAME  # building consumed it; saving again needs it
         for name, (_, now) in heads.get("config", {}).items():
             setattr(part.config, name, now)
+        _tell_copies(part, heads, {id(each.config) for _, each in parts})
     return sized
+
+
+def _tell_copies(part: PreTrainedModel, heads: dict[str, Any], known: set[int]) -> None:
+    """Let the copies that parts of the model have of its config (T5's encoder and decoder) speak of these parts."""
+    for path, inner in part.named_modules():
+        if not isinstance(inner, PreTrainedModel) or id(inner.config) in known:
+            continue
+        if record_of(inner.config).get("model") == heads["model"] != type(inner).__name__:
+            layers = {
+                name.removeprefix(f"{path}."): _relative(layer, f"{path}.")
+                for name, layer in heads["layers"].items()
+                if name.startswith(f"{path}.")
+            }
+            own = {"model": type(inner).__name__, "layers": layers, "config": heads.get("config", {})}
+            setattr(inner.config, KEY, {"version": VERSION, "heads": own})
 
 
 def _recorded_parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
@@ -200,8 +211,11 @@ def _recorded_parts(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]
     found = []
     for parts in by_config.values():
         name = record_of(parts[0][1].config).get("model")
-        # A model that was taken out of another, or put into one (a head), has another class.
-        found.append(next((pair for pair in parts if type(pair[1]).__name__ == name), parts[0]))
+        fits = next((pair for pair in parts if type(pair[1]).__name__ == name), None)
+        if fits is None and parts[0][1] is model:
+            fits = parts[0]  # a model that was taken out of another, or given another head
+        if fits is not None:
+            found.append(fits)
     return found
 
 

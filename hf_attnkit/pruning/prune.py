@@ -20,11 +20,11 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.in_table import by_number, in_table, proof_of_removal
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
 from hf_attnkit.models.cache_size import cache_bytes_per_token
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
-from hf_attnkit.pruning.in_table import by_number, in_table, proof_of_removal
 from hf_attnkit.pruning.prune_any import prune_discovered
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.pruning.select import checked_heads
@@ -52,9 +52,9 @@ def prune_heads(
         model: any model with attention; changed in place. What belongs to its heads is found by running it, and for
             some types of models known from a table.
         heads: `{layer: [query head, ...]}` to remove, as from `select_heads`; a layer by its number, in calling order,
-            or by the path of the module that attends (`"model.layers.3.self_attn"`). In models of the table, of a layer whose heads are all named
-            only the bias of the output projection is left; in place of its heads it keeps one of zeros, without which
-            Transformers' classes do not run.
+            or by the path of the module that attends (`"model.layers.3.self_attn"`). A layer may lose all of its heads
+            in models of the table: only the bias of the output projection is left, and in place of its heads it keeps
+            one of zeros, without which Transformers' classes do not run.
         calibration: batches of model inputs for the refit; no labels, no training.
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one

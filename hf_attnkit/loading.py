@@ -89,6 +89,8 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
+    if is_recorded(model):
+        _align(model)
     if config.model_type in FAMILIES and not is_recorded(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
@@ -107,6 +109,17 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return _sized(_model_class(config, None))(config)
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Give weights that are read in place from a file an address of their own.
+
+    There they lie wherever smaller tensors before them end, and matrix products of weights at odd addresses round
+    otherwise than the same ones that the model was saved from.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> None:

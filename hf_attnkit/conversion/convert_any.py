@@ -27,8 +27,8 @@ from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
 from hf_attnkit.editing.cut_plan import CutPlan, require_own_parameters
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
+from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models.discovery import Discovery, discover
-from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
 
 
@@ -87,10 +87,13 @@ def convert_discovered(
         for one in merges:
             one.note_group_number(cut)
         save_cut(model, found, owned, cut)
+        before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
+        after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
+        into_stock_fields(model, found, cut, after)
     except BaseException:
         cut.undo()
         raise
-    _note(model, found, owned, cut, merges, method, key_method)
+    record_change(model, _report(found, before, after, merges, method, key_method, model.dtype.itemsize))
     return model
 
 
@@ -155,18 +158,15 @@ def _identity(heads: Heads) -> torch.Tensor:
     return torch.ones(heads.key.shape[-1], dtype=torch.float64, device=heads.key.device)
 
 
-def _note(
-    model: PreTrainedModel,
+def _report(
     found: Discovery,
-    owned: Sequence[Ownership],
-    cut: CutHeads,
+    before: Sequence[tuple[int, int]],
+    after: Sequence[tuple[int, int]],
     merges: Sequence[_Merge],
     method: str,
     key_method: str,
-) -> None:
-    """Make the report that `last_change` gives."""
-    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
-    after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
+    itemsize: int,
+) -> ConversionReport:
     changed = {one.of.attention.index: one for one in merges}
     plans = []
     for attention, (heads, groups) in zip(found.attentions, after, strict=True):
@@ -174,11 +174,7 @@ def _note(
         members = tuple((head,) for head in range(groups)) if one is None else tuple(one.groups)
         losses = (0.0, 0.0) if one is None else (one.merged.key_loss, one.merged.value_loss)
         plans.append(LayerPlan(attention.index, heads, groups, attention.head_dim, members, *losses))
-    size = model.dtype.itemsize
-    record_change(
-        model,
-        ConversionReport(
-            tuple(before), tuple(after), method, key_method, "adjacent", None, tuple(plans), None,
-            cache_bytes_of(found, before, size), cache_bytes_of(found, after, size),
-        ),
+    return ConversionReport(
+        tuple(before), tuple(after), method, key_method, "adjacent", None, tuple(plans), None,
+        cache_bytes_of(found, before, itemsize), cache_bytes_of(found, after, itemsize),
     )  # fmt: skip

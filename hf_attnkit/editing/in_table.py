@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.editing.head_record import is_recorded
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import discover
+from hf_attnkit.models.discovery import running_inputs
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 
@@ -77,4 +77,4 @@ def proof_of_removal(
         for layer in layers
     ]  # fmt: skip
     gone = {index: sorted(heads) for index, heads in removed.items()}
-    return Zeroed(model, attentions, gone, discover(model, probe).inputs, {})
+    return Zeroed(model, attentions, gone, running_inputs(model, probe), {})

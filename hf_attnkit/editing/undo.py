@@ -34,6 +34,11 @@ class Undo:
             self._steps.append(functools.partial(delattr, owner, name))
             setattr(owner, name, value)
 
+    def drop(self, owner: Any, name: str) -> None:
+        """Take an attribute of the object itself away."""
+        self._steps.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
+        delattr(owner, name)
+
     def __len__(self) -> int:
         return len(self._steps)
 

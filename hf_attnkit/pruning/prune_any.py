@@ -11,6 +11,7 @@ from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
+from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.ownership import ownerships
@@ -32,14 +33,15 @@ def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, A
         raise ValueError("no head to remove: heads is empty")
     require_nothing_learned_by([found.attentions[index] for index in removed])
     owned = ownerships(model, found.attentions)
+    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
     cut = cut_heads(model, removed, found, owned)
     try:
         save_cut(model, found, owned, cut)
+        after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
+        into_stock_fields(model, found, cut, after)
     except BaseException:
         cut.undo()
         raise
-    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
-    after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
     gone = {index: tuple(sorted(map(int, heads))) for index, heads in sorted(removed.items())}
     size = model.dtype.itemsize
     record_change(

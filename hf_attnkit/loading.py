@@ -21,6 +21,7 @@ from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_recorded
+from hf_attnkit.editing.in_table import in_table
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
@@ -61,7 +62,8 @@ def load_pretrained(
     located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
+        own = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel) and auto_class.config_class
+        config = (own or AutoConfig).from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
     read_pruned_heads(config)
     swapped = "layers" in (getattr(config, "hf_attnkit", None) or {})
@@ -179,8 +181,8 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         model_class.__init__(self, config, *args, **kwargs)
         if sized := build_as_recorded(self):
             self.__dict__[_SIZED] = sized
-        if config.model_type in FAMILIES and not FAMILIES[config.model_type].fixed and not is_recorded(self):
-            _resize(self)
+        for part in _parts_of_the_table(self):
+            _resize(part)
         kinds = saved_kinds(config)
         for layer in attention_layers(self) if kinds else ():
             if layer.index in kinds:
@@ -203,6 +205,15 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__qualname__": model_class.__qualname__,
     }
     return type(model_class.__name__, (model_class,), names)
+
+
+def _parts_of_the_table(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model, or the models inside it, whose configs say their numbers of heads by the table of families."""
+    found: dict[int, PreTrainedModel] = {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and id(part.config) not in found and in_table(part):
+            found[id(part.config)] = part
+    return list(found.values())
 
 
 def _resize(model: PreTrainedModel) -> None:

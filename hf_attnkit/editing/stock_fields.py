@@ -1,8 +1,8 @@
 """Say in Transformers' own config fields what was cut, where its class then builds the very same model.
 
 Where all layers of a config were cut to the same numbers, `num_attention_heads`, `num_key_value_heads` and `head_dim`
-may say it. That is tried: the stock class is built from them, takes over the model's weights, and must put out the same,
-bit for bit. Then the checkpoint is a plain one that needs no package but Transformers.
+may say it. That is tried: the stock class is built from them, takes over the model's weights, and must put out the
+same, bit for bit. Then the checkpoint is a plain one that needs no package but Transformers.
 """
 
 from __future__ import annotations
@@ -39,12 +39,7 @@ def into_stock_fields(
     fields = _uniform_fields(model, found, heads)
     if not fields or any(key in (getattr(model.config, KEY, None) or {}) for key in ("layers", "base")):
         return False
-    config = copy.deepcopy(model.config)
-    for old, new in zip(configs_in(model.config), list(configs_in(config)), strict=True):
-        _forget(new)
-        for name, value in fields.get(id(old), {}).items():
-            setattr(new, name, value)
-    if not _same_model(model, config, found.inputs):
+    if not _same_model(model, fields, found.inputs):
         return False
     for old in list(configs_in(model.config)):
         for name, value in fields.get(id(old), {}).items():
@@ -94,9 +89,14 @@ def _config_of(model: PreTrainedModel, path: str) -> PreTrainedConfig:
     return model.config
 
 
-def _same_model(model: PreTrainedModel, config: PreTrainedConfig, inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's class, built from this config, is the same model."""
+def _same_model(model: PreTrainedModel, fields: Mapping[int, Fields], inputs: Mapping[str, Any]) -> bool:
+    """Whether the model's class, built from its config with these fields, is the same model."""
+    config = copy.deepcopy(model.config)
     try:
+        for old, new in zip(configs_in(model.config), list(configs_in(config)), strict=True):
+            _forget(new)
+            for name, value in fields.get(id(old), {}).items():
+                setattr(new, name, value)
         config = type(config).from_dict(config.to_dict())
         config._attn_implementation = model.config._attn_implementation
         with torch.device("meta"):

@@ -20,7 +20,7 @@ from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.swap import add_parameters, install_saved, saved_kind, saved_kinds
 from hf_attnkit.editing import projections
-from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_recorded
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
 from hf_attnkit.editing.in_table import in_table
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
@@ -91,7 +91,7 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
-    if is_recorded(model):
+    if is_marked(model):
         _align(model)
     if config.model_type in FAMILIES and not is_recorded(model):
         layers = attention_layers(model)

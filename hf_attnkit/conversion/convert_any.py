@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.conversion import grouping as groupings
-from hf_attnkit.conversion.heads import Heads
-from hf_attnkit.conversion.methods.table import METHODS, Merged, merge, total_constant, transforms
+from hf_attnkit.conversion.heads import ABSENT, Heads
+from hf_attnkit.conversion.methods.table import METHODS, Merged, merge, transforms
 from hf_attnkit.conversion.owned_heads import OwnedHeads, owned_heads
 from hf_attnkit.conversion.report import ConversionReport, LayerPlan
 from hf_attnkit.conversion.target_heads import target_heads
@@ -144,18 +144,26 @@ def _merge(model: PreTrainedModel, of: OwnedHeads, number: int, method: str, key
         rope = rope_of(model, of, keys=transforms(key_method))
     heads = of.heads(rope)
     groups = [tuple(group) for group in groupings.adjacent(len(heads.key), number)]
-    if of.query is not None and of.output is not None:
-        return _Merge(of, merge(heads, groups, _identity(heads), method, key_method), groups)
-    parts = [(METHODS[key_method].key(part, _identity(heads)), METHODS[method].value(part, _identity(heads)))
-             for part in map(heads.group, groups)]  # fmt: skip
-    keys, values = torch.stack([key for (_, key), _ in parts]), torch.stack([value for _, (value, _) in parts])
-    new = Heads(heads.query, keys, values, heads.output)
-    return _Merge(of, Merged(new, total_constant([]), float("nan"), float("nan")), groups)
+    widths = {part.shape[-1] for part in (heads.query, heads.key, heads.value)}
+    if of.query is not None and of.output is not None and len(widths) == 1:
+        return _Merge(of, merge(heads, groups, _identity(heads.key), method, key_method), groups)
+    if transforms(method) or transforms(key_method):
+        raise ValueError(
+            f"{of.attention.path}: queries, keys and values are of different inputs, so that heads cannot get another "
+            "basis; give method='mean', 'norm_mean' or 'first'"
+        )
+    keys, values = [], []
+    for group in map(list, groups):
+        part = Heads(ABSENT, heads.key[group], heads.value[group], ABSENT)
+        keys.append(METHODS[key_method].key(part, _identity(part.key))[1])
+        values.append(METHODS[method].value(part, _identity(part.value))[0])
+    new = Heads(ABSENT, torch.stack(keys), torch.stack(values), ABSENT)
+    return _Merge(of, Merged(new, None, float("nan"), float("nan")), groups)
 
 
-def _identity(heads: Heads) -> torch.Tensor:
+def _identity(rows: torch.Tensor) -> torch.Tensor:
     """Without data: uncorrelated inputs of mean 0 and variance 1."""
-    return torch.ones(heads.key.shape[-1], dtype=torch.float64, device=heads.key.device)
+    return torch.ones(rows.shape[-1], dtype=torch.float64, device=rows.device)
 
 
 def _report(

@@ -61,6 +61,11 @@ def is_recorded(model: PreTrainedModel) -> bool:
     return any(record_of(config) for config in configs_in(model.config))
 
 
+def is_marked(model: PreTrainedModel) -> bool:
+    """Whether heads of the model, or of a part of it, were changed by what they own, recorded or not."""
+    return any("version" in (getattr(config, KEY, None) or {}) for config in configs_in(model.config))
+
+
 def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo) -> None:
     """Note layers in the model's config, and in those of the parts that they are in.
 

@@ -2,7 +2,8 @@
 
 Where all layers of a config were cut to the same numbers, `num_attention_heads`, `num_key_value_heads` and `head_dim`
 may say it. That is tried: the stock class is built from them, takes over the model's weights, and must put out the
-same, bit for bit. Then the checkpoint is a plain one that needs no package but Transformers.
+same, bit for bit. Then the checkpoint is a plain one that needs no package but Transformers; what is left of
+the record is its version.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import NAME
 from hf_attnkit.editing.cut_heads import CutHeads
-from hf_attnkit.editing.head_record import KEY, configs_in, record_of
+from hf_attnkit.editing.head_record import KEY, VERSION, configs_in, record_of
 from hf_attnkit.models.discovery import Discovery, quiet, run_outputs
 from hf_attnkit.models.tensors import first_difference
 
@@ -44,9 +45,10 @@ def into_stock_fields(
     for old in list(configs_in(model.config)):
         for name, value in fields.get(id(old), {}).items():
             cut.steps.set(old, name, value)
-        for name in (KEY, "attn_implementation"):
-            if name in old.__dict__ and (name == KEY or old.__dict__[name] == NAME):
-                cut.steps.drop(old, name)
+        if KEY in old.__dict__:
+            cut.steps.set(old, KEY, {"version": VERSION})
+        if old.__dict__.get("attn_implementation") == NAME:
+            cut.steps.drop(old, "attn_implementation")
     return True
 
 

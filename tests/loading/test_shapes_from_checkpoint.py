@@ -104,7 +104,7 @@ def test_one_number_for_all_layers_needs_no_package(tmp_path: Path) -> None:
     """Where Transformers' own fields can say it, its own classes load it, and the record is not needed."""
     for change in (cut, lambda model: convert_to_gqa(model, 1)):
         model = change(small_model("mixtral"))
-        assert getattr(model.config, "hf_attnkit", None) is None
+        assert model.config.hf_attnkit == {"version": 1} and not hasattr(model.config, "attn_implementation")
         model.save_pretrained(tmp_path, safe_serialization=True)
         assert_same(type(model).from_pretrained(tmp_path).eval(), model)
 

@@ -90,7 +90,7 @@ def test_by_path_is_by_number() -> None:
         }
         for (name, a), (_, b) in zip(by_number.state_dict().items(), by_path.state_dict().items(), strict=True):
             assert torch.equal(a, b), name
-        with unchanged(model), pytest.raises(ValueError, match="no attention has the path 'model.nowhere'"):
+        with unchanged(model), pytest.raises(ValueError, match=r"no attention has the path 'model\.nowhere'"):
             prune_heads(model, {"model.nowhere": [0]})
         with unchanged(model), pytest.raises(ValueError, match="named twice, by number and by path"):
             prune_heads(model, {1: [0], path: [0]})

@@ -98,8 +98,8 @@ def zeroed(
             keep = torch.ones(attention.num_heads, attention.value_head_dim)
             keep[list(gone)] = 0
 
-            def zero(_: nn.Module, args: Any, keep: Tensor = keep.flatten()) -> Any:
-                return args[0] * keep.to(args[0]), *args[1:]
+            def zero(_: nn.Module, args: Any, keep: Tensor = keep) -> Any:
+                return args[0] * keep.flatten().to(args[0]), *args[1:]
 
             stack.callback(model.get_submodule(path).register_forward_pre_hook(zero).remove)
         yield

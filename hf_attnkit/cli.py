@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hf_attnkit.attention.swap import check
 from hf_attnkit.attention.table import available_attentions
+from hf_attnkit.common.text_table import text_table
 from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion import METHODS, convert_checkpoint
 from hf_attnkit.loading import skeleton
@@ -131,10 +132,10 @@ def _report(name: str) -> str:
     return "\n\n".join(
         [
             f"{type(model).__name__}, {str(dtype).removeprefix('torch.')}",
-            _table([header, *rows]),
+            text_table([header, *rows]),
             f"{'cache' if has_cache else 'keys and values (no cache: an encoder)'}: "
             f"{bytes_per_token:,} bytes per token in all layers",
-            _table(abilities),
+            text_table(abilities),
         ]
     )
 
@@ -179,12 +180,6 @@ def _conversions(layers: list[AttentionLayer]) -> str:
     if not possible:
         return "no: every layer has one key/value head already"
     return f"yes: to {', '.join(map(str, possible))} key/value heads"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":

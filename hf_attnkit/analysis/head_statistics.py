@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common.checks import integer
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
 from hf_attnkit.observing.batches import run_batches
@@ -49,7 +50,7 @@ class HeadStatistics:
         distance: how far away the attended tokens are, in tokens; 0 is the token itself. NaN in cross-attention.
         previous, next: share of attention on the token before and after, in [0, 1], over queries that see it. NaN in
             cross-attention.
-        first: share on the first token that is no padding, in [0, 1].
+        first: share on the first token that is no padding, in a packed row on its document's, in [0, 1].
         separator: share on all separator tokens together, in [0, 1], over queries that see one.
         redundancy: overlap with the most similar other head of the layer, in [0, 1]: the share of attention that both
             place on the same tokens (1 less the total variation distance), 1 = a copy. NaN for a lone head.
@@ -92,6 +93,7 @@ def _cell(value: int | float | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
+@plain_mode()
 def head_statistics(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]],
@@ -133,7 +135,8 @@ def head_statistics(
         for batch, run in run_batches(model, batches, description="head statistics"):
             inputs = batch
             if separator_ids is not None and "input_ids" not in batch:
-                raise ValueError(f"separator_ids={separator_ids!r} need batches with input_ids; got {sorted(batch)}")
+                given = sorted(name for name, value in batch.items() if isinstance(value, Tensor))
+                raise ValueError(f"separator_ids={separator_ids!r} need batches with input_ids; got {given}")
             run()
     shape = len(layers), max(layer.num_heads for layer in layers)
     tables = {name: torch.full(shape, torch.nan) for name in (*MEANS, "redundancy")}
@@ -198,6 +201,7 @@ class _Sums:
         real = torch.ones(1, q_length, dtype=torch.bool, device=query.device) if real is None else real
         real_keys = self._real_keys(mask, real)
         rank = real_keys.cumsum(-1) - 1  # place among the tokens that are no padding
+        first = rank == 0 if self.layer.is_cross else mask.key_position == mask.first_tokens()
         block = max(1, BLOCK_NUMBERS // (batch * num_heads * key.shape[2]))
         for queries, scores, visible in masked_scores(query, key, mask, scaling, block):
             shown = real_keys[:, None, None, :] if visible is None else visible & real_keys[:, None, None, :]
@@ -205,7 +209,7 @@ class _Sums:
             p = scores.softmax(-1).masked_fill(~shown, 0.0)
             self._add("entropy", torch.special.entr(p).sum(-1), own)
             self._add("confidence", p.amax(-1), own)
-            marks = {"first": (rank == 0)[:, None, None, :]}
+            marks = {"first": first[:, None, None, :]}
             if separator is not None:
                 marks["separator"] = separator[:, None, None, :]
             if not self.layer.is_cross:

@@ -2,7 +2,8 @@
 
 Transformers makes a cache from the config, which cannot say what a swapped layer needs. So each
 swapped module has a pre-hook (`cache_placement.py`) that puts the right layer into the cache before its first
-token, whoever made the cache, and passes it on to the attention call.
+token, whoever made the cache, and passes it on to the attention call. A layer belongs to the kind of attention that
+it was made for: no other can use what it kept, so each call is announced, and one that is not raises.
 
 All layers report the mask sizes of the whole sequence, because Transformers makes one mask for all
 of them; each takes the part that belongs to its keys.
@@ -40,6 +41,8 @@ class SequenceLayer(CacheLayerMixin):
         keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
         seen: tokens so far; a tensor in a static cache.
         max_length: that of a static cache, else `None`.
+        owner: the kind of attention that it keeps keys for.
+        announced: whether a module of that kind is about to add tokens.
         sink_position: `(B, S)` positions of the first S entries of `keys`, `None` as long as there are none.
         sink_visible: `(B, S)` bool.
     """
@@ -57,6 +60,8 @@ class SequenceLayer(CacheLayerMixin):
     def __init__(self, max_length: int | None) -> None:
         super().__init__()
         self.max_length = max_length
+        self.owner: Any = None
+        self.announced = False
         self.seen = 0
         self.sink_position = self.sink_visible = None
 
@@ -73,10 +78,30 @@ class SequenceLayer(CacheLayerMixin):
         """`(q_length,)` positions of the new tokens."""
         return torch.arange(q_length, device=device) + (self.seen - q_length)
 
+    def _begin(self) -> None:
+        """Tokens are about to be added: only by the kind that the layer belongs to."""
+        if not self.announced:
+            raise ValueError(
+                f"this cache was filled by {self.owner or 'attention'} of hf_attnkit, which does not keep what the "
+                "attention that runs now needs; start with a new cache"
+            )
+        self.announced = False
+
     def prepare(self, mask: Mask) -> None:
-        """The new tokens are about to attend under this mask of the keys without the sinks."""
-        if self.sink_position is not None:
-            self._find_sinks(mask)
+        """The new tokens are about to attend under this mask of the keys without the sinks.
+
+        Raises:
+            ValueError: for a full matrix, once sinks are copied: it cannot tell which of its columns are theirs.
+        """
+        if self.sink_position is None:
+            return
+        if mask.dense is not None:
+            raise ValueError(
+                "attention sinks and global tokens with a cache need the model's own 2-D mask, and this step has a "
+                "full attention matrix: pass a 2-D attention_mask, set config.sliding_window to None, or "
+                "use_cache=False"
+            )
+        self._find_sinks(mask)
 
     def settle(self, mask: Mask) -> None:
         """The new tokens have attended, under the same mask: keep what later ones need."""

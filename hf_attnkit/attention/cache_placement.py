@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.kind import ATTRIBUTE, Kind, has_cache
 from hf_attnkit.attention.window_cache import WindowLayer
+
+QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 def add_hook(module: nn.Module) -> None:
@@ -33,7 +36,8 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Put the kind's layer into an empty place of the cache, and pass it on to the attention call.
 
     Raises:
-        ValueError: if another attention has already filled the cache.
+        ValueError: if another attention, or the same with other options, has already filled the cache, or the cache is
+            to be quantized and the kind's layer is not.
     """
     if not has_cache(module):
         return None
@@ -48,17 +52,32 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    if not isinstance(layer, SequenceLayer):
-        needed = kind.create_cache(getattr(layer, "max_cache_len", None))
-        if needed is None or not _keeps_less(needed, layer):
+    if not isinstance(layer, SequenceLayer) or layer.owner != kind:
+        needed = kind.create_cache(_max_length(layer))
+        if not isinstance(layer, SequenceLayer) and (needed is None or not _keeps_less(needed, layer)):
             return None
-        if layer.is_initialized and int(layer.get_seq_length()) > 0:
+        held = int(layer.get_seq_length()) if layer.is_initialized else 0
+        if held or needed is None:
             raise ValueError(
-                f"layer {index} runs {kind.name!r} attention, but its cache already holds "
-                f"{int(layer.get_seq_length())} tokens of another one; start with a new cache"
+                f"layer {index} runs {kind}, but its cache already holds {held} tokens of another one; "
+                "start with a new cache"
             )
+        if isinstance(layer, QUANTIZED):
+            raise ValueError(
+                f"layer {index} runs {kind}, whose cache of constant size is not quantized, so a "
+                f"quantized cache ({type(layer).__name__}) would have no effect on it; use the usual cache"
+            )
+        needed.owner = kind
+        # Transformers asks the first sliding and the first other layer for the sizes of its two masks, so that a layer
+        # of ours must count as the one whose mask its model hands to it.
+        needed.is_sliding = layer.is_sliding
         layer = cache.layers[index] = needed
+    layer.announced = True
     return args, kwargs | {CACHE_ARGUMENT: layer}
+
+
+def _max_length(layer: CacheLayerMixin) -> int | None:
+    return layer.max_length if isinstance(layer, SequenceLayer) else getattr(layer, "max_cache_len", None)
 
 
 def _keeps_less(needed: SequenceLayer, layer: CacheLayerMixin) -> bool:

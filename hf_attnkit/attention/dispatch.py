@@ -71,6 +71,11 @@ def attention_forward(
             "it. A swapped checkpoint is loaded with hf_attnkit.load_pretrained, and a model is swapped with "
             "hf_attnkit.swap_attention"
         )
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call] # PyTorch says no types
+        raise ValueError(
+            f"torch.jit.trace keeps the path that one input takes, and attention of {NAME} takes others for other "
+            "lengths and padding; use torch.compile or torch.export"
+        )
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name!r}, which no attention of {NAME} applies")

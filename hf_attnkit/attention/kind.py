@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.cache import SequenceLayer
 from hf_attnkit.attention.mask import Mask
+from hf_attnkit.common import options
 
 NAME = "hf_attnkit"  # the one name that Transformers knows
 
@@ -24,6 +25,9 @@ ATTRIBUTE = "_hf_attnkit_kind"  # of an attention module: the `Kind` or `Stock` 
 
 
 PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so that it is trained and saved with it
+
+
+KEPT = "_hf_attnkit_kept_parameters"  # of an attention module: those of a kind that it ran before, with the same heads
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Kind(ABC):
     own_window: ClassVar[bool] = False
     """Whether it applies `Mask.window`, a model's own. Otherwise that comes inside a full matrix."""
 
+    returns_weights: ClassVar[bool] = False
+    """Whether it forms attention weights, so that a model can be asked for `output_attentions`."""
+
     call_arguments: ClassVar[tuple[str, ...]] = ()
     """Keywords that a user may give to `model(...)`; they arrive in `Call.arguments`."""
 
@@ -101,12 +108,15 @@ class Kind(ABC):
         """Raise `ValueError` if a layer with these numbers of heads cannot run it. By default, any can."""
 
     def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
-        """The mask with the kind's own pattern: which keys each query attends to. By default, what the mask shows.
+        """The mask with the kind's own pattern: which keys each query attends to. What measures attention asks here.
+
+        By default, what the mask shows, within the `window` of a kind that has this option.
 
         Args:
             shape: of the keys, `(batch, num_key_value_heads, keys, head_dim)`.
         """
-        return mask
+        window: int | None = getattr(self, "window", None)
+        return mask if window is None else mask.within(window)
 
     def create_cache(self, max_length: int | None) -> SequenceLayer | None:
         """Its layer of a causal model's cache. `None`, the default: Transformers' own, which keeps all keys.
@@ -120,12 +130,27 @@ class Kind(ABC):
         """What a layer learns for it, at its start value. `None`, the default: nothing."""
         return None
 
+    def __str__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.changed(self).items())
+        return f"{self.name!r} attention" + (f" ({given})" if given else "")
+
 
 @dataclass(frozen=True)
 class Stock:
     """One of Transformers' own implementations ("sdpa", "eager"), on a layer of a swapped model that keeps it."""
 
     name: str
+
+    call_arguments: ClassVar[tuple[str, ...]] = ()
+    """As in `Kind`."""
+
+    @property
+    def returns_weights(self) -> bool:
+        """As in `Kind`."""
+        return self.name == "eager"
+
+    def __str__(self) -> str:
+        return f"{self.name!r} attention"
 
 
 def has_cache(module: nn.Module) -> bool:

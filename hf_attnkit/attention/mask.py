@@ -22,6 +22,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 ALL = slice(None)
 
@@ -108,6 +109,8 @@ class Mask:
             # A single query at the last key has no future to hide.
             return cls.aligned(q_length, kv_length, is_causal=is_causal and q_length > 1, device=device)
         if attention_mask.is_floating_point() or attention_mask.dtype == torch.bool:
+            if cache is not None:
+                return cls._receive_cached_matrix(attention_mask, q_length, kv_length, is_causal, cache)
             return cls._receive_matrix(attention_mask, q_length, kv_length, is_causal)
         positions = attention_mask[:, 0, 0, :]
         keys, queries = positions[:, :-q_length], positions[:, -q_length:]
@@ -147,18 +150,41 @@ class Mask:
         return cls(queries, keys[None], is_causal, visible, window=window, known_offset=kv_length - q_length)
 
     @classmethod
+    def _receive_cached_matrix(
+        cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool, cache: Positions
+    ) -> Mask:
+        """Columns are of all tokens, or in a static cache of all places: those of the keys handed out are taken."""
+        keys, queries = cache.positions(kv_length, matrix.device), cache.query_positions(q_length, matrix.device)
+        length = matrix.shape[-1]
+        # In a cache that grows the last column is the last new token's.
+        columns = keys if cache.max_length is not None else keys - keys[-1] + (length - 1)
+        if matrix.shape[-2] not in (1, q_length) or length < (cache.max_length or kv_length):
+            raise ValueError(
+                f"the attention mask has shape {tuple(matrix.shape)} but the layer has {q_length} queries and a cache "
+                f"of {cache.max_length or kv_length} tokens; its last two sizes must be those"
+            )
+        visible, bias = _split(matrix)
+        inside = (columns >= 0) & (columns < length)
+        columns = columns.clamp(0, length - 1)
+        visible = visible[..., columns] & inside
+        bias = None if bias is None else bias[..., columns]
+        return cls(queries[None], keys[None], is_causal, None, visible, bias)
+
+    @classmethod
     def _receive_matrix(cls, matrix: Tensor, q_length: int, kv_length: int, is_causal: bool) -> Mask:
-        bias = None
-        if matrix.dtype != torch.bool:
-            # Half of the dtype's minimum separates "masked" from a real bias, however it was made.
-            visible = matrix > torch.finfo(matrix.dtype).min / 2
-            bias = matrix.masked_fill(~visible, 0.0)
-        else:
-            visible = matrix
+        visible, bias = _split(matrix)
         if visible.shape[-2] not in (1, q_length) or visible.shape[-1] < kv_length:
             raise ValueError(
                 f"the attention mask has shape {tuple(matrix.shape)} but the layer has {q_length} queries and "
                 f"{kv_length} keys; its last two sizes must be those"
+            )
+        wider = visible.shape[-1] > kv_length and is_causal and not is_tracing(matrix)
+        # The last columns are those of the keys, unless they are places of a static cache, or dropped keys count.
+        if wider and (not bool(visible[..., -1, -1].any()) or bool(visible[..., :-kv_length].any())):
+            raise ValueError(
+                f"the attention mask has shape {tuple(matrix.shape)} and shows other keys than the last {kv_length}, "
+                "which are all that the layer's cache keeps, the model's own window; pass a 2-D attention_mask, or "
+                "use_cache=False"
             )
         visible = visible[..., -kv_length:]
         bias = None if bias is None else bias[..., -kv_length:]
@@ -216,6 +242,34 @@ class Mask:
         after = self.key_position.amax(-1, keepdim=True) + 1
         return torch.where(seen, self.key_position, after).amin(-1, keepdim=True)
 
+    def first_tokens(self) -> Tensor:
+        """For each key the position of the first real token of its document, `(B or 1, K)`.
+
+        A row is one document, unless a full matrix keeps parts of it apart (packed sequences): a document then begins
+        at each token before which no query sees from one side to the other.
+
+        Raises:
+            ValueError: as `first_token`.
+        """
+        first = self.first_token()
+        if self.dense is None:
+            return first.expand(-1, self.key_position.shape[1])
+        length = self.key_position.shape[1]
+        seen = self.dense.any(1).expand(-1, length, -1)  # (B, Q, K), Q = K
+        own = torch.arange(length, device=seen.device)
+        some = seen.any(-1)
+        begin = torch.where(some, seen.int().argmax(-1), own).minimum(own)
+        end = torch.where(some, length - 1 - seen.flip(-1).int().argmax(-1), own).maximum(own)
+        # Query i joins the tokens from `begin` to `end`: so many queries join a token to the one before it.
+        spans = seen.new_zeros(len(seen), length + 1, dtype=torch.long)
+        ones = torch.ones_like(begin)
+        spans = spans.scatter_add(1, begin + 1, ones).scatter_add(1, end + 1, -ones)
+        document = (spans.cumsum(-1)[:, :-1] == 0).cumsum(-1) - 1
+        position = self.key_position.expand(len(seen), -1)
+        real = torch.where(seen.any(-2), position, position.amax() + 1)
+        firsts = real.new_full(real.shape, int(torch.iinfo(real.dtype).max))
+        return firsts.scatter_reduce(1, document, real, "amin").gather(1, document)
+
     def offset(self) -> int:
         """Position of the first query minus that of the first key."""
         return (
@@ -262,3 +316,12 @@ class Mask:
             return scores.softmax(-1).to(dtype)
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         return scores.softmax(-1).masked_fill(~visible, 0.0).to(dtype)
+
+
+def _split(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a matrix hides, and its bias; a bool matrix, True = may attend, has none."""
+    if matrix.dtype == torch.bool:
+        return matrix, None
+    # Half of the dtype's minimum separates "masked" from a real bias, however it was made.
+    visible = matrix > torch.finfo(matrix.dtype).min / 2
+    return visible, matrix.masked_fill(~visible, 0.0)

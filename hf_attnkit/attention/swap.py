@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
+from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
 from hf_attnkit.attention.choose_kinds import Spec, check_kind, choose_kinds
 from hf_attnkit.attention.consistency import is_swapped, require_grouping
 from hf_attnkit.attention.dispatch import observe
-from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.table import make_kind
 from hf_attnkit.common import options as kind_options
 from hf_attnkit.common.checks import in_range
-from hf_attnkit.common.state import evaluation_mode, replace_state
+from hf_attnkit.common.state import evaluation_mode, plain_mode, replace_state
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.probe import input_device, probe_inputs
 
@@ -63,9 +64,10 @@ def swap_attention(
             model whose attention does not go through Transformers' attention interface. The model
             is then unchanged.
     """
-    model_layers = attention_layers(model)
-    base, kinds = choose_kinds(model, model_layers, kind, layers, options)
-    _install(model, model_layers, base, kinds)
+    with plain_mode():
+        model_layers = attention_layers(model)
+        base, kinds = choose_kinds(model, model_layers, kind, layers, options)
+        _install(model, model_layers, base, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
@@ -92,6 +94,7 @@ def check(
     return choose_kinds(model, attention_layers(model), kind, layers, options)[1]
 
 
+@plain_mode()
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 
@@ -114,6 +117,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
+    remove_checks(model)
     for config in _configs(model):
         # What the key says of removed heads stays, and what makes plain from_pretrained refuse them.
         left = {k: v for k, v in (config.__dict__.pop("hf_attnkit", None) or {}).items() if k not in ("base", "layers")}
@@ -125,6 +129,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@plain_mode()
 def install_saved(model: PreTrainedModel) -> None:
     """Put the kinds that a loaded config names onto the model's modules, with the same proof.
 
@@ -160,13 +165,12 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
     """Write kinds to modules and config, run the proof, and put everything back if it fails."""
     config, old_configs = model.config, [(config, dict(config.__dict__)) for config in _configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
-    old_parameters = [getattr(layer.module, PARAMETERS, None) for layer in model_layers]
+    old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
     saved: dict[str, Any] = {"base": base, "layers": {}}
     try:
         for layer in model_layers:
             kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base)
-            if kind != getattr(layer.module, ATTRIBUTE, None):
-                add_parameters(layer, kind)
+            add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
             if isinstance(kind, Kind):
@@ -175,9 +179,13 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
         config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
         model.set_attn_implementation(NAME)
         _prove(model, [layer for layer in model_layers if layer.index in kinds])
+        add_checks(model)
     except BaseException:
-        for layer, old, parameters in zip(model_layers, old_kinds, old_parameters, strict=True):
+        for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
+            layer.module.__dict__.pop(KEPT, None)
+            if kept is not None:
+                layer.module.__dict__[KEPT] = kept
             if old is not None:
                 setattr(layer.module, ATTRIBUTE, old)
             elif hasattr(layer.module, ATTRIBUTE):
@@ -190,7 +198,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], base: s
 
 
 def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
-    """Give a layer's module what its kind learns, at its start value; nothing if it has that already.
+    """Give a layer's module what its kind learns: what it has or had already, if it fits, else the start value.
 
     `load_pretrained` calls this before the weights are read.
     """
@@ -198,9 +206,11 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
     if isinstance(kind, Kind):
         new = kind.create_parameters(layer.num_heads, layer.num_key_value_heads, layer.head_dim)
     old = getattr(layer.module, PARAMETERS, None)
-    if new is not None and old is not None and not hasattr(layer.module, ATTRIBUTE):
-        return  # a checkpoint that is being loaded
+    if new is not None and _fits(old, new):
+        return
     if new is not None:
+        kept = _kept(layer.module)
+        new = kept if kept is not None and _fits(kept, new) else new
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
         if like.is_meta and hasattr(layer.module, "_hf_hook"):
             raise ValueError(
@@ -212,10 +222,27 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
 
 
 def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
-    if parameters is not None:
-        setattr(module, PARAMETERS, parameters)
-    elif hasattr(module, PARAMETERS):
+    """Others than these are kept aside, in case the module runs their kind again."""
+    old = getattr(module, PARAMETERS, None)
+    if old is not None and old is not parameters:
+        module.__dict__[KEPT] = old  # not as a submodule: it is neither trained nor saved
         delattr(module, PARAMETERS)
+    if parameters is not None:
+        if _kept(module) is parameters:
+            del module.__dict__[KEPT]
+        setattr(module, PARAMETERS, parameters)
+
+
+def _kept(module: nn.Module) -> nn.Module | None:
+    return module.__dict__.get(KEPT)
+
+
+def _fits(parameters: nn.Module | None, needed: nn.Module) -> bool:
+    """Whether these are parameters of the same function for the same numbers of heads."""
+    if type(parameters) is not type(needed):
+        return False
+    found, shapes = ({n: p.shape for n, p in m.state_dict().items()} for m in (parameters, needed) if m is not None)
+    return found == shapes
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -236,8 +263,10 @@ def _prove(model: PreTrainedModel, swapped: list[AttentionLayer]) -> None:
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         called.add(id(module))
 
+    inputs = probe_inputs(model)
     with torch.no_grad(), evaluation_mode(model), observe(note):
-        model.base_model(**probe_inputs(model))
+        model.base_model(**inputs)
+        note_handed_down(model, [layer.module for layer in swapped], inputs)
     missing = [layer.index for layer in swapped if id(layer.module) not in called]
     if missing:
         raise ValueError(

@@ -15,11 +15,11 @@ from torch import Tensor
 from hf_attnkit.attention.cache import SequenceLayer, take
 from hf_attnkit.attention.mask import Mask
 
+ALL_TOKENS = 2**62  # a window that no text is longer than
+
 
 class WindowLayer(SequenceLayer):
     """Keeps the last `window - 1` tokens and the first `num_sink_tokens` of each row."""
-
-    is_sliding = True
 
     def __init__(self, max_length: int | None, window: int, num_sink_tokens: int = 0) -> None:
         super().__init__(max_length)
@@ -31,6 +31,7 @@ class WindowLayer(SequenceLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._begin()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = torch.cat([self.keys, key_states], dim=2)
@@ -79,7 +80,6 @@ class StaticWindowLayer(SequenceLayer):
     """
 
     seen: Tensor
-    is_sliding = True
     is_compileable = True
 
     def __init__(self, max_length: int, window: int, num_sink_tokens: int = 0) -> None:
@@ -102,6 +102,7 @@ class StaticWindowLayer(SequenceLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._begin()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, sinks = key_states.shape[2], self.num_sink_tokens
@@ -180,8 +181,6 @@ class StateLayer(WindowLayer):
         sums: `(B, num_key_value_heads, features, head_dim + 1)` float32 or better, or `None` before
             the first token; see `linear`.
     """
-
-    is_sliding = False
 
     def __init__(self, max_length: int | None, window: int = 1) -> None:
         super().__init__(max_length, window)

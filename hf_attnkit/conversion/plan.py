@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.progress import progress_bar
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import heads
 from hf_attnkit.conversion.merging import Merging, choose_merging
@@ -62,6 +63,7 @@ class GQAPlan:
     _work: _Work | None = field(repr=False)
     report: ConversionReport | None = field(default=None, repr=False)
 
+    @plain_mode()
     def apply(self) -> PreTrainedModel:
         """Make the conversion, refit included, and return the model. `report` then says what it did.
 
@@ -93,6 +95,7 @@ class GQAPlan:
         return f"{conversion_table(self.layers)}\n{line}; refit: {self.refit}"
 
 
+@plain_mode()
 def plan_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,

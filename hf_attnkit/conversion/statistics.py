@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion.checkpoints.safetensors_stream import Reader
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.batches import real_tokens, run_batches
@@ -121,6 +122,7 @@ def identity(layers: Sequence[AttentionLayer]) -> Statistics:
     return Statistics([torch.ones(size, dtype=torch.float64) for size in sizes], None)
 
 
+@plain_mode()
 def collect(
     model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Iterable[Mapping[str, Any]]
 ) -> Statistics:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_grouping
-from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, PARAMETERS, Stock
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.attributes import set_attributes
@@ -70,6 +70,7 @@ class Change:
                 projections.apply(edit)
             for (module, head_dim), numbers in zip(self._modules, self.heads, strict=True):
                 set_attributes(module, *numbers, head_dim)
+                module.__dict__.pop(KEPT, None)  # they were of the heads before
             _write(self.model.config, self.heads, self._modules[0][1], self._empty)
             after = editable_layers(self.model)
             if [(layer.num_heads, layer.num_key_value_heads) for layer in after] != self.heads:
@@ -144,7 +145,8 @@ def require_nothing_learned(layers: Sequence[AttentionLayer]) -> None:
     if learned:
         raise ValueError(
             f"layers {learned} run attention with learned parameters (feature_map='hedgehog'), one set per head; "
-            "change the heads first and swap then, or call hf_attnkit.restore_attention(model), which discards them"
+            "change the heads first and swap then, or call hf_attnkit.restore_attention(model): the change then "
+            "discards them"
         )
 
 

@@ -86,7 +86,7 @@ class Fingerprint:
 def _running(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[str]:
     """What the model's attention runs: Transformers' name for it, then the kind of each layer that was swapped."""
     kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in layers]
-    return [f"{model.config._attn_implementation!r}", *(repr(kind) for kind in kinds if kind is not None)]
+    return [f"{model.config._attn_implementation!r}", *(str(kind) for kind in kinds if kind is not None)]
 
 
 def _numbers(layer: AttentionLayer) -> dict[str, Any]:

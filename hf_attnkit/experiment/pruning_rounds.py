@@ -134,7 +134,7 @@ class Pruner:
         """Forward time as a share of the untouched model's, both timed alternately, on the scored sentences."""
         if self.untouched is None:
             return 1.0
-        inputs = [to_device(batch, model.device) for batch in self.batches]
+        inputs = [to_device(batch, model) for batch in self.batches]
         return forward_share(self.untouched.to(model.device), model, inputs, REPEATS)
 
 

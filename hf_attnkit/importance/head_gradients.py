@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.checks import choice
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.importance.gates import NO_LABELS, example_gradients
 from hf_attnkit.importance.loss import LABELS
 from hf_attnkit.importance.processes import all_finite, from_processes
 from hf_attnkit.models.layers import editable_layers
 
 
+@plain_mode()
 def head_gradients(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, labels: str = "given") -> Tensor:
     """dL(x) / dxi_h for every example x; xi_h = 1 multiplies the output of head h at all tokens of x.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.common import options as score_options
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.importance.methods.confidence import Confidence
 from hf_attnkit.importance.methods.contribution import Contribution
 from hf_attnkit.importance.methods.entropy import Entropy
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Score]] = {score.name: score for score in _ALL}
 """Name of a method -> its class."""
 
 
+@plain_mode()
 def head_importance(
     model: PreTrainedModel,
     batches: Iterable[Mapping[str, Any]] | None = None,

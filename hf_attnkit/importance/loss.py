@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
 
 LABELS = ("given", "predicted")
@@ -41,20 +42,21 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
         inputs |= _predicted(model, inputs)
     elif any(inputs.get(name) is None for name in names):
         if not (_is_causal(model) and "input_ids" in inputs):
+            tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
             raise ValueError(
                 f"labels are missing: this method needs the loss of {type(model).__name__}, so every batch needs "
-                f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, inputs))}); or give "
+                f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, tensors))}); or give "
                 'labels="predicted", which takes the model\'s own answers'
             )
         inputs["labels"] = inputs["input_ids"]
     inputs.pop("label", None)
     if "labels" not in names:
         return inputs, _question(inputs, names)
-    given, tokens = inputs["labels"], inputs.get("input_ids")
+    given, tokens = inputs["labels"], _tokens(inputs)
     if given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
     _require_classes(model, given)
-    if isinstance(tokens, Tensor) and given.shape == tokens.shape:
+    if given.shape == tokens:
         return _per_token(model, inputs)
     return inputs, (given != IGNORED).float().flatten()
 
@@ -84,6 +86,14 @@ def same_config(model: PreTrainedModel) -> Iterator[None]:
         replace_state(model.config, state)
 
 
+def _tokens(inputs: Mapping[str, Any]) -> torch.Size:
+    """The batch's shape in tokens: `(B, T)`, or with an axis of choices; empty for what is no text."""
+    if isinstance(inputs.get("input_ids"), Tensor):
+        return inputs["input_ids"].shape
+    embedded = inputs.get("inputs_embeds")
+    return embedded.shape[:-1] if isinstance(embedded, Tensor) else torch.Size()
+
+
 def _is_causal(model: PreTrainedModel) -> bool:
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
@@ -103,7 +113,7 @@ def _label_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _question(inputs: Mapping[str, Any], names: Sequence[str]) -> Tensor:
     positions = torch.stack([inputs[name].flatten() for name in names])
-    length = inputs["input_ids"].shape[-1]
+    length = _tokens(inputs)[-1]
     if positions.min() < 0 or positions.max() >= length:
         raise ValueError(f"{' and '.join(names)} lie outside the {length} tokens of a batch; leave such examples out")
     return torch.ones_like(positions[0], dtype=torch.float32)
@@ -128,8 +138,11 @@ def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str
     mask = inputs.get("attention_mask")
     counts = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
     if _is_causal(model):
-        # The first token of a text is predicted by none of it: by nothing, or by padding on its left.
+        # The first token of a text is predicted by none of it: by nothing, by padding on its left, or in a packed row
+        # by the document before it.
         counts = counts & F.pad(counts[:, :-1], (1, 0))
+        begins = starts(inputs.get("position_ids"), mask)
+        counts = counts if begins is None else counts & ~begins.to(counts.device)
     labels = labels.masked_fill(~counts, IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
 
@@ -144,8 +157,7 @@ def _predicted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, T
     if "start_logits" in output:
         return {f"{end}_positions": output[f"{end}_logits"].argmax(-1) for end in ("start", "end")}
     logits = output.logits
-    tokens = inputs.get("input_ids")
-    binary = isinstance(tokens, Tensor) and logits.shape == tokens.shape and logits.shape[-1] != model.config.num_labels
+    binary = logits.shape == _tokens(inputs) and logits.shape[-1] != model.config.num_labels
     if logits.shape[-1] == 1 or binary or _problem(model) in ("multi_label_classification", "regression"):
         raise ValueError(
             f'labels="predicted" takes the likeliest class, and {type(model).__name__} does not choose one of several '

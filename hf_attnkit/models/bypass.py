@@ -105,11 +105,11 @@ class _Watch(TorchFunctionMode):
         for path, module in self._model.named_modules():
             if is_linear(module):
                 self._hooks.callback(module.register_forward_pre_hook(self._take(path)).remove)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call] # of torch
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call] # of torch
         self._hooks.close()
 
     def _enter(self, path: str) -> Any:

@@ -165,6 +165,7 @@ def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[A
     for layer in layers:
         for name in ("query", "key", "value", "output"):
             linear = getattr(layer, name)
+            _require_own_parameters(layer, name, linear)
             if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
                 raise ValueError(
                     f"layer {layer.index}: the {name} projection is a "
@@ -178,6 +179,29 @@ def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[A
                 )
     check_heads(layers)
     return layers
+
+
+def _require_own_parameters(layer: AttentionLayer, name: str, linear: nn.Module) -> None:
+    """Raise `ValueError` if another tool computes the projection's weight or bias, or spreads it over devices."""
+    parametrized = getattr(linear, "parametrizations", {})
+    for which in ("weight", "bias"):
+        computed = which in parametrized or (
+            getattr(linear, which, None) is not None and which not in linear._parameters and not _is_quantized(linear)
+        )
+        kind = type(linear._parameters.get(which))
+        if computed or (isinstance(linear, nn.Linear) and kind.__module__.startswith("torch.distributed")):
+            how = (
+                "computed from other parameters at each call" if computed else f"a {kind.__name__}, spread over devices"
+            )
+            raise ValueError(
+                f"{layer.name}: the {which} of the {name} projection is {how}, so rows cannot be cut out of it; make "
+                "it a plain parameter first (torch.nn.utils.prune.remove, remove_weight_norm, "
+                "parametrize.remove_parametrizations; without FSDP), change the model and wrap it then"
+            )
+
+
+def _is_quantized(linear: nn.Module) -> bool:
+    return type(linear).__module__ not in (nn.Linear.__module__, "torch.nn.utils.parametrize")
 
 
 def check_heads(layers: Sequence[AttentionLayer]) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.probe import input_device
 
 # What a batch may carry for a loss.
@@ -46,9 +48,9 @@ def on_device(
     Raises:
         ValueError: if `batches` is empty, or a batch is no mapping or all padding.
     """
-    device, seen = input_device(model), 0
+    seen = 0
     for batch in progress_bar(batches, description=description, unit="batch"):
-        yield to_device(batch, device, labels=labels)
+        yield to_device(batch, model, labels=labels)
         seen += 1
     if not seen:
         raise ValueError(
@@ -58,8 +60,13 @@ def on_device(
 
 def spare_options(model: PreTrainedModel) -> dict[str, Any]:
     """Keywords of the model's forward that turn off what is not needed: the cache, and logits before the last token."""
+    return _known(model, {"logits_to_keep": 1, "use_cache": False})
+
+
+def _known(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the model's forward takes."""
     known = inspect.signature(model.forward).parameters
-    return {name: value for name, value in {"logits_to_keep": 1, "use_cache": False}.items() if name in known}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def real_mask(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -85,14 +92,18 @@ def real_tokens(x: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return x[real_mask(x, inputs)]
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device, *, labels: bool = False) -> dict[str, Any]:
-    """The batch's tensors on `device`.
+def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool = False) -> dict[str, Any]:
+    """What the model is to run: the batch's tensors on its device, and no cache.
+
+    Without a cache Transformers keeps the documents of a packed row apart (`position_ids` that restart), with one it
+    does not.
 
     Args:
         labels: keep them; else they are left out, since nobody asks for a loss.
 
     Raises:
-        ValueError: if the batch is no mapping, or its `attention_mask` calls every token padding.
+        ValueError: if the batch is no mapping, its `attention_mask` calls every token padding, or it is packed in a
+            way in which a decoder attends across documents.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -105,8 +116,27 @@ def to_device(batch: Mapping[str, Any], device: torch.device, *, labels: bool = 
             f"a batch is all padding: its attention_mask {tuple(mask.shape)} is zero everywhere; leave the batch out, "
             "or give 1 for real tokens"
         )
-    return {
-        name: value.to(device) if isinstance(value, Tensor) else value
+    _require_apart(batch, model)
+    device = input_device(model)
+    inputs = {
+        name: _usable(value).to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if labels or name not in LABELS
     }
+    return inputs | _known(model, {"use_cache": False})
+
+
+def _usable(value: Tensor) -> Tensor:
+    # Autograd refuses tensors that were made in inference mode.
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+
+
+def _require_apart(batch: Mapping[str, Any], model: PreTrainedModel) -> None:
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or starts(positions, mask) is None:
+        return
+    if any(getattr(layer.module, "is_causal", False) for layer in attention_layers(model, adapters=True)):
+        raise ValueError(
+            "position_ids restart within a row, so the batch is packed, and it has an attention_mask, with which "
+            "Transformers lets a document attend to those before it; leave attention_mask out"
+        )

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.pruning.select import checked_heads, group_size, groups_per_layer, heads_in
 
 
+@plain_mode()
 def rearrange_heads(
     gradients: Tensor,
     heads: Mapping[int, Iterable[int]],

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_attnkit.common.state import plain_mode
 from hf_attnkit.editing.change import Change
 from hf_attnkit.editing.in_table import by_number, in_table, proof_of_removal
 from hf_attnkit.editing.last_change import record_change
@@ -33,6 +34,7 @@ from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
 
 
+@plain_mode()
 def prune_heads(
     model: PreTrainedModel,
     heads: Mapping[int | str, Iterable[int]],

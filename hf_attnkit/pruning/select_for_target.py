@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from hf_attnkit.common.checks import integer, number
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
-from hf_attnkit.models.probe import input_device
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import Unit, heads_of, removable, units_of
@@ -67,8 +66,8 @@ def select_for_target(
     if latency is None and batches is not None:
         raise ValueError("parameters are counted, so batches would have no effect; leave them out")
     repeats = integer(repeats, "repeats", minimum=1)
-    layers, device = editable_layers(model), input_device(model)
-    inputs = [to_device(batch, device) for batch in batches or ()]
+    layers = editable_layers(model)
+    inputs = [to_device(batch, model) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
     units = units_of(importance, groups=groups, model=model)

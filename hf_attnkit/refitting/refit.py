@@ -21,7 +21,6 @@ from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.change import MadeChange
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.models.probe import input_device
 from hf_attnkit.observing.batches import real_tokens, to_device
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.head_scales import scaled
@@ -53,8 +52,7 @@ def refit_layers(
         ValueError: for batches that are no mappings, or activations that are not finite. The model is then partly
             fitted: the caller undoes the change.
     """
-    device = input_device(model)
-    inputs = [to_device(batch, device) for batch in batches]
+    inputs = [to_device(batch, model) for batch in batches]
     untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
     full, found = options.fits == "full", []
     assert not full or (key_order is not None and not stream)

@@ -51,9 +51,21 @@ class Strided(Kind):
         return packed.attention(query, key, value, self.seen(mask, key.shape), scaling=scaling, dropout=dropout)
 
 
+@dataclass(frozen=True)
+class Near(Strided):
+    """With a window, and not a word of its own on what it sees."""
+
+    name = "near"
+
+    stride: int = 1
+    window: int = 3
+    seen = Kind.seen
+
+
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KINDS, Strided.name, Strided)
+    for kind in (Strided, Near):
+        monkeypatch.setitem(KINDS, kind.name, kind)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -75,6 +87,11 @@ def test_a_new_kind(family: str, tmp_path: Path) -> None:
     # Observers see the pattern: with the first and the own token alone, no entropy is above ln 2.
     assert head_statistics(restore_attention(model), [inputs]).entropy.max() > math.log(2.2)
     assert head_statistics(swap_attention(again, "strided", stride=1000), [inputs]).entropy.max() <= math.log(2) + 1e-6
+
+
+def test_a_window_is_seen_without_being_told() -> None:
+    model = swap_attention(build("bert"), "near", window=2)
+    assert head_statistics(model, [batch(model, (12, 7))]).distance.max() <= 1
 
 
 def test_its_options_are_checked() -> None:

@@ -64,3 +64,19 @@ def test_large_scores_do_not_overflow(name: str, dtype: torch.dtype) -> None:
     mask = Mask.aligned(70, 70, is_causal=True, key_visible=seen)
     for result in gradients(lambda *t: run(name, *t, mask), *tensors):
         assert result.dtype == dtype and torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in MATRIX.items() if case.kind.forms_scores])
+def test_float16_scores_that_overflow_unless_scaled_first(name: str, is_causal: bool) -> None:
+    """64 products of 36 * 40 exceed float16's 65,504; scaled by 1/8 they are 11,520, for all keys alike."""
+    heads = 1 if name == "mqa" else 2
+    query, key = torch.full((1, 2, 12, 64), 36.0), torch.full((1, heads, 12, 64), 40.0)
+    value = torch.rand(1, heads, 12, 64, generator=torch.Generator().manual_seed(0)).half().double()
+    assert (query.half() @ key.half().mT).isinf().any()
+    mask = Mask.aligned(12, 12, is_causal=is_causal)
+    found, wanted = (
+        run(name, *(t.to(dtype) for t in (query, key, value)), mask) for dtype in (torch.half, torch.double)
+    )
+    # A mean of at most 12 values from 0 to 1: roundings of the weights, of the sum and of the output.
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=4 * torch.finfo(torch.half).eps)

@@ -257,8 +257,9 @@ def test_swap_is_in_place_and_keeps_modes() -> None:
 
 
 def test_linear_warns_that_it_needs_training() -> None:
-    with pytest.warns(UserWarning, match="useless output until it is trained"):
+    with pytest.warns(UserWarning, match="useless output until it is trained") as warned:
         swap_attention(build("llama"), "linear")
+    assert warned[0].filename == __file__  # the line to look at is the caller's
 
 
 @pytest.mark.parametrize("name", list(MATRIX))

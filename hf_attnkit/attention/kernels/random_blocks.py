@@ -30,38 +30,51 @@ class Links:
     blocks: Tensor
     block_size: int
 
-    def matrix(self, query_index: Tensor, kv_length: int) -> Tensor:
-        """The keys that each query sees by a block, bool `(B, 1, Q, K)`.
-
-        Args:
-            query_index: `(B, Q)`, of each query among the keys.
-        """
-        start, blocks = self.start, self.blocks
-        linked = torch.zeros(len(start), blocks.shape[1], blocks.shape[1] + 1, dtype=torch.bool, device=blocks.device)
-        linked = linked.scatter(2, blocks.where(blocks >= 0, blocks.shape[1]), True)[:, :, :-1]
-        query_block = (query_index - start[:, None]).clamp(min=0) // self.block_size
-        key_index = torch.arange(kv_length, device=start.device) - start[:, None]
-        of_query = linked.gather(1, query_block[:, :, None].expand(-1, -1, linked.shape[2]))
-        of_key = (key_index.clamp(min=0) // self.block_size)[:, None].expand(-1, of_query.shape[1], -1)
-        return (of_query.gather(2, of_key) & (key_index >= 0)[:, None])[:, None]
-
 
 def find_links(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: int) -> Links:
-    """Draw the blocks.
+    """Draw the blocks of rows that are one document each.
 
     Args:
+        mask: without a matrix.
         shape: of the keys, `(B, num_key_value_heads, K, head_dim)`.
         number: blocks of keys for each block of queries.
     """
     batch, kv_length = shape[0], shape[2]
     start = (mask.first_token() - mask.key_position[:, :1]).expand(batch, -1)[:, 0]
-    visible = mask.key_visible if mask.dense is None else mask.dense.any(-2)[:, 0]
-    if visible is None:
+    if mask.key_visible is None:
         lengths = torch.full((batch,), kv_length, device=start.device)
     else:
-        lengths = kv_length - visible.flip(-1).int().argmax(-1).expand(batch) - start
+        lengths = kv_length - mask.key_visible.flip(-1).int().argmax(-1).expand(batch) - start
     num_blocks = -(-kv_length // block_size)
     return Links(start, chosen_blocks(lengths, num_blocks, number, seed, mask.is_causal, block_size), block_size)
+
+
+def linked_keys(mask: Mask, shape: torch.Size, number: int, block_size: int, seed: int) -> Tensor:
+    """The keys that each query sees by a block, bool `(B, Q, K)`; each document of a packed row has its own blocks.
+
+    Args:
+        mask: any; a matrix tells the documents.
+        shape, number: as `find_links`.
+    """
+    batch, kv_length = shape[0], shape[2]
+    start = mask.key_position[:, :1]
+    place = mask.key_position - mask.first_tokens().expand(batch, -1)  # among the tokens of its document
+    visible = mask.key_visible if mask.dense is None else mask.dense.any(1).any(-2)
+    visible = torch.ones_like(place, dtype=torch.bool) if visible is None else visible.expand(batch, -1)
+    document = ((visible & (place == 0)).cumsum(-1) - 1).clamp(min=0)
+    count = 1 if mask.dense is None else int(document.amax()) + 1
+    lengths = place.new_zeros(batch, count).scatter_reduce(1, document, (place + 1).where(visible, 0), "amax")
+    num_blocks = -(-kv_length // block_size)
+    blocks = chosen_blocks(lengths.flatten(), num_blocks, number, seed, mask.is_causal, block_size)
+    linked = torch.zeros(len(blocks), num_blocks, num_blocks + 1, dtype=torch.bool, device=blocks.device)
+    linked = linked.scatter(2, blocks.where(blocks >= 0, num_blocks), True)[:, :, :-1]
+    query = (mask.query_position - start).expand(batch, -1).clamp(0, kv_length - 1)  # its index among the keys
+    own = document.gather(1, query)
+    block = place.clamp(min=0) // block_size
+    rows = torch.arange(batch, device=own.device)[:, None] * count + own
+    of_query = linked[rows, block.gather(1, query)]  # (B, Q, blocks)
+    seen = of_query.gather(2, block[:, None].expand(-1, of_query.shape[1], -1))
+    return seen & (place >= 0)[:, None] & (own[:, :, None] == document[:, None])
 
 
 @functools.lru_cache(maxsize=256)

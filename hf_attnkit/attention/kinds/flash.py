@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
@@ -44,9 +43,6 @@ class FlashAttention(Kind):
     @property
     def self_attention_only(self) -> bool:
         return self.window is not None
-
-    def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
-        return mask if self.window is None else mask.within(self.window)
 
     def create_cache(self, max_length: int | None) -> SequenceLayer | None:
         """A window keeps `window - 1` tokens."""

@@ -63,6 +63,10 @@ class LinearAttention(Kind):
             why = "the number of keys with softmax terms (the own one included), or None for features alone"
             store(self, window=integer(self.window, "window", minimum=1, why=why))
 
+    def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
+        """All that the mask shows: features reach the keys beyond the window."""
+        return mask
+
     def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
         """The maps of "hedgehog". A window learns nothing."""
         if self.feature_map != "hedgehog":

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
 from hf_attnkit.attention.kernels import block_sparse, packed
-from hf_attnkit.attention.kernels.random_blocks import Links, find_links
+from hf_attnkit.attention.kernels.random_blocks import find_links, linked_keys
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.window_cache import window_layer
+from hf_attnkit.attention.window_cache import ALL_TOKENS, window_layer
 from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 
@@ -66,11 +66,13 @@ class LocalGlobalAttention(Kind):
         """A matrix."""
         mask = mask.as_matrix()
         is_global, _ = self._global_tokens(mask, call.arguments.get(MARKS), shape)
-        return mask.also(self._allowed(mask, is_global, self._links(mask, shape)))
+        return mask.also(self._allowed(mask, is_global, shape))
 
-    def create_cache(self, max_length: int | None) -> SequenceLayer | None:
+    def create_cache(self, max_length: int | None) -> SequenceLayer:
         """It keeps the global tokens and a window; all keys if random blocks may need any of them."""
-        return window_layer(max_length, self.window, self.num_global_tokens) if self.num_random_blocks == 0 else None
+        if self.num_random_blocks:
+            return window_layer(max_length, ALL_TOKENS)
+        return window_layer(max_length, self.window, self.num_global_tokens)
 
     def attention(
         self,
@@ -96,10 +98,10 @@ class LocalGlobalAttention(Kind):
             window = SlidingWindowAttention(self.window, self.num_global_tokens)
             return window.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
         is_global, positions = self._global_tokens(mask, marks, key.shape)
-        links = self._links(mask, key.shape)
         if mask.dense is not None or mask.bias is not None or query.shape[2] != key.shape[2]:
-            mask = mask.also(self._allowed(mask, is_global, links))
+            mask = mask.also(self._allowed(mask, is_global, key.shape))
             return packed.attention(query, key, value, mask, scaling=scaling, dropout=dropout)
+        links = find_links(mask, key.shape, *self._random_blocks) if self.num_random_blocks else None
         pattern = block_sparse.Pattern(self.window, is_global, positions, links)
         return block_sparse.attend(query, key, value, mask, pattern, scaling=scaling, dropout=dropout), None
 
@@ -110,7 +112,7 @@ class LocalGlobalAttention(Kind):
         """
         batch, kv_length = shape[0], shape[2]
         if marks is None:
-            first, number = mask.first_token(), self.num_global_tokens
+            first, number = mask.first_tokens(), self.num_global_tokens
             position = mask.key_position.expand(first.shape[0], -1)
             is_global = ((position >= first) & (position < first + number)).expand(batch, -1)
             count = min(number, kv_length)
@@ -122,19 +124,18 @@ class LocalGlobalAttention(Kind):
         order = is_global.int().argsort(dim=-1, descending=True, stable=True)
         return is_global, order[:, :count]
 
-    def _links(self, mask: Mask, shape: torch.Size) -> Links | None:
-        if not self.num_random_blocks:
-            return None
-        return find_links(mask, shape, self.num_random_blocks, self.block_size, self.seed)
+    @property
+    def _random_blocks(self) -> tuple[int, int, int]:
+        return self.num_random_blocks, self.block_size, self.seed
 
-    def _allowed(self, mask: Mask, is_global: Tensor, links: Links | None) -> Tensor:
+    def _allowed(self, mask: Mask, is_global: Tensor, shape: torch.Size) -> Tensor:
         """The pattern as a matrix `(B, 1, Q, K)`: for a mask that is one, or with a cache that keeps all keys."""
         batch, kv_length = is_global.shape
         index = (mask.query_position - mask.key_position[:, :1]).expand(batch, -1)  # of each query among the keys
         inside = index.clamp(0, kv_length - 1)
         allowed = (mask.distance().abs() < self.window) | is_global[:, None, None, :]
         allowed = allowed | is_global.gather(1, inside)[:, None, :, None]
-        return allowed if links is None else allowed | links.matrix(inside, kv_length)
+        return allowed | linked_keys(mask, shape, *self._random_blocks)[:, None] if self.num_random_blocks else allowed
 
 
 def _check_marks(marks: Tensor, query: Tensor, key: Tensor, cache: SequenceLayer | None) -> None:

@@ -23,6 +23,7 @@ class MultiHeadAttention(Kind):
 
     name = "mha"
     own_window = True
+    returns_weights = True
 
     def attention(
         self,
@@ -37,6 +38,7 @@ class MultiHeadAttention(Kind):
     ) -> tuple[Tensor, Tensor]:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        weights = mask.softmax(query @ key.transpose(-1, -2) * scaling)
+        # Scaled before the product, so that in 16 bits no score overflows that would not once scaled.
+        weights = mask.softmax((query * scaling) @ key.transpose(-1, -2))
         weights = F.dropout(weights, dropout)
         return weights @ value, weights

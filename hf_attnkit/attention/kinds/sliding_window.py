@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
-from hf_attnkit.attention.kernels import backends, tiled
+from hf_attnkit.attention.kernels import backends, packed, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
@@ -64,10 +64,10 @@ class SlidingWindowAttention(Kind):
         backends.check_backend(self.backend, self.window)
 
     def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
-        """A matrix where there are sinks, or was one."""
+        """A matrix where there are sinks, or was one. Each document of a packed row has sinks of its own."""
         if not self.num_sink_tokens:
-            return mask.within(self.window)
-        first = mask.first_token()
+            return super().seen(mask, shape, call)
+        first = mask.first_tokens()
         is_sink = (mask.key_position >= first) & (mask.key_position < first + self.num_sink_tokens)
         return mask.as_matrix().also((mask.distance().abs() < self.window) | is_sink[:, None, None, :])
 
@@ -91,6 +91,9 @@ class SlidingWindowAttention(Kind):
             mask, common["window"] = mask.narrow(self.window)
             return backends.attend(query, key, value, mask, backend=self.backend, **common), None
         mask = mask.as_matrix()
+        if mask.dense is not None and (call.cache is None or call.cache.num_sinks == 0):
+            pattern = self.seen(mask, key.shape, call)
+            return packed.attention(query, key, value, pattern, scaling=scaling, dropout=dropout)
         sinks, key, value = first_keys(key, value, mask, self.num_sink_tokens, call.cache)
         matrix = mask.dense is not None or mask.bias is not None
         if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * self.window:

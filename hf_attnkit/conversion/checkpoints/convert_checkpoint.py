@@ -25,15 +25,13 @@ from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion.checkpoints import safetensors_stream
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES
 from hf_attnkit.conversion.checkpoints.shards import ShardConversion
-from hf_attnkit.conversion.checkpoints.source import CONFIG, INDEX, WEIGHTS, Checkpoint
+from hf_attnkit.conversion.checkpoints.source import CONFIG, INDEX, MARKER, Checkpoint, read_json
 from hf_attnkit.conversion.merging import choose_merging
 from hf_attnkit.conversion.report import summary
 from hf_attnkit.conversion.statistics import StatisticsFile, require_sizes
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.editing.change import with_heads
 from hf_attnkit.models.cache_size import cache_bytes
-
-MARKER = "conversion_unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,9 @@ def convert_checkpoint(
         statistics: a file that `Statistics.save` wrote, for "pca".
 
     Raises:
-        ValueError: as `convert_to_gqa`; for a checkpoint that is incomplete, damaged, quantized, swapped or in
-            another format, statistics of another model, and a target that holds something else. Nothing is written.
+        ValueError: as `convert_to_gqa`; for a checkpoint that is incomplete, damaged, quantized, swapped, in another
+            format or with links to files outside its folder, statistics of another model, and a target that holds
+            something else. Nothing is written.
         FileNotFoundError: for files that do not exist.
         OSError: if writing fails, for example on a full disk; the same call then completes the conversion.
     """
@@ -168,7 +167,7 @@ def _claim(source: Path, target: Path, marker: dict[str, Any]) -> None:
         if not found.exists() and [path.name for path in target.iterdir()] != [f"{MARKER}.partial"]:
             raise ValueError(f"{target} is not empty and was not left by an interrupted conversion; give a new folder")
         if found.exists():
-            before = json.loads(found.read_text())
+            before = read_json(found)
             changed = [name for name, value in marker.items() if before.get(name) != value]
             if changed:
                 raise ValueError(
@@ -193,10 +192,9 @@ def _finish(checkpoint: Checkpoint, conversion: ShardConversion, config: PreTrai
         metadata |= {name: size for name, size in sizes.items() if name in metadata or name == "total_size"}
         with _in_one_step(target / INDEX) as path:
             path.write_text(json.dumps(checkpoint.index | {"metadata": metadata}, indent=2, sort_keys=True) + "\n")
-    for other in sorted(checkpoint.folder.iterdir()):
-        if other.is_file() and other.name not in (CONFIG, MARKER) and not other.name.endswith(WEIGHTS):
-            with _in_one_step(target / other.name) as path:
-                shutil.copyfile(other, path)
+    for other in checkpoint.carried:
+        with _in_one_step(target / other.name) as path:
+            shutil.copyfile(other, path)
     with _in_one_step(target / CONFIG) as path:
         path.write_text(config.to_json_string(use_diff=True))
     (target / MARKER).unlink()

@@ -2,14 +2,15 @@
 
     u64 little-endian: length of the header | header, JSON: name -> dtype, shape, data_offsets | data
 
-The library maps a file into memory and writes whole dictionaries of tensors; both make a process as
-large as a shard. Here a file is opened, read at an offset and closed, and a new one gets its header
-first, since all sizes are known beforehand, and then its tensors in any order.
+The library can read rows of a tensor, but it writes whole dictionaries of tensors, which makes a process as
+large as a shard. Here a new file gets its header first, since all sizes are known beforehand, and then its
+tensors in any order.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of one number of each dtype that has whole bytes.
+NBYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4,
+          "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1,
+          "F8_E5M2FNUZ": 1}  # fmt: skip
 CHUNK = 8 * 2**20  # bytes copied at once
-# What the reference implementation accepts, so that a length from a damaged file is not believed.
-LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -41,45 +45,42 @@ class Entry:
 
 
 class Reader:
-    """The tensors of a file; holds no file open and keeps no data.
+    """The tensors of a file; the library checks the header, plain reads at an offset take rows and chunks.
+
+    The library's own slices of a file that is not mapped read the whole tensor for each.
 
     Attributes:
         entries: by name, in the order of the data.
         metadata: the header's `__metadata__`.
 
     Raises:
-        ValueError: if the file is no safetensors file or not as long as its header says.
+        ValueError: if the file is no safetensors file, is not as long as its header says, or a tensor's dtype and shape
+            do not fit its place.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise ValueError(f"{self.path} is no complete safetensors file; get it again")
-            try:
-                header = json.loads(file.read(length))
-                self.metadata: dict[str, str] | None = header.pop("__metadata__", None)
-                items = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-                offsets = {name: tuple(entry["data_offsets"]) for name, entry in items}
-                self.entries = {
-                    name: Entry(entry["dtype"], tuple(entry["shape"]), offsets[name][1] - offsets[name][0])
-                    for name, entry in items
-                }
-            except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-                raise ValueError(f"{self.path} has no valid safetensors header ({error}); get it again") from error
-        position = 0
-        for name, (start, stop) in offsets.items():
-            if start != position or stop < start:
-                raise ValueError(f"{self.path}: the data of {name!r} overlaps another tensor's or leaves a gap")
-            position = stop
-        if size != 8 + length + position:
+        self.entries: dict[str, Entry] = {}
+        try:
+            with safe_open(self.path, "pt", backend="pread") as file:
+                self.metadata: dict[str, str] | None = file.metadata()
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                    if dtype not in NBYTES:
+                        raise ValueError(f"{self.path} holds {name!r} as {dtype}, of which single rows cannot be read")
+                    self.entries[name] = Entry(dtype, shape, NBYTES[dtype] * math.prod(shape))
+        except SafetensorError as error:
             raise ValueError(
-                f"{self.path} has {size:,} bytes, but its header says {8 + length + position:,}: it is truncated or "
-                "damaged; get it again"
-            )
-        self._starts = {name: 8 + length + start for name, (start, _) in offsets.items()}
+                f"{self.path} is no complete safetensors file: truncated, damaged or another format ({error}); get it "
+                "again"
+            ) from error
+        with open(self.path, "rb") as raw:
+            position = 8 + int.from_bytes(raw.read(8), "little")
+        self._starts: dict[str, int] = {}
+        for name, entry in self.entries.items():  # the library has refused gaps and overlaps
+            self._starts[name] = position
+            position += entry.nbytes
 
     def rows(self, name: str, rows: slice = slice(None)) -> Tensor:
         """These rows (of the first axis) of a tensor, in its own dtype and fresh memory."""

@@ -22,6 +22,7 @@ from hf_attnkit.loading import skeleton
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+MARKER = "conversion_unfinished.json"  # in a folder that a conversion has not completed
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json",
            ".partial")  # fmt: skip
 PROJECTIONS = ("query", "key", "value", "output")
@@ -41,11 +42,21 @@ class Place:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
+def carried(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are neither its config nor weights: they are copied as they are."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in (CONFIG, MARKER) and not path.name.endswith(WEIGHTS)
+    ]
+
+
 class Checkpoint:
     """A folder's shards and the projections in them.
 
     Attributes:
         shards: file name -> reader.
+        carried: the other files, which a conversion copies.
         index: the content of the index, `None` for a single file.
         model: the skeleton.
         layers: the skeleton's attention layers.
@@ -61,8 +72,16 @@ class Checkpoint:
         self.folder = folder
         config = _config(folder)
         self.index, names = _files(folder)
+        self.carried = carried(folder)
+        for path in (*(folder / name for name in names), *self.carried):
+            require_inside(folder, path)
         self.shards = {name: Reader(folder / name) for name in names}
-        self._readers = {tensor: reader for reader in self.shards.values() for tensor in reader.entries}
+        self._readers: dict[str, Reader] = {}
+        for reader in self.shards.values():
+            for tensor in reader.entries:
+                if tensor in self._readers:
+                    raise ValueError(f"{tensor!r} is in two files, {self._readers[tensor].path} and {reader.path}")
+                self._readers[tensor] = reader
         if self.index is not None:
             for tensor, name in self.index["weight_map"].items():
                 if tensor not in self.shards[name].entries:
@@ -122,7 +141,9 @@ def _config(folder: Path) -> PreTrainedConfig:
     """The config of a checkpoint that can be converted."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; give the folder of a checkpoint")
-    config = AutoConfig.from_pretrained(folder)
+    require_inside(folder, folder / CONFIG)
+    read_json(folder / CONFIG)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"the checkpoint in {folder} is quantized; convert the one that it was made from, and quantize the result"
@@ -139,17 +160,58 @@ def _config(folder: Path) -> PreTrainedConfig:
     return config
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: with the file's name, if there is none in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); get it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, and holds a {type(found).__name__}; get it again")
+    return found
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise `ValueError` if a file of the folder is a link to something outside it.
+
+    Files of the hub's cache are links from `snapshots/<revision>` to `blobs` of the same repository, and are read.
+    """
+    real, home = path.resolve(), folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"{path} is a link to {real}, outside the checkpoint's folder, and would be read or copied from there; "
+            "replace it by the file itself, or remove it"
+        )
+
+
 def _files(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The index, if there is one, and the names of the shards; one file goes before an index, as in Transformers."""
     if (folder / SINGLE).is_file():
         return None, [SINGLE]
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        names = sorted(set(index["weight_map"].values()))
-        absent = [name for name in names if not (folder / name).is_file()]
-        outside = [name for name in names if Path(name).name != name]
-        if absent or outside:
-            raise ValueError(f"{folder / INDEX} lists {(absent or outside)[0]}, which is not in the folder")
+        require_inside(folder, folder / INDEX)
+        index = read_json(folder / INDEX)
+        places, about = index.get("weight_map"), index.get("metadata")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{folder / INDEX} has no weight_map of tensors' names to files' names; get it again")
+        if not isinstance(about, dict | None):
+            raise ValueError(f"{folder / INDEX}: metadata={about!r} must be an object; get it again")
+        names = sorted(set(places.values()))
+        for name in names:
+            odd = Path(name).name != name or "\\" in name or not name.isprintable()
+            if odd or name.startswith(".") or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{folder / INDEX} lists {name!r}, which is no name of a .safetensors file in the folder"
+                )
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder / INDEX} lists {name}, which is not in the folder")
         return index, names
     others = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS))
     remedy = "load the model with hf_attnkit.load_pretrained (GGUF: gguf_file=...) and save it with save_pretrained"

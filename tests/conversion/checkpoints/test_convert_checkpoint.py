@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_attnkit import convert_to_gqa, load_pretrained
 from hf_attnkit.conversion import METHODS, Statistics, convert_checkpoint
 from hf_attnkit.conversion.checkpoints import safetensors_stream
-from hf_attnkit.conversion.checkpoints.convert_checkpoint import MARKER
 from hf_attnkit.conversion.checkpoints.safetensors_stream import Reader, Writer
+from hf_attnkit.conversion.checkpoints.source import MARKER
 from hf_attnkit.conversion.methods.table import transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.families import FAMILIES

@@ -62,8 +62,9 @@ def load_pretrained(
     located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
-        own = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel) and auto_class.config_class
-        config = (own or AutoConfig).from_pretrained(config or pretrained_model_name_or_path, **located)
+        is_model = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
+        kind: Any = getattr(auto_class, "config_class", None) if is_model else None
+        config = (kind or AutoConfig).from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
     read_pruned_heads(config)
     swapped = "layers" in (getattr(config, "hf_attnkit", None) or {})

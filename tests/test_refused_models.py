@@ -107,7 +107,7 @@ def test_attributes_that_disagree_with_the_weights(change: Callable) -> None:
         change(model)
 
 
-@every_change
+@pytest.mark.parametrize("change", [CHANGES[name] for name in ("swap", "importance", "entropy")])
 def test_cross_attention(change: Callable) -> None:
     model = build("bert", "causal", add_cross_attention=True)
     with unchanged(model), pytest.raises(ValueError, match=r"cross-attention .*load the model without it"):

@@ -35,7 +35,7 @@ class Rows:
     @property
     def weight(self) -> Tensor:
         """`(out, in)`."""
-        weight = self.module.weight.detach()  # type: ignore[union-attr,operator]
+        weight = self.module.weight.detach()  # type: ignore[operator]
         return weight.T if isinstance(self.module, Conv1D) else weight
 
     def read(self) -> Tensor:
@@ -51,7 +51,7 @@ class Rows:
         weight[rows] = flat[:, :-1].to(weight.dtype)
         _give(self.module, "weight", weight.T.contiguous() if isinstance(self.module, Conv1D) else weight, undo)
         if getattr(self.module, "bias", None) is not None:
-            bias = self.module.bias.detach().clone()  # type: ignore[union-attr,operator]
+            bias = self.module.bias.detach().clone()  # type: ignore[operator]
             bias[rows] = flat[:, -1].to(bias.dtype)
             _give(self.module, "bias", bias, undo)
 

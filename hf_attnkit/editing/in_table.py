@@ -44,11 +44,11 @@ def norms_per_head(layer: AttentionLayer) -> list[str]:
 
 
 def by_number(
-    model: nn.Module, heads: Mapping[int | str, Iterable[int]], layers: Sequence[AttentionLayer]
+    model: nn.Module, heads: Mapping[Any, Iterable[int]], layers: Sequence[AttentionLayer]
 ) -> Mapping[int, Iterable[int]]:
     """The same, layers that are named by the path of their module by number."""
     if not isinstance(heads, Mapping) or not any(isinstance(key, str) for key in heads):
-        return heads  # type: ignore[return-value]
+        return heads
     modules = {id(layer.module): layer.index for layer in layers}
     paths = {path: modules[id(module)] for path, module in model.named_modules() if id(module) in modules}
     if unknown := [key for key in heads if isinstance(key, str) and key not in paths]:

@@ -58,7 +58,7 @@ def renamed(shapes: Shapes, model: PreTrainedModel, mapping: Sequence[Any], path
             found[new] = shape
         else:
             converter = conversions.setdefault(new, copy.deepcopy(by_pattern[pattern]))
-            converter.add_tensor(new, name, pattern, torch.empty(shape, device="meta"))  # type: ignore[arg-type]
+            converter.add_tensor(new, name, pattern, torch.empty(shape, device="meta"))
     for new, converter in conversions.items():
         for target, value in converter.convert(new, model=model, config=model.config).items():
             found[target] = tuple((value[0] if isinstance(value, list) else value).shape)

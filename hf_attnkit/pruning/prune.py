@@ -37,7 +37,7 @@ from hf_attnkit.refitting.report import RefitReport
 @plain_mode()
 def prune_heads(
     model: PreTrainedModel,
-    heads: Mapping[int | str, Iterable[int]],
+    heads: Mapping[Any, Iterable[int]],
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     refit: str | bool | None = None,
@@ -91,8 +91,7 @@ def prune_heads(
             )
         return prune_discovered(model, heads, probe)
     layers = editable_layers(model)
-    heads = by_number(model, heads, layers)
-    removed = checked_heads(heads, [len(layer.heads) for layer in layers])
+    removed = checked_heads(by_number(model, heads, layers), [len(layer.heads) for layer in layers])
     if not removed:
         raise ValueError("no head to remove: heads is empty")
     edits: list[Edit] = []
@@ -121,7 +120,7 @@ def prune_heads(
     bytes_before = cache_bytes_per_token(model)
     change = Change(model, edits, numbers, empty)
     found: RefitReport | None = None
-    proof = proof_of_removal(model, layers, removed)
+    proof = proof_of_removal(model, layers, removed, probe)
     with change.made() as made:
         if problem := proof.difference():
             raise ValueError(f"{problem}; the model is unchanged")

@@ -17,7 +17,7 @@ from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.pruning.report import PruningReport
 
-Heads = Mapping[int | str, Iterable[int]]
+Heads = Mapping[Any, Iterable[int]]
 
 
 def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, Any] | None = None) -> PreTrainedModel:

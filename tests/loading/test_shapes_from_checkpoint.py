@@ -109,6 +109,7 @@ def test_one_number_for_all_layers_needs_no_package(tmp_path: Path) -> None:
         assert_same(type(model).from_pretrained(tmp_path).eval(), model)
 
 
+@pytest.mark.slow
 def test_plain_transformers_refuses_it_by_our_name(tmp_path: Path) -> None:
     cut(small_model("gpt2"), [0]).save_pretrained(tmp_path)
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"

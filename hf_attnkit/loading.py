@@ -21,11 +21,16 @@ from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
 from hf_attnkit.models.attributes import set_attributes
+from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.global_reads import expect_global_reads
 from hf_attnkit.models.layers import attention_layers, in_table
+
+# On a model that is being loaded: modules whose parameters get the checkpoint's shapes.
+_SIZED = "_hf_attnkit_sized"
 
 # Arguments of from_pretrained that say where the files are; the config is looked up with them first.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder",
@@ -57,7 +62,9 @@ def load_pretrained(
     located = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **located)
+        is_model = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
+        kind: Any = getattr(auto_class, "config_class", None) if is_model else None
+        config = (kind or AutoConfig).from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
     read_pruned_heads(config)
     swapped = is_saved(config)
@@ -85,7 +92,9 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
-    if in_table(model):
+    if is_marked(model):
+        _align(model)
+    if in_table(model) and not is_recorded(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
@@ -103,6 +112,17 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return _sized(_model_class(config, None))(config)
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Give weights that are read in place from a file an address of their own.
+
+    There they lie wherever smaller tensors before them end, and matrix products of weights at odd addresses round
+    otherwise than the same ones that the model was saved from.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
 
 
 def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -158,14 +178,40 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         read_pruned_heads(config)
+        build_by_stock(config)
         model_class.__init__(self, config, *args, **kwargs)
-        if in_table(self) and not FAMILIES[config.model_type].fixed:
-            _resize(self)
+        if sized := build_as_recorded(self):
+            self.__dict__[_SIZED] = sized
+        for part in _parts_of_the_table(self):
+            _resize(part)
         add_saved_parameters(self)
 
+    def _load_pretrained_model(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        sized = model.__dict__.pop(_SIZED, ())
+        if sized:
+            shapes = stored_shapes(checkpoint_files, state_dict)
+            resize(model, sized, renamed(shapes, model, load_config.weight_mapping or [], sized))
+        return model_class._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
     # The same name and module, because Transformers looks up sources and architectures by them.
-    names = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    names = {
+        "__init__": __init__,
+        "_load_pretrained_model": staticmethod(_load_pretrained_model),
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
     return type(model_class.__name__, (model_class,), names)
+
+
+def _parts_of_the_table(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model, or the models inside it, whose configs say their numbers of heads by the table of families."""
+    found: dict[int, PreTrainedModel] = {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and id(part.config) not in found and in_table(part):
+            found[id(part.config)] = part
+    return list(found.values())
 
 
 def _resize(model: PreTrainedModel) -> None:

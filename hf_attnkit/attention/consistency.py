@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME
-from hf_attnkit.attention.saved_kinds import KEY
+from hf_attnkit.attention.saved_kinds import saved_in
 from hf_attnkit.models.families import family_of
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer, in_table
@@ -21,7 +21,7 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
     """
     if not is_swapped(model):
         return
-    saved = [(config, getattr(config, KEY, None)) for config in part_configs(model)]
+    saved = [(config, saved_in(config)) for config in part_configs(model)]
     swapped = [config for config, found in saved if found is not None and found["layers"]]
     running = next((each._attn_implementation for each in swapped if each._attn_implementation != NAME), NAME)
     if running != NAME:
@@ -57,12 +57,12 @@ def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], i
 
 def is_swapped(model: PreTrainedModel) -> bool:
     """Whether the config, or that of a part, says that some layers run one of our implementations."""
-    return any(getattr(config, KEY, None) is not None for config in part_configs(model))
+    return any(saved_in(config) is not None for config in part_configs(model))
 
 
 def bases(model: PreTrainedModel) -> dict[int, str]:
     """By the id of each part's config, the implementation that the part ran before the first swap."""
-    own = {id(config): getattr(config, KEY, None) for config in part_configs(model)}
+    own = {id(config): saved_in(config) for config in part_configs(model)}
     first = next((saved["base"] for saved in own.values() if saved is not None), "sdpa")
     return {
         id(config): str(

@@ -28,6 +28,31 @@ KEY = "hf_attnkit"
 VERSION = 2
 
 
+def saved_in(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a config itself says of kinds; `None` where it says nothing of them."""
+    found = getattr(config, KEY, None) or {}
+    return found if "layers" in found else None
+
+
+def clear(config: PreTrainedConfig) -> None:
+    """Say nothing of kinds any more; what the key says of removed heads stays, for which Transformers refuses it."""
+    found = config.__dict__.pop(KEY, None) or {}
+    left = {name: value for name, value in found.items() if name not in ("base", "layers")}
+    if "heads" in left:
+        setattr(config, KEY, left)
+    else:
+        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
+        config.__dict__.pop("attn_implementation", None)
+
+
+def _put(config: PreTrainedConfig, base: str, *, numbered: bool = False) -> None:
+    """Begin to say what runs; what the key says of removed heads stays."""
+    heads = {name: value for name, value in (getattr(config, KEY, None) or {}).items() if name == "heads"}
+    version = {} if numbered and not heads else {"version": VERSION}
+    setattr(config, KEY, version | heads | {"base": base, "layers": {}})
+    config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+
+
 def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mapping[int, str]) -> None:
     """Say in the configs what the modules run.
 
@@ -36,14 +61,12 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mappi
     """
     base = bases[id(model.config)]
     numbered = all(layer.attention is None for layer in layers)
-    model.config.hf_attnkit = ({} if numbered else {"version": VERSION}) | {"base": base, "layers": {}}
-    model.config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
+    _put(model.config, base, numbered=numbered)
     parts = [(path, part) for path, part in saved_parts(model) if path and not numbered]
     for _, part in parts:
-        part.config.__dict__.pop(KEY, None)
+        clear(part.config)
         if bases[id(part.config)] != base:
-            part.config.hf_attnkit = {"version": VERSION, "base": bases[id(part.config)], "layers": {}}
-            part.config.attn_implementation = NAME
+            _put(part.config, bases[id(part.config)])
     paths = {id(module): path for path, module in model.named_modules()}
     for layer in layers:
         kind = getattr(layer.module, ATTRIBUTE)
@@ -51,9 +74,8 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mappi
         for path, part in parts:  # from the outside in: the last is the innermost
             if paths[id(layer.module)].startswith(f"{path}."):
                 owner, name = part, paths[id(layer.module)].removeprefix(f"{path}.")
-        if getattr(owner.config, KEY, None) is None:
-            owner.config.hf_attnkit = {"version": VERSION, "base": base, "layers": {}}
-            owner.config.attn_implementation = NAME
+        if saved_in(owner.config) is None:
+            _put(owner.config, base)
         if isinstance(kind, Kind):
             entry: list[Any] = [kind.name, kind_options.changed(kind)]
             if not numbered and getattr(layer.module, PARAMETERS, None) is not None:
@@ -68,18 +90,16 @@ def mark_wholes(model: PreTrainedModel) -> None:
     swap, and say nothing. With the mark it refuses, by the name that it does not know.
     """
     for whole in wholes(model):
-        if getattr(whole.config, KEY, None) is None:
-            whole.config.hf_attnkit = {"version": VERSION, "base": whole.config._attn_implementation, "layers": {}}
-            whole.config.attn_implementation = NAME
+        if saved_in(whole.config) is None:
+            _put(whole.config, whole.config._attn_implementation)
 
 
 def unmark_wholes(model: PreTrainedModel) -> None:
     """Undo `mark_wholes` where no other part is swapped."""
     for whole in wholes(model):
-        inside = [saved for each in _configs_inside(whole.config) if (saved := getattr(each, KEY, None)) is not None]
+        inside = [saved for each in _configs_inside(whole.config) if (saved := saved_in(each)) is not None]
         if whole.config._attn_implementation != NAME and not any(saved["layers"] for saved in inside):
-            whole.config.__dict__.pop(KEY, None)
-            whole.config.__dict__.pop("attn_implementation", None)
+            clear(whole.config)
 
 
 def wholes(model: PreTrainedModel) -> list[PreTrainedModel]:
@@ -104,7 +124,7 @@ def saved_parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]
 
 def is_saved(config: PreTrainedConfig) -> bool:
     """Whether the config, or one inside it, names kinds."""
-    return any(getattr(each, KEY, None) is not None for each in _configs_inside(config))
+    return any(saved_in(each) is not None for each in _configs_inside(config))
 
 
 def restore_names(config: PreTrainedConfig) -> None:
@@ -145,7 +165,7 @@ def learned(model: PreTrainedModel) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def _entries(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, str, Sequence[Any]]]:
     for _, part in saved_parts(model):
-        saved: Mapping[str, Any] = getattr(part.config, KEY, None) or {"layers": {}}
+        saved: Mapping[str, Any] = saved_in(part.config) or {"layers": {}}
         if saved.get("version", 1) not in (1, VERSION):
             raise ValueError(
                 f"config.{KEY} has version {saved['version']!r} and this is version {VERSION}; update hf_attnkit"

@@ -27,7 +27,6 @@ from hf_attnkit.attention.choose_kinds import Spec, Where, check_kind, choose_ki
 from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
-from hf_attnkit.attention.saved_kinds import KEY
 from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
@@ -122,9 +121,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     remove_checks(model)
     for config in part_configs(model):
         config._attn_implementation_internal = before[id(config)]
-        config.__dict__.pop(KEY, None)
-        # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
-        config.__dict__.pop("attn_implementation", None)
+        saved_kinds.clear(config)
     saved_kinds.unmark_wholes(model)
     return model
 
@@ -136,9 +133,9 @@ def install_saved(model: PreTrainedModel) -> None:
     Raises:
         ValueError: as `swap_attention`.
     """
-    if getattr(model.config, KEY, None) is None:  # parts of it were swapped alone
+    if saved_kinds.saved_in(model.config) is None:  # parts of it were swapped alone
         for path, part in list(saved_kinds.saved_parts(model)):
-            if path and getattr(part.config, KEY, None) is not None:
+            if path and saved_kinds.saved_in(part.config) is not None:
                 install_saved(part)
         return
     model_layers = attention_layers(model)
@@ -158,7 +155,7 @@ def saved_kind(model: PreTrainedModel, index: int) -> str:
 def add_saved_parameters(model: PreTrainedModel) -> None:
     """Give the modules of a model that is being loaded what their kinds learn, before the weights are read."""
     for _, part in list(saved_kinds.saved_parts(model)):
-        if in_table(part) and getattr(part.config, KEY, None) is not None:
+        if in_table(part) and saved_kinds.saved_in(part.config) is not None:
             layers = attention_layers(part)
             for index, kind in saved_kinds.read(part, layers).items():
                 add_parameters(layers[index], kind)

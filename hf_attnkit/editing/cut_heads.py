@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.common.checks import in_range
@@ -36,18 +35,19 @@ class CutHeads:
 
     Attributes:
         heads: by the attention's index, `(query heads, key/value heads)` that it has now.
-        numbers: by the attention's path, the attributes that were given other numbers.
-        config: the fields of configs that the attention reads while it runs, with their new numbers.
+        numbers: by the attention's path, the attributes that were given other numbers, and how many modules of a
+            list are left.
+        config: the fields of configs that the attention reads while it runs: config, name, number before and now.
     """
 
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
     numbers: dict[str, dict[str, int]] = field(default_factory=dict)
-    config: dict[str, int] = field(default_factory=dict)
-    _undo: Undo = field(default_factory=Undo, repr=False)
+    config: list[tuple[PreTrainedConfig, str, int, int]] = field(default_factory=list)
+    steps: Undo = field(default_factory=Undo, repr=False)
 
     def undo(self) -> None:
         """Put the model back as it was."""
-        self._undo.back_to()
+        self.steps.back_to()
 
 
 def cut_heads(
@@ -75,26 +75,35 @@ def cut_heads(
         for index, heads in removed.items()
     ]
     require_own_parameters(model, plans)
-    uniform = uniform_configs(plans, attentions)
-    gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
-    paths = {p.attention.index: p.owned.output for p in plans}
-    zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
     cut = CutHeads()
     try:
-        groups: dict[tuple[Any, ...], list[CutPlan]] = {}
-        for plan in plans:
-            groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
-        before = [_Uncut(model, alike) for alike in groups.values()]
-        for uncut in before:
-            uncut.cut(cut._undo)
-        for uncut in before:
-            _settle(model, uncut, uniform, cut)
-        if problem := zeroed.difference():
-            raise ValueError(f"{problem}; the model is unchanged")
+        cut_planned(model, plans, discovery, cut)
     except BaseException:
         cut.undo()
         raise
     return cut
+
+
+def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Discovery, cut: CutHeads) -> None:
+    """Cut what the plans say, find the numbers and prove the result; the caller undoes `cut` after an error.
+
+    Raises:
+        ValueError: as `cut_heads`, but for what its arguments say.
+    """
+    uniform = uniform_configs(plans, discovery.attentions)
+    gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
+    paths = {p.attention.index: p.owned.output for p in plans}
+    zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
+    groups: dict[tuple[Any, ...], list[CutPlan]] = {}
+    for plan in plans:
+        groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
+    before = [_Uncut(model, alike) for alike in groups.values()]
+    for uncut in before:
+        uncut.cut(cut.steps)
+    for uncut in before:
+        _settle(model, uncut, uniform, cut)
+    if problem := zeroed.difference():
+        raise ValueError(f"{problem}; the model is unchanged")
 
 
 class _Uncut:
@@ -108,15 +117,17 @@ class _Uncut:
             self.want = self.alone.heads()[list(plan.heads)]
         self.reads = list(reads.values())
         self.numbers: dict[str, tuple[int, int]] = {}
+        self.lists: dict[str, int] = {}
 
     def cut(self, undo: Undo) -> None:
         """Cut the parameters of all of them."""
         rows: set[tuple[int, int]] = set()
         for plan in self.alike:
-            rows |= cut_parameters(self._model, plan, undo)
+            sizes, self.lists = cut_parameters(self._model, plan, undo)
+            rows |= sizes
         plan = self.alike[0]
-        sizes = plan.attention.head_dim, plan.attention.value_head_dim
-        self.numbers = quantities(plan.before, plan.after, sizes, sorted(rows))
+        head_sizes = plan.attention.head_dim, plan.attention.value_head_dim
+        self.numbers = quantities(plan.before, plan.after, head_sizes, sorted(rows))
 
 
 def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHeads) -> None:
@@ -126,13 +137,14 @@ def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHe
     attention = first.attention
     places = [(owner, name) for owner, name in reads if not isinstance(owner, PreTrainedConfig) or id(owner) in uniform]
     found = candidates(places, numbers)
+    old = {(id(owner), name): getattr(owner, name) for (owner, name), _ in found}
 
     def works() -> str:
         with quiet(model):
             return uncut.alone.difference(uncut.want)
 
     try:
-        chosen = settle(found, cut._undo, works)
+        chosen = settle(found, cut.steps, works)
     except ValueError as error:
         fields = sorted(
             {name for owner, name in reads if isinstance(owner, PreTrainedConfig) and id(owner) not in uniform}
@@ -147,7 +159,11 @@ def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHe
             f"{attention.path} does not run with fewer heads: {error}{hint}{_by_head_given(attention)}; the model is "
             "unchanged"
         ) from error
-    _follow(model, alike, chosen, unread(attention.module, reads, numbers), cut)
+    inside = {id(module) for module in attention.module.modules()}
+    for (owner, name), value in chosen:
+        if id(owner) not in inside:
+            cut.config.append((owner, name, old[id(owner), name], value))
+    _follow(alike, chosen, unread(attention.module, reads, numbers), uncut.lists, cut)
 
 
 def _by_head_given(attention: Attention) -> str:
@@ -161,10 +177,10 @@ def _config_value(attention: Attention, name: str) -> Any:
 
 
 def _follow(
-    model: nn.Module,
     alike: Sequence[CutPlan],
     chosen: Sequence[tuple[Place, int]],
     others: Sequence[tuple[str, int]],
+    lists: Mapping[str, int],
     cut: CutHeads,
 ) -> None:
     """Give all attentions that are alike the numbers found on the first."""
@@ -172,17 +188,16 @@ def _follow(
     inside = {id(module): path for path, module in first.named_modules()}
     for plan in alike:
         module = plan.attention.module
-        given: dict[str, int] = {}
+        given: dict[str, int] = dict(lists)
         for (owner, name), value in chosen:
             if id(owner) not in inside:
-                cut.config[name] = value
                 continue
             target = module.get_submodule(inside[id(owner)])
             if getattr(target, name) != value:
-                cut._undo.set(target, name, value)
+                cut.steps.set(target, name, value)
             given[f"{inside[id(owner)]}.{name}".lstrip(".")] = value
         for name, value in others:
-            cut._undo.set(module, name, value)
+            cut.steps.set(module, name, value)
             given[name] = value
         cut.numbers[plan.attention.path] = given
         cut.heads[plan.attention.index] = plan.after

@@ -10,8 +10,12 @@ from hf_attnkit.editing.cut_plan import CutPlan
 from hf_attnkit.editing.undo import Undo
 
 
-def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int, int]]:
-    """Keep the rows of what stays; returns sizes before and after along the cut dimensions."""
+def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tuple[int, int]], dict[str, int]]:
+    """Keep the rows of what stays.
+
+    Returns:
+        Sizes before and after along the cut dimensions; and by path in the module, how many modules of a list are left.
+    """
     sizes: set[tuple[int, int]] = set()
     module, heads = plan.attention.module, plan.by_role()
     gone: dict[tuple[str, str], set[int]] = {}
@@ -26,11 +30,12 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int
             continue
         if len(keep) < tensor.shape[owners.dim]:
             edits.append((owner, leaf, owners.dim, keep))
-    assert plan.owned.output is not None
-    output = model.get_submodule(plan.owned.output)
-    size = plan.attention.value_head_dim
-    columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
-    edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
+    if len(plan.heads) < plan.attention.num_heads:
+        assert plan.owned.output is not None
+        output = model.get_submodule(plan.owned.output)
+        size = plan.attention.value_head_dim
+        columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
+        edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
     for owner, leaf, dim, keep in edits:
         tensor = getattr(owner, leaf)
         sizes.add((tensor.shape[dim], len(keep)))
@@ -39,7 +44,8 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> set[tuple[int
         owner = module.get_submodule(path)
         old = getattr(owner, name)
         undo.set(owner, name, nn.ModuleList(each for i, each in enumerate(old) if i not in positions))
-    return sizes
+    lists = {f"{path}.{name}".lstrip("."): len(getattr(module.get_submodule(path), name)) for path, name in gone}
+    return sizes, lists
 
 
 def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:

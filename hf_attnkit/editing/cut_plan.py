@@ -77,7 +77,8 @@ def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
                 users.setdefault(id(parameter), []).append(f"{path}.{name}")
     for plan in plans:
         path = plan.attention.path
-        targets = [f"{path}.{name}" for name in plan.owned.owned] + [f"{plan.owned.output}.weight"]
+        targets = [f"{path}.{name}" for name in plan.owned.owned]
+        targets += [] if plan.owned.output is None else [f"{plan.owned.output}.weight"]
         for target in targets:
             owner, _, leaf = target.rpartition(".")
             module = model.get_submodule(owner)

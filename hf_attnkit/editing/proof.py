@@ -7,7 +7,7 @@ order, which changes some roundings of each layer:
 
     | pruned - zeroed |  <=  c * (| rounded - zeroed | + eps * | zeroed |)      largest entries, of each output
 
-c is 16, and 4 in 16 bits, where sums are kept in float32 and rounded once. In 16 bits this sees gross faults only; each
+c is 64, and 4 in 16 bits, where sums are kept in float32 and rounded once. In 16 bits this sees gross faults only; each
 head's own output is therefore compared in float32 first, see `alone`.
 
 The inputs have a padded row wherever the model takes a mask.
@@ -29,7 +29,7 @@ from hf_attnkit.models.interface import Call, watched
 
 
 def _factor(dtype: torch.dtype) -> int:
-    return 4 if dtype.itemsize == 2 else 16
+    return 4 if dtype.itemsize == 2 else 64
 
 
 @contextmanager

@@ -16,7 +16,10 @@ class Undo:
         self._steps: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """`owner.name = value`; parameters, buffers and modules keep their place in the order of the owner's."""
+        """`owner.name = value`, which the owner may not have had.
+
+        Parameters, buffers and modules keep their place in the order of the owner's.
+        """
         tables: list[dict[str, Any]] = []
         if isinstance(owner, nn.Module):
             tables = [owner._parameters, owner._buffers, owner._modules]
@@ -24,9 +27,17 @@ class Undo:
         if table is not None:
             self._steps.append(functools.partial(table.__setitem__, name, table[name]))
             table[name] = value
-        else:
+        elif hasattr(owner, name):
             self._steps.append(functools.partial(setattr, owner, name, getattr(owner, name)))
             setattr(owner, name, value)
+        else:
+            self._steps.append(functools.partial(delattr, owner, name))
+            setattr(owner, name, value)
+
+    def drop(self, owner: Any, name: str) -> None:
+        """Take an attribute of the object itself away."""
+        self._steps.append(functools.partial(setattr, owner, name, owner.__dict__[name]))
+        delattr(owner, name)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -71,6 +71,13 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
     return Discovery(tuple(found), inputs, not_run)
 
 
+def running_inputs(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Inputs under which the model runs; arguments and errors as of `discover`."""
+    require_runnable(model)
+    with quiet(model):
+        return _first_run(model, probe)[0]
+
+
 def require_runnable(model: PreTrainedModel) -> None:
     """Raise `TypeError` or `ValueError` for a model that cannot be looked at: no model, without weights, quantized."""
     if not isinstance(model, PreTrainedModel):
@@ -246,7 +253,8 @@ def _describe(index: int, path: str, call: Call, inputs: Inputs) -> Attention:
 
 def _is_causal(call: Call) -> bool:
     """Whether no query sees a later key: as the mask says, and without one as the flags say."""
-    if isinstance(call.mask, Tensor) and call.mask.dim() == 4:
+    numeric = isinstance(call.mask, Tensor) and (call.mask.dtype == torch.bool or call.mask.is_floating_point())
+    if numeric and call.mask.dim() == 4:  # a swapped attention's mask is in code
         hidden = ~call.mask if call.mask.dtype == torch.bool else call.mask <= torch.finfo(call.mask.dtype).min / 2
         later = torch.ones_like(hidden[0, 0]).triu(1)
         return call.query.shape[2] == call.key.shape[2] > 1 and bool(hidden[-1, :, later].all())

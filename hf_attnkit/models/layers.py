@@ -174,7 +174,10 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
 def in_table(model: PreTrainedModel) -> bool:
     """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
     config = getattr(model, "config", None)
-    return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "add_cross_attention", False)
+    # Recorded numbers of heads are of modules that the table does not know to cut.
+    recorded = "heads" in (getattr(config, "hf_attnkit", None) or {})
+    known_type = getattr(config, "model_type", None) in FAMILIES
+    return known_type and not recorded and not getattr(config, "add_cross_attention", False)
 
 
 def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:

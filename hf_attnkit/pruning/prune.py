@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.in_table import by_number, in_table, proof_of_removal
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
 from hf_attnkit.models.cache_size import cache_bytes_per_token
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.pruning.prune_any import prune_discovered
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.pruning.select import checked_heads
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
@@ -35,10 +37,11 @@ from hf_attnkit.refitting.report import RefitReport
 @plain_mode()
 def prune_heads(
     model: PreTrainedModel,
-    heads: Mapping[int, Iterable[int]],
+    heads: Mapping[Any, Iterable[int]],
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     refit: str | bool | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Remove attention heads physically: the projections become smaller.
 
@@ -48,15 +51,20 @@ def prune_heads(
     parameters and changes nothing any more: make it after. `last_change(model)` says what the pruning did.
 
     Args:
-        model: a model of a supported family; changed in place.
-        heads: `{layer: [query head, ...]}` to remove, as from `select_heads`. Of a layer whose heads are all named
-            only the bias of the output projection is left; in place of its heads it keeps one of zeros, without which
-            Transformers' classes do not run.
+        model: any model with attention; changed in place. What belongs to its heads is found by running it, and for
+            some types of models known from a table.
+        heads: `{layer: [query head, ...]}` to remove, as from `select_heads`; a layer by its number, in calling order,
+            or by the path of the module that attends (`"model.layers.3.self_attn"`). A layer may lose all of its heads
+            in models of the table: only the bias of the output projection is left, and in place of its heads it keeps
+            one of zeros, without which Transformers' classes do not run.
         calibration: batches of model inputs for the refit; no labels, no training.
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
             factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
             "none". "full" is not defined here: it fits queries to keys that changed.
+
+        probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The
+            pruned model is proven on them: its outputs are those of the untouched one with these heads zeroed.
 
     Returns:
         The same model.
@@ -75,8 +83,15 @@ def prune_heads(
         )
     if word == "none" and calibration is not None:
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
+    if not in_table(model):
+        if word != "none":
+            raise ValueError(
+                f"refit={word!r} is not possible for {type(model).__name__}: its layers are not walked one by one; "
+                "leave calibration and refit out"
+            )
+        return prune_discovered(model, heads, probe)
     layers = editable_layers(model)
-    removed = checked_heads(heads, [len(layer.heads) for layer in layers])
+    removed = checked_heads(by_number(model, heads, layers), [len(layer.heads) for layer in layers])
     if not removed:
         raise ValueError("no head to remove: heads is empty")
     edits: list[Edit] = []
@@ -105,7 +120,10 @@ def prune_heads(
     bytes_before = cache_bytes_per_token(model)
     change = Change(model, edits, numbers, empty)
     found: RefitReport | None = None
+    proof = proof_of_removal(model, layers, removed, probe)
     with change.made() as made:
+        if problem := proof.difference():
+            raise ValueError(f"{problem}; the model is unchanged")
         if word != "none":
             found = refit_layers(model, made, batches, RefitOptions(word), stream=True)
     before = [(len(layer.heads), layer.num_key_value_heads if layer.heads else 0) for layer in layers]

@@ -261,12 +261,10 @@ def test_a_part_of_a_model_is_refused(family: str) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda model: convert_to_gqa(model, 2),
-        lambda model: prune_heads(model, {0: [0]}),
         lambda model: head_importance(model, [batch(model)], method="entropy"),
         lambda model: head_importance(model, method="magnitude"),
     ],
-    ids=["convert", "prune", "entropy", "magnitude"],
+    ids=["entropy", "magnitude"],
 )
 @pytest.mark.parametrize("family", FIXED)
 def test_heads_that_cannot_be_edited_are_refused(family: str, call: Any) -> None:

@@ -1,0 +1,80 @@
+"""Note in a model's config what was cut, so that the model can be loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_attnkit.attention.kind import PARAMETERS
+from hf_attnkit.editing.cut_heads import CutHeads
+from hf_attnkit.editing.head_record import record, record_config
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.checkpoint_shapes import require_reloadable
+from hf_attnkit.models.discovery import Discovery
+from hf_attnkit.models.owners import Ownership
+
+
+def require_no_adapters(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model with PEFT adapters."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} carries PEFT adapters, which are bound to the projections' sizes; change the "
+            "model first and add adapters after, or merge them: model = model.merge_and_unload()"
+        )
+
+
+def require_nothing_learned_by(attentions: Sequence[Attention]) -> None:
+    """Raise `ValueError` for a swapped attention that has learned something."""
+    for each in attentions:
+        if isinstance(getattr(each.module, PARAMETERS, None), nn.Module):
+            raise ValueError(
+                f"{each.path}: its swapped attention has learned something for each head, which would not fit others; "
+                "change the heads first, then swap the attention"
+            )
+
+
+def save_cut(model: PreTrainedModel, found: Discovery, owned: Sequence[Ownership], cut: CutHeads) -> None:
+    """Note in the configs what was cut; `cut.undo()` takes it back.
+
+    Raises:
+        ValueError: for what no checkpoint, or no config of this class, can say. The caller then undoes.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for attention, own in zip(found.attentions, owned, strict=True):
+        if attention.index not in cut.heads:
+            continue
+        state = attention.module.state_dict()
+        if lost := [name for name in own.owned if name not in state and name in dict(attention.module.named_buffers())]:
+            raise ValueError(
+                f"{attention.path}.{lost[0]} has something for each head and is no part of a checkpoint, so the model "
+                "could not be loaded again; the model is unchanged"
+            )
+        layer: dict[str, Any] = {"heads": list(cut.heads[attention.index]), "numbers": cut.numbers[attention.path]}
+        if own.output is not None and not own.output.startswith(f"{attention.path}."):
+            layer["output"] = own.output
+        layers[attention.path] = layer
+    record(model, layers, cut.steps)
+    by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
+    for config, name, before, now in cut.config:
+        by_config.setdefault(id(config), (config, {}))[1][name] = before, now
+    for config, fields in by_config.values():
+        record_config(config, fields, cut.steps)
+    require_reloadable(model, [path for name, own in layers.items() for path in (name, own.get("output", name))])
+    try:
+        type(model.config).from_dict(model.config.to_dict())
+    except Exception as error:  # whatever a config's own checks say
+        raise ValueError(
+            f"{type(model.config).__name__} does not accept what it would save, so that the model could not be loaded "
+            f"again ({str(error)[:200]}); the model is unchanged"
+        ) from error
+
+
+def cache_bytes_of(found: Discovery, numbers: Sequence[tuple[int, int]], itemsize: int) -> int:
+    """Bytes of keys and values per token with these numbers of (query, key/value) heads."""
+    return sum(
+        groups * (each.head_dim + each.value_head_dim) * itemsize
+        for each, (_, groups) in zip(found.attentions, numbers, strict=True)
+    )

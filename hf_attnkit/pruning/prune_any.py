@@ -1,0 +1,76 @@
+"""Remove heads from a model whose heads are found by running it: `cut_heads`, and a record of what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_attnkit.common.checks import in_range
+from hf_attnkit.editing.cut_heads import cut_heads
+from hf_attnkit.editing.last_change import record_change
+from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
+from hf_attnkit.editing.stock_fields import into_stock_fields
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import discover
+from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.pruning.report import PruningReport
+
+Heads = Mapping[Any, Iterable[int]]
+
+
+def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Remove heads, by an attention's number in calling order or its path; as `prune_heads`.
+
+    Raises:
+        TypeError, ValueError: as `prune_heads`; the model is then unchanged.
+    """
+    require_no_adapters(model)
+    found = discover(model, probe)
+    removed = by_index(heads, found.attentions)
+    if not removed:
+        raise ValueError("no head to remove: heads is empty")
+    require_nothing_learned_by([found.attentions[index] for index in removed])
+    owned = ownerships(model, found.attentions)
+    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
+    cut = cut_heads(model, removed, found, owned)
+    try:
+        save_cut(model, found, owned, cut)
+        after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
+        into_stock_fields(model, found, cut, after)
+    except BaseException:
+        cut.undo()
+        raise
+    gone = {index: tuple(sorted(map(int, heads))) for index, heads in sorted(removed.items())}
+    size = model.dtype.itemsize
+    record_change(
+        model,
+        PruningReport(
+            tuple(before), tuple(after), gone, None,
+            cache_bytes_of(found, before, size), cache_bytes_of(found, after, size),
+        ),
+    )  # fmt: skip
+    return model
+
+
+def by_index(heads: Heads, attentions: Sequence[Attention]) -> dict[int, list[int]]:
+    """`{attention: [head, ...]}` by number, attentions without a head left out.
+
+    Raises:
+        TypeError, ValueError: for anything else than a mapping of attentions, each named once, to heads.
+    """
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads={heads!r} must be a mapping {{attention: [head, ...]}}")
+    paths = {each.path: each.index for each in attentions}
+    found: dict[int, list[int]] = {}
+    for key, given in heads.items():
+        if isinstance(key, str) and key not in paths:
+            raise ValueError(f"no attention has the path {key!r}; there are {', '.join(paths)}")
+        index = paths[key] if isinstance(key, str) else in_range(key, len(attentions), "layer")
+        if index in found:
+            raise ValueError(f"layer {index} ({attentions[index].path}) is named twice, by number and by path")
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"layer {index}: {given!r} must be a list of heads")
+        found[index] = list(given)
+    return {index: given for index, given in found.items() if given}

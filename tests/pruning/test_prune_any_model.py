@@ -1,0 +1,195 @@
+"""`prune_heads` of models that no table knows: outputs and gradients are those of the model with these heads zeroed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support.any_model import TYPES, any_model, zeroed
+from support.cutting import a_group
+from support.every_type import small_model
+from support.unchanged import unchanged
+from torch import Tensor, nn
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, StableLmConfig, StableLmForCausalLM
+
+from hf_attnkit import last_change, prune_heads
+from hf_attnkit.models.discovery import Discovery, discover
+from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.tensors import cloned, tensors_in
+
+
+def one_group(model: PreTrainedModel) -> tuple[Discovery, list[Ownership], dict[int, list[int]]]:
+    """A group of heads of each attention."""
+    found = discover(model)
+    owned = ownerships(model, found.attentions)
+    return found, owned, {i: a_group(each.num_heads, owned[i]) for i, each in enumerate(found.attentions)}
+
+
+def loss(model: PreTrainedModel, found: Discovery) -> tuple[list[Tensor], Tensor]:
+    """Outputs, and a random combination of them."""
+    inputs = {
+        name: value.to(model.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in cloned(found.inputs).items()
+    }
+    outputs = tensors_in(model(**inputs))
+    generator = torch.Generator().manual_seed(3)
+    total = sum((out * torch.randn(out.shape, generator=generator).to(out)).sum() for out in outputs)
+    assert isinstance(total, Tensor)
+    return outputs, total
+
+
+def runs_in_float64(model: PreTrainedModel) -> bool:
+    """Experts have no kernel for float64, and eager attention takes its softmax in float32, where masks overflow."""
+    return not hasattr(model.config, "num_experts_per_tok") and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_outputs_and_gradients_are_the_zeroed_model_s(model_type: str) -> None:
+    model = any_model(model_type)
+    found, owned, heads = one_group(model)
+    if runs_in_float64(model):
+        model = model.double()
+    tolerance = 1e-9 if model.dtype == torch.float64 else 1e-3
+    whole = copy.deepcopy(model)
+    prune_heads(model, heads)
+    got, total = loss(model, found)
+    total.backward()
+    with zeroed(whole, found, owned, heads):
+        want, total = loss(whole, found)
+        total.backward()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * (1 + float(b.abs().max())))
+    old, cut = dict(whole.named_parameters()), 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        want_grad = old[name].grad
+        assert want_grad is not None
+        scale = float(want_grad.abs().max())
+        if parameter.shape == want_grad.shape:
+            torch.testing.assert_close(parameter.grad, want_grad, rtol=0, atol=10 * tolerance * (1 + scale))
+        else:  # what is gone had no gradient
+            cut += 1
+            a, b = (grad.double().square().sum().sqrt() for grad in (parameter.grad, want_grad))
+            torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=10 * tolerance)
+    assert cut >= 4
+    untouched, _ = loss(whole, found)
+    assert any((a - b).abs().max() > 1e-4 * b.abs().max() for a, b in zip(untouched, want, strict=True))
+
+
+def test_by_path_is_by_number() -> None:
+    for model_type, path in (("opt", "model.decoder.layers.1.self_attn"), ("llama", "model.layers.1.self_attn")):
+        model = small_model(model_type)
+        _, _, heads = one_group(model)
+        by_number, by_path = (prune_heads(copy.deepcopy(model), {key: heads[1]}) for key in (np.int64(1), path))
+        assert {n: tuple(p.shape) for n, p in by_path.named_parameters()} != {
+            n: tuple(p.shape) for n, p in model.named_parameters()
+        }
+        for (name, a), (_, b) in zip(by_number.state_dict().items(), by_path.state_dict().items(), strict=True):
+            assert torch.equal(a, b), name
+        with unchanged(model), pytest.raises(ValueError, match=r"no attention has the path 'model\.nowhere'"):
+            prune_heads(model, {"model.nowhere": [0]})
+        with unchanged(model), pytest.raises(ValueError, match="named twice, by number and by path"):
+            prune_heads(model, {1: [0], path: [0]})
+
+
+def test_the_report() -> None:
+    model = prune_heads(small_model("gpt2"), {1: [0, 2]})
+    report = last_change(model)
+    assert report is not None and report.heads_before == ((4, 4), (4, 4)) and report.heads_after == ((4, 4), (2, 2))
+    assert "0,2" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({5: [0]}, "layer 5"),
+        ({0: [7]}, "head 7"),
+        ({0: [0, 0]}, "twice"),
+        ({0: [0, 1, 2, 3]}, "leave one"),
+        ({}, "no head to remove"),
+        ({True: [0]}, "True"),
+    ],
+)
+def test_what_is_not_there(heads: dict[int, list[int]], message: str) -> None:
+    model = small_model("opt")
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        prune_heads(model, heads)
+
+
+def test_a_norm_over_all_heads_is_named() -> None:
+    model = small_model("olmo2")
+    with unchanged(model), pytest.raises(ValueError, match=r"q_proj.weight: every query head depends on all of it"):
+        prune_heads(model, {0: [0, 1]})
+
+
+def test_a_bias_that_others_take_is_named() -> None:
+    model = small_model("t5")
+    with unchanged(model), pytest.raises(ValueError, match=r"relative_attention_bias.*is one for several attentions"):
+        prune_heads(model, {0: [0]})
+
+
+def test_unequal_groups() -> None:
+    model = small_model("mixtral")
+    with unchanged(model), pytest.raises(ValueError, match="remove whole groups"):
+        prune_heads(model, {0: [0]})
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: StableLmForCausalLM(StableLmConfig(**SIZES, num_key_value_heads=4, qk_layernorm=True)),
+        lambda: CohereForCausalLM(CohereConfig(**SIZES, num_key_value_heads=2, use_qk_norm=True, eos_token_id=2)),
+    ],
+    ids=["a norm module for each head", "a norm with weights for each head"],
+)
+def test_norms_per_head_go_with_their_heads(build: object) -> None:
+    torch.manual_seed(0)
+    model: PreTrainedModel = build().double().eval()  # type: ignore[operator]
+    for parameter in model.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    found, owned, heads = one_group(model)
+    whole = copy.deepcopy(model)
+    prune_heads(model, {0: heads[0]})
+    with torch.no_grad(), zeroed(whole, found, owned, {0: heads[0]}):
+        torch.testing.assert_close(loss(model, found)[0], loss(whole, found)[0], rtol=0, atol=1e-9)
+    prune_heads(model, {0: [0]} if owned[0].num_key_value_heads == 4 else {1: heads[1]})
+    loss(model, found)
+
+
+def test_hooks_modes_and_flags_stay() -> None:
+    model = small_model("gpt2").train()
+    model.transformer.h[0].attn.c_attn.weight.requires_grad = False
+    prune_heads(model, {0: [1]})
+    assert model.training and all(module.training for module in model.modules())
+    assert not model.transformer.h[0].attn.c_attn.weight.requires_grad
+    assert model.transformer.h[0].attn.c_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize(("model_type", "heads"), [("opt", [0]), ("llama", [0, 1])], ids=["found", "of the table"])
+def test_a_change_that_is_not_proven_is_undone(model_type: str, heads: list[int]) -> None:
+    """An output projection that gives something else when fewer heads come in."""
+    model = small_model(model_type)
+    layer = (model.model.decoder if model_type == "opt" else model.model).layers[0]
+    output = layer.self_attn.out_proj if model_type == "opt" else layer.self_attn.o_proj
+
+    def odd(x: Tensor) -> Tensor:
+        return nn.Linear.forward(output, x) + x.shape[-1] * torch.arange(output.out_features)
+
+    output.forward = odd
+    with unchanged(model), pytest.raises(ValueError, match=r"differs from that of the uncut model"):
+        prune_heads(model, {0: heads})
+
+
+@pytest.mark.parametrize("refit", ["output", "scale"])
+def test_a_refit_is_refused_before_anything_changes(refit: str) -> None:
+    model = small_model("opt")
+    batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
+    with unchanged(model), pytest.raises(ValueError, match=rf"refit='{refit}' is not possible for OPT"):
+        prune_heads(model, {0: [0]}, calibration=batches, refit=refit)

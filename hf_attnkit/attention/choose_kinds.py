@@ -105,7 +105,8 @@ def layer_number(model: PreTrainedModel, model_layers: list[AttentionLayer], whe
     if not found:
         known = [path for path, module in modules.items() if any(layer.module is module for layer in model_layers)]
         raise ValueError(
-            f"no attention has the path {where!r} in this {type(model).__name__}; there are: {', '.join(known)}"
+            f"layer {where!r} is no attention of this {type(model).__name__}, which has layers 0 to "
+            f"{len(model_layers) - 1}, by path: {', '.join(known)}"
         )
     return found[0]
 

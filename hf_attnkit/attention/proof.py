@@ -80,7 +80,7 @@ def prove_swap(
     modules = [layer.module for layer in layers if not layer.refusal]
     names = {id(layer.module): layer.name for layer in layers}
     with quiet(model), evaluation_mode(model):
-        inputs, seen, outputs = _swapped_run(model, modules, swapped)
+        runner, inputs, seen, outputs = _swapped_run(model, modules, swapped)
         problems: list[str] = []
 
         def compare(call: Call) -> tuple[Tensor, Any]:
@@ -94,7 +94,7 @@ def prove_swap(
             return one.output, None
 
         with known.transformers_attention(model, preferred=bases(model)), watched(modules, compare):
-            again = _run(model, inputs)
+            again = _run(runner, inputs)
     if not problems and any(seen.values()):
         late = [names[number] for number, calls in seen.items() if calls]
         problems.append(f"{', '.join(late)}: called less often by the model as Transformers runs it")
@@ -110,11 +110,11 @@ def prove_swap(
 
 def _swapped_run(
     model: PreTrainedModel, modules: Sequence[Any], swapped: Sequence[AttentionLayer]
-) -> tuple[dict[str, Any], dict[int, list[_Seen]], list[Tensor]]:
-    """The first inputs that reach all layers to be swapped, the calls they lead to, and the outputs."""
+) -> tuple[PreTrainedModel, dict[str, Any], dict[int, list[_Seen]], list[Tensor]]:
+    """What runs, the first inputs that reach all layers to be swapped, the calls they lead to, and the outputs."""
     failed: Exception | None = None
     missing: list[AttentionLayer] = []
-    for inputs in _inputs(model):
+    for runner, inputs in _inputs(model):
         seen: dict[int, list[_Seen]] = {}
 
         def note(call: Call, seen: dict[int, list[_Seen]] = seen) -> tuple[Tensor, Any]:
@@ -130,13 +130,13 @@ def _swapped_run(
 
         try:
             with watched(modules, note):
-                outputs = _run(model, inputs)
+                outputs = _run(runner, inputs)
         except Exception as error:  # whatever a model's code raises
             failed = failed or error
             continue
         missing = [layer for layer in swapped if id(layer.module) not in seen]
         if not missing:
-            return inputs, seen, outputs
+            return runner, inputs, seen, outputs
     if missing:
         raise ValueError(
             f"layers {[layer.index for layer in missing]} of {type(model).__name__} never called the attention "
@@ -151,13 +151,15 @@ def _swapped_run(
     ) from failed
 
 
-def _inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+def _inputs(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Inputs, and the model or the base model inside it, which has all attention: a head may want inputs of its own."""
     if not in_table(model) or known.probe_of(model) is not None:
-        yield known.known(model).discovery.inputs
+        yield model, known.known(model).discovery.inputs
         return
-    device = input_device(model)
-    for inputs in (*sample_inputs(model), probe_inputs(model)):
-        yield mapped(inputs, lambda tensor: tensor.to(device))
+    device, base = input_device(model), model.base_model
+    made = [(runner, inputs) for runner in dict.fromkeys((model, base)) for inputs in sample_inputs(runner)]
+    for runner, inputs in (*made, (base, probe_inputs(model))):
+        yield runner, mapped(inputs, lambda tensor: tensor.to(device))
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -51,7 +51,7 @@ def test_trained_maps_are_kept(between: str, model: PreTrainedModel, tmp_path, m
     elif between == "one layer":
         swap_attention(model, "flash", layers=[1])
     elif between == "refused":
-        monkeypatch.setattr(swap, "_prove", lambda *args: (_ for _ in ()).throw(ValueError("no")))
+        monkeypatch.setattr(swap, "prove_swap", lambda *args: (_ for _ in ()).throw(ValueError("no")))
         for name, options in (("flash", {}), ("linear", {}), ("linear", HEDGEHOG | {"window": 2})):
             with pytest.raises(ValueError, match="no"):
                 swapped(model, name, **options)

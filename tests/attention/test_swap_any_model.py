@@ -207,7 +207,7 @@ def test_paths_and_numbers() -> None:
     }  # fmt: skip
     swap_attention(by_path, "flash", layers=[path])
     assert by_path.config.hf_attnkit["layers"] == {path: ["flash", {}]}
-    with unchanged(model), pytest.raises(ValueError, match=r"no attention has the path 'model\.layers\.1'"):
+    with unchanged(model), pytest.raises(ValueError, match=r"layer 'model\.layers\.1' is no attention"):
         swap_attention(model, {"model.layers.1": "flash"})
     found = attention_backends(by_path, **inputs)
     assert found[0] == ("sdpa", "not swapped") and found[1][0] != "flash"

@@ -94,12 +94,13 @@ def load_pretrained(
     _require_attention_weights(model, info)
     if is_marked(model):
         _align(model)
+    if config._attn_implementation == NAME:
+        model.config.attn_implementation = NAME  # building consumed it; saving again needs it
     if config.model_type in FAMILIES and not is_recorded(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
-        model.config.attn_implementation = NAME  # from_pretrained consumed it; saving again needs it
         install_saved(model)
     return (model, info) if kwargs.get("output_loading_info") else model
 

@@ -121,9 +121,9 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     for config in _configs(model):
         # What the key says of removed heads stays, and what makes plain from_pretrained refuse them.
         left = {k: v for k, v in (config.__dict__.pop("hf_attnkit", None) or {}).items() if k not in ("base", "layers")}
-        if "heads" in left:
+        if left:
             config.hf_attnkit = left
-        else:
+        if "heads" not in left:
             # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
             config.__dict__.pop("attn_implementation", None)
     return model

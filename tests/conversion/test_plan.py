@@ -168,7 +168,7 @@ STALE: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: m.register_parameter("extra", nn.Parameter(torch.ones(1))),
         "added or removed, 'extra'",
     ),
-    "swap": (lambda m: swap_attention(m, "sliding_window", window=2), r"ran 'sdpa', and runs .*SlidingWindowAttention"),
+    "swap": (lambda m: swap_attention(m, "sliding_window", window=2), r"ran 'sdpa', and runs .*sliding_window"),
     "implementation": (lambda m: m.set_attn_implementation("eager"), r"ran 'sdpa', and runs 'eager'"),
     "converted": (lambda m: convert_to_gqa(m, 4), "layer 0: num_key_value_heads was 8 and is 4"),
     "numbers in the config": (

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.slow
         (
             uptrain_gqa_glue,
             (*CONVERTED, "--resume_from_checkpoint", "--learning_rate", "1e-3", "--method", "mean"),
-            r"holds another run: learning_rate was 0.01 and is 0.001; method was 'pca' and is 'mean'",
+            r"holds another run: learning_rate was 0.01 and is 0.001; method was None and is 'mean'",
         ),
         (finetune_glue, ("--resume_from_checkpoint",), r"recipe was 'uptrain_gqa_glue' and is 'finetune_glue'"),
         (

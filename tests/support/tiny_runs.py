@@ -12,13 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.commands.launch import launch_command_parser
 from support.glue_files import tiny_tokenizer, write_glue, write_test
 from support.shown_commands import ROOT, Shown
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hf_attnkit.experiment.glue.tasks import TASKS
 
@@ -146,14 +154,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_models(folder: Path) -> None:
-    """A BERT and a Llama of 24 heads, which divide by every number that the documentation asks for."""
+    """A BERT, one of MNLI's classes and a Llama, of 24 heads, which divide by every number that is asked for."""
     torch.manual_seed(0)
     common = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 24,
               "max_position_embeddings": 128, "initializer_range": 0.2}  # fmt: skip
     tokenizer, of_bytes = tiny_tokenizer(), byte_tokenizer()
+    names = TASKS["mnli"].label_names
+    classes: Any = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(of_bytes), bos_token_id=None, eos_token_id=0, **common))
     for name, model, text in (
         ("bert", BertModel(BertConfig(vocab_size=len(tokenizer), **common)), tokenizer),
+        ("mnli", BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **classes, **common)), tokenizer),
         ("llama", llama, of_bytes),
     ):
         model.save_pretrained(folder / name)
@@ -184,6 +195,8 @@ class Workplace:
 
     def model(self, name: str) -> str:
         """The tiny model in the place of one that is named."""
+        if "mnli" in name:
+            return str(self.shared / "mnli")
         like_llama = re.search("llama|smol", name, re.IGNORECASE) or name in MODEL_WORDS
         return str(self.shared / ("llama" if like_llama else "bert"))
 

@@ -128,6 +128,7 @@ print(hashlib.sha256(json.dumps(rows).encode()).hexdigest(), result["accuracy"])
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_data_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = GlueMetric("cola")

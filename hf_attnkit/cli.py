@@ -106,7 +106,7 @@ def _report(name: str) -> str:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise OSError(f"the config of {name!r} cannot be read; give a model's folder or hub name: {error}") from error
-    saved = getattr(config, "hf_attnkit", None) or {"base": None, "layers": {}}
+    saved = {"base": None, "layers": {}} | (getattr(config, "hf_attnkit", None) or {})
     for field in ("hf_attnkit", "attn_implementation"):  # the stock modules have the same heads
         config.__dict__.pop(field, None)
     model = skeleton(config)

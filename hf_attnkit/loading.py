@@ -94,6 +94,8 @@ def load_pretrained(
     _require_attention_weights(model, info)
     if is_marked(model):
         _align(model)
+    if config._attn_implementation == NAME:
+        model.config.attn_implementation = NAME  # building consumed it; saving again needs it
     if in_table(model) and not is_recorded(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]

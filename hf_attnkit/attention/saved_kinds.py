@@ -40,7 +40,7 @@ def clear(config: PreTrainedConfig) -> None:
     left = {name: value for name, value in found.items() if name not in ("base", "layers")}
     if "heads" in left:
         setattr(config, KEY, left)
-    else:
+    if not left.get("heads"):
         # Plain from_pretrained consumes this key, so a model that it loaded does not have it.
         config.__dict__.pop("attn_implementation", None)
 

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_grouping
-from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, PARAMETERS, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Stock
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.attributes import set_attributes
-from hf_attnkit.models.config_heads import WITHOUT_HEADS, write_heads
+from hf_attnkit.models.config_heads import WITHOUT_HEADS, is_rebuilt_by_stock, write_heads
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
 
 
@@ -199,3 +199,15 @@ def _write(
         config.__dict__.pop(WITHOUT_HEADS, None)
         if indices := sorted(empty):
             setattr(config, WITHOUT_HEADS, indices)
+    _name_what_loads_it(config)
+
+
+def _name_what_loads_it(config: PreTrainedConfig) -> None:
+    """Let plain `from_pretrained` refuse by our name what it cannot build; its own message is one of sizes."""
+    if "layers" in (getattr(config, "hf_attnkit", None) or {}):
+        return  # swapped: refused already
+    if is_rebuilt_by_stock(config):
+        if config.__dict__.get("attn_implementation") == NAME:
+            del config.attn_implementation
+    else:
+        config.attn_implementation = NAME

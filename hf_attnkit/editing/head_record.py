@@ -63,7 +63,7 @@ def is_recorded(model: PreTrainedModel) -> bool:
 
 def is_marked(model: PreTrainedModel) -> bool:
     """Whether heads of the model, or of a part of it, were changed by what they own, recorded or not."""
-    return any("version" in (getattr(config, KEY, None) or {}) for config in configs_in(model.config))
+    return any("heads" in (getattr(config, KEY, None) or {}) for config in configs_in(model.config))
 
 
 def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo) -> None:
@@ -149,7 +149,7 @@ def build_by_stock(config: PreTrainedConfig) -> None:
         for name, (stock, _) in own.get("config", {}).items():
             setattr(each, name, stock)
     swapped = any("layers" in (getattr(each, KEY, None) or {}) for each in found)
-    if any(heads) and not swapped:
+    if not swapped:
         for each in found:
             if each._attn_implementation == NAME:
                 each._attn_implementation_internal = None

@@ -46,7 +46,7 @@ def into_stock_fields(
         for name, value in fields.get(id(old), {}).items():
             cut.steps.set(old, name, value)
         if KEY in old.__dict__:
-            cut.steps.set(old, KEY, {"version": VERSION})
+            cut.steps.set(old, KEY, {"version": VERSION, "heads": {}})
         if old.__dict__.get("attn_implementation") == NAME:
             cut.steps.drop(old, "attn_implementation")
     return True

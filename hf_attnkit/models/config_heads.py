@@ -112,6 +112,16 @@ def write_heads(config: PreTrainedConfig, heads: Sequence[tuple[int, int]], head
     expect_global_reads()
 
 
+def is_rebuilt_by_stock(config: PreTrainedConfig) -> bool:
+    """Whether Transformers' own class builds a model with the numbers of heads that `write_heads` wrote."""
+    family = FAMILIES[config.model_type]
+    saved = config.to_dict().get("per_layer_config") or {}
+    if any("num_attention_heads" in layer for layer in saved.values()):
+        return False
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return family.has_key_value_heads or bool(num_key_value_heads == config.num_attention_heads)
+
+
 def _other_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]]:
     """What `per_layer_config` says about other things than heads."""
     saved = config.to_dict().get("per_layer_config") or {}

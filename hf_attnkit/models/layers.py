@@ -175,7 +175,7 @@ def in_table(model: PreTrainedModel) -> bool:
     """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
     config = getattr(model, "config", None)
     # Recorded numbers of heads are of modules that the table does not know to cut.
-    recorded = "heads" in (getattr(config, "hf_attnkit", None) or {})
+    recorded = bool((getattr(config, "hf_attnkit", None) or {}).get("heads"))
     known_type = getattr(config, "model_type", None) in FAMILIES
     return known_type and not recorded and not getattr(config, "add_cross_attention", False)
 

@@ -146,7 +146,8 @@ def test_what_is_saved(family: str, tmp_path: Path) -> None:
         "1": {"num_attention_heads": 3, "num_key_value_heads": 3},
     }
     added = {"head_dim", "num_key_value_heads", "per_layer_config", "allow_global_per_layer_attribute_access"}
-    assert saved.keys() - stock.keys() <= added
+    assert saved.keys() - stock.keys() <= added | {"attn_implementation"}
+    assert saved["attn_implementation"] == "hf_attnkit"  # by which plain Transformers refuses it
     assert all(saved[key] == value for key, value in stock.items())
 
 

@@ -22,6 +22,7 @@ from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
+from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
@@ -211,7 +212,7 @@ def _parts_of_the_table(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The model, or the models inside it, whose configs say their numbers of heads by the table of families."""
     found: dict[int, PreTrainedModel] = {}
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and id(part.config) not in found and in_table(part):
+        if isinstance(part, PreTrainedModel) and id(part.config) not in found and cut_by_table(part):
             found[id(part.config)] = part
     return list(found.values())
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.conversion.convert_any import convert_discovered
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
-from hf_attnkit.editing.in_table import in_table
+from hf_attnkit.editing.in_table import cut_by_table
 
 
 def convert_to_gqa(
@@ -68,7 +68,7 @@ def convert_to_gqa(
             unsupported, quantized, PEFT-wrapped or weightless model, or shared projections. The model is then
             unchanged.
     """
-    if not in_table(model):
+    if not cut_by_table(model):
         for name, given, default in (
             ("calibration", calibration, None),
             ("refit", refit if refit not in (False, "none") else None, None),

@@ -18,7 +18,7 @@ from hf_attnkit.conversion.statistics import Statistics, statistics_of
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
 from hf_attnkit.editing.change import Change
 from hf_attnkit.editing.fingerprint import Fingerprint
-from hf_attnkit.editing.in_table import in_table
+from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.cache_size import cache_bytes
@@ -125,7 +125,7 @@ def plan_gqa(
         TypeError, ValueError: as `convert_to_gqa`.
     """
     layers = editable_layers(model)
-    if not in_table(model):
+    if not cut_by_table(model):
         raise ValueError(
             f"no plan can be made for {type(model).__name__}, whose heads are found by running it: call convert_to_gqa"
         )

@@ -16,7 +16,7 @@ from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 
 
-def in_table(model: PreTrainedModel) -> bool:
+def cut_by_table(model: PreTrainedModel) -> bool:
     """Whether the table of families knows all that belongs to the model's heads."""
     if not isinstance(model, PreTrainedModel):
         return True  # which refuses it

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.editing.change import Change
-from hf_attnkit.editing.in_table import by_number, in_table, proof_of_removal
+from hf_attnkit.editing.in_table import by_number, cut_by_table, proof_of_removal
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
 from hf_attnkit.models.cache_size import cache_bytes_per_token
@@ -83,7 +83,7 @@ def prune_heads(
         )
     if word == "none" and calibration is not None:
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
-    if not in_table(model):
+    if not cut_by_table(model):
         if word != "none":
             raise ValueError(
                 f"refit={word!r} is not possible for {type(model).__name__}: its layers are not walked one by one; "

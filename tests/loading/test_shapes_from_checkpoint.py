@@ -67,12 +67,12 @@ def test_the_record(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["attn_implementation"] == "hf_attnkit" and config["n_head"] == 4
     record = config["hf_attnkit"]
-    assert record["version"] == 1 and list(record["heads"]["layers"]) == ["transformer.h.1.attn"]
+    assert record["version"] == 2 and list(record["heads"]["layers"]) == ["transformer.h.1.attn"]
     layer = record["heads"]["layers"]["transformer.h.1.attn"]
     assert layer["heads"] == [3, 3] and layer["numbers"]["num_heads"] == 3
     config["hf_attnkit"]["version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="version 99, and this hf_attnkit knows up to 1"):
+    with pytest.raises(ValueError, match="version 99, and this hf_attnkit knows up to 2"):
         load_pretrained(tmp_path)
 
 
@@ -104,7 +104,9 @@ def test_one_number_for_all_layers_needs_no_package(tmp_path: Path) -> None:
     """Where Transformers' own fields can say it, its own classes load it, and the record is not needed."""
     for change in (cut, lambda model: convert_to_gqa(model, 1)):
         model = change(small_model("mixtral"))
-        assert model.config.hf_attnkit == {"version": 1} and not hasattr(model.config, "attn_implementation")
+        assert model.config.hf_attnkit == {"version": 2, "heads": {}} and not hasattr(
+            model.config, "attn_implementation"
+        )
         model.save_pretrained(tmp_path, safe_serialization=True)
         assert_same(type(model).from_pretrained(tmp_path).eval(), model)
 

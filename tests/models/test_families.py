@@ -258,22 +258,6 @@ def test_a_part_of_a_model_is_refused(family: str) -> None:
         swap_attention(part, "gqa")
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda model: head_importance(model, [batch(model)], method="entropy"),
-        lambda model: head_importance(model, method="magnitude"),
-    ],
-    ids=["entropy", "magnitude"],
-)
-@pytest.mark.parametrize("family", FIXED)
-def test_heads_that_cannot_be_edited_are_refused(family: str, call: Any) -> None:
-    model = build(family)
-    reason = "fused projection" if family.startswith("gpt") else "encoder-decoder's config"
-    with unchanged(model), pytest.raises(ValueError, match=f"'{family}' models .*{reason}.*can be swapped"):
-        call(model)
-
-
 @every_editable
 @pytest.mark.parametrize("number", [1, 2])
 def test_conversion_equals_repeated_means(family: str, number: int) -> None:

@@ -107,13 +107,6 @@ def test_attributes_that_disagree_with_the_weights(change: Callable) -> None:
         change(model)
 
 
-@pytest.mark.parametrize("change", [EDITS["gqa"], EDITS["mqa"], EDITS["prune"]], ids=["gqa", "mqa", "prune"])
-def test_cross_attention(change: Callable) -> None:
-    model = build("bert", "causal", add_cross_attention=True)
-    with unchanged(model), pytest.raises(ValueError, match=r"cross-attention .*load the model without it"):
-        change(model)
-
-
 @pytest.mark.parametrize("layers", [[], [0]], ids=["stock", "one layer swapped"])
 @pytest.mark.parametrize("change", ["gqa", "mqa"])
 def test_eager_bert_cannot_be_grouped(change: str, layers: list[int]) -> None:

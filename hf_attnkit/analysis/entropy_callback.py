@@ -22,7 +22,7 @@ from hf_attnkit.common.checks import fraction, integer
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.importance.methods.entropy import entropy_sums
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.observing.attention_calls import has_softmax, visible_attention
+from hf_attnkit.observing.attention_calls import has_softmax, require_visible, visible_attention
 from hf_attnkit.observing.batches import LABELS, spare_options
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class AttentionEntropyCallback(TrainerCallback):
         trainer = _calling_trainer()
         wrapped = trainer.model_wrapped
         model = core_model(wrapped)
-        self._layers = [layer for layer in attention_layers(model, adapters=True) if has_softmax(layer.module)]
+        layers = attention_layers(model, adapters=True)
+        require_visible(model, layers)
+        self._layers = [layer for layer in layers if has_softmax(layer.module)]
         if not self._layers:
             raise ValueError(
                 f"every layer of {type(model).__name__} runs linear attention, which has no attention weights and so "

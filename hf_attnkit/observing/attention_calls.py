@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,16 @@ from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.batches import run_batches
 
 
+def require_visible(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
+    """Raise `ValueError` for a layer whose attention calls cannot be looked at."""
+    refusals = [layer for layer in layers if layer.refusal]
+    if refusals:
+        raise ValueError(
+            f"{refusals[0].name} of {type(model).__name__} cannot be looked at: {refusals[0].refusal}; take a method "
+            "that needs the heads' outputs only, such as 'contribution'"
+        )
+
+
 @contextmanager
 def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
     """Within the context, every attention call of the model goes through `hf_attnkit`; each layer runs what it ran.
@@ -30,12 +40,7 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     """
     layers = attention_layers(model, adapters=adapters)
     require_consistent(model, layers)
-    refusals = [layer for layer in layers if layer.refusal]
-    if refusals:
-        raise ValueError(
-            f"{refusals[0].name} of {type(model).__name__} cannot be looked at: {refusals[0].refusal}; take a method "
-            "that needs the heads' outputs only, such as 'contribution'"
-        )
+    require_visible(model, layers)
     stock = [layer for layer in layers if not hasattr(layer.module, ATTRIBUTE)]
     if not stock:
         yield

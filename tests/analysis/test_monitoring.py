@@ -14,7 +14,14 @@ from peft import LoraConfig, get_peft_model
 from support.models import batch, build
 from support.unchanged import unchanged
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_attnkit import AttentionEntropyCallback, head_importance, swap_attention
 from hf_attnkit.analysis.entropy_callback import core_model
@@ -283,7 +290,7 @@ def test_no_trainer() -> None:
         AttentionEntropyCallback().on_train_begin(None, None, None)
 
 
-@pytest.mark.parametrize("change", ["linear", "unsupported"])
+@pytest.mark.parametrize("change", ["linear", "bypassing"])
 def test_models_without_attention_weights(change: str, tmp_path: Path) -> None:
     """Refused before the first step, the model unchanged."""
     model = build("bert", "sequence")
@@ -291,10 +298,11 @@ def test_models_without_attention_weights(change: str, tmp_path: Path) -> None:
     if change == "linear":
         swap_attention(model, "linear")
     else:
-        model.config.model_type = "deberta"
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 32}
+        model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=model.config.vocab_size, **sizes))
     run = trainer(model, tmp_path, [AttentionEntropyCallback()], rows)
-    message = "every layer .* runs linear attention" if change == "linear" else "'deberta' .* are not supported"
-    with unchanged(model.bert), pytest.raises(ValueError, match=message):
+    message = "every layer .* runs linear attention" if change == "linear" else "it never calls Transformers' attention"
+    with unchanged(model.base_model), pytest.raises(ValueError, match=message):
         run.train()
     assert run.state.global_step == 0
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.kind import PARAMETERS
 from hf_attnkit.editing.head_record import is_recorded
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.models.attention import Attention
@@ -34,7 +35,7 @@ def norms_per_head(layer: AttentionLayer) -> list[str]:
     projections = {id(m) for part in (layer.query, layer.key, layer.value, layer.output) for m in part.modules()}
     found = []
     for path, module in layer.module.named_modules():
-        if id(module) in projections:
+        if id(module) in projections or path.startswith(PARAMETERS):  # what a swap brought is no part of the model
             continue
         in_list = any(part.isdecimal() for part in path.split("."))
         for name, parameter in module.named_parameters(recurse=False):

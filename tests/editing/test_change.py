@@ -37,7 +37,8 @@ def test_only_numbers_of_heads_are_written(family: str) -> None:
         pass
     assert (model.config.note, module.note) == ("set after the change was computed", "this too")
     numbers = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_heads", "num_heads", "num_key_value_groups",
-               "all_head_size", "_heterogeneity_spec", "allow_global_per_layer_attribute_access"}  # fmt: skip
+               "all_head_size", "_heterogeneity_spec", "allow_global_per_layer_attribute_access",
+               "attn_implementation"}  # fmt: skip
     for owner, before in zip((model.config, module), states, strict=True):
         written = {
             name

@@ -147,7 +147,7 @@ def install_saved(model: PreTrainedModel) -> None:
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
     """Name of what a layer runs as the config says: a kind, or one of Transformers' own implementations."""
-    model_layers = attention_layers(model)
+    model_layers = attention_layers(model, adapters=True)  # only looked at
     kind = saved_kinds.read(model, model_layers).get(index)
     return base_of(model, model_layers[index]) if kind is None else kind.name
 

@@ -1,5 +1,6 @@
 """Settings for all tests: one thread (the machine is shared), no hub, quiet Transformers; and what `slow` means."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if slow.runs_a_recipe(item):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    # Modules and collected tests stay to the end: the collector need not walk through a million of their objects again.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

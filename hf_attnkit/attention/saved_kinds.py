@@ -104,6 +104,9 @@ def unmark_wholes(model: PreTrainedModel) -> None:
 
 def wholes(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that this one is a part of, with a config of its own inside theirs; a part does not know its whole."""
+    holders = (each for each in gc.get_referrers(model) if type(each) is dict and "__name__" not in each)
+    if not any(holders):  # no module's table of submodules, nor any other: there is no whole to look for
+        return []
     found = []
     for each in gc.get_objects():
         if issubclass(type(each), PreTrainedModel) and each is not model and "config" in vars(each):

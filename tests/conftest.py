@@ -27,9 +27,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if slow.runs_a_recipe(item):
-            item.add_marker(pytest.mark.slow)
+    slow.mark(items)
 
 
 def pytest_collection_finish() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.slow import FEW_STEPS, only_if_slow, runs_a_recipe
+from support.slow import FEW_CASES, FEW_STEPS, mark, only_if_slow, runs_a_recipe
 from torch import nn, zeros
 from transformers import Trainer, TrainingArguments
 
@@ -51,6 +51,18 @@ def test_with_the_mark_both_run(tmp_path: Path) -> None:
 def test_what_takes_a_recipes_checkpoint_is_marked(request: pytest.FixtureRequest) -> None:
     assert not runs_a_recipe(request.node)
     assert runs_a_recipe(SimpleNamespace(fixturenames=["tmp_path", "text_checkpoint"]))
+
+
+@pytest.mark.parametrize("number", [FEW_CASES, 100])
+def test_of_many_cases_few_are_fast(number: int) -> None:
+    marked: list[list[int]] = []
+    for _ in range(2):
+        marked.append([])
+        mark([
+            SimpleNamespace(nodeid=f"tests/test_a.py::test_b[{case}-[]]", add_marker=lambda _, case=case:
+                            marked[-1].append(case)) for case in range(number)
+        ])  # fmt: skip
+    assert marked[0] == marked[1] and len(set(marked[0])) == number - FEW_CASES
 
 
 def functions(path: Path) -> list[tuple[ast.FunctionDef, bool]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from support.every_type import small_model
 from support.unchanged import unchanged
+from support.windows import windows
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -34,7 +33,7 @@ from hf_attnkit import (
 from hf_attnkit.attention import proof
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.models import known
-from hf_attnkit.models.interface import Call, watched
+from hf_attnkit.models.interface import Call
 from hf_attnkit.models.layers import attention_layers
 
 TYPES = ("clip", "whisper", "llava", "mixtral", "gemma2", "gpt_oss", "modernbert", "albert", "opt", "gpt_neox")
@@ -86,35 +85,6 @@ def run(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     if mask is not None and found.dim() == 3 and found.shape[:2] == mask.shape:
         found = found[mask.bool()]
     return found.double()
-
-
-@contextmanager
-def windows(model: PreTrainedModel, window: int) -> Iterator[None]:
-    """Transformers' own attention, with a band in its masks; made here, from the distances alone."""
-    modules = [layer.module for layer in attention_layers(model)]
-
-    def banded(call: Call) -> tuple[Tensor, Any]:
-        queries, keys = call.query.shape[2], call.key.shape[2]
-        if queries != keys:
-            return call.run()
-        at = torch.arange(keys)
-        band = (at[:, None] - at).abs() < window
-        if call.mask is None:
-            flag = call.keywords.get("is_causal")
-            flag = call.module.is_causal if flag is None else flag
-            call.mask = torch.zeros(1, 1, keys, keys, dtype=call.query.dtype)
-            if flag:
-                call.mask = call.mask.masked_fill(at[:, None] < at, torch.finfo(call.query.dtype).min)
-            call.keywords["is_causal"] = False
-        lowest = torch.finfo(call.query.dtype).min
-        if call.mask.dtype == torch.bool:
-            call.mask = call.mask & band
-        else:
-            call.mask = call.mask.to(call.query.dtype).masked_fill(~band, lowest)
-        return call.run()
-
-    with watched(modules, banded):
-        yield
 
 
 def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:

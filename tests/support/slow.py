@@ -2,16 +2,18 @@
 
 A test is slow by what it does, not by a clock, which a busy machine would decide: it starts Python processes, trains
 for more than a few steps, or runs a recipe on a checkpoint of its own. The first two are watched here, so that a test
-that does them without the mark fails and says so; the third gets the mark by itself. What repeats the same over many
-cases, or takes long for another reason, is marked by hand.
+that does them without the mark fails and says so; the third gets the mark by itself, and so do the cases of a test
+beyond the first few, drawn by the test's name. What takes long for another reason is marked by hand.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +21,21 @@ import pytest
 from transformers import Trainer
 
 FEW_STEPS = 8
+FEW_CASES = 16
 # The fixtures that hold a recipe's model; test_documented_commands.py runs each recipe once, quickly.
 OF_RECIPES = ("checkpoint", "text_checkpoint")
 _now: list[pytest.Item] = []
+
+
+def mark(items: Sequence[pytest.Item]) -> None:
+    """Give the mark to what runs a recipe, and to cases beyond the first few, the same ones in every run."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for name, alike in cases.items():
+        more = random.Random(name).sample(alike, max(len(alike) - FEW_CASES, 0))
+        for item in [*more, *filter(runs_a_recipe, alike)]:
+            item.add_marker(pytest.mark.slow)
 
 
 def runs_a_recipe(item: pytest.Item) -> bool:

@@ -1,0 +1,135 @@
+"""What can be done with a model, each tried through the public function and compared with something simpler.
+
+A refusal (`ValueError`) is an answer; a wrong result, or another error, fails.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from support.cutting import a_group, zeroed_outputs
+from support.windows import windows
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_attnkit import (
+    convert_to_gqa,
+    head_importance,
+    load_pretrained,
+    prune_heads,
+    restore_attention,
+    swap_attention,
+)
+from hf_attnkit.models.discovery import Discovery, discover, run_outputs
+from hf_attnkit.models.ownership import ownerships
+
+Inputs = Mapping[str, Any]
+
+
+def served(model: PreTrainedModel) -> str:
+    """The names of `CAPABILITIES` that the model has, separated by spaces."""
+    found = discover(model)
+    names = []
+    for name, attempt in CAPABILITIES.items():
+        copied = copy.deepcopy(model)
+        try:
+            attempt(copied, model, found)
+        except ValueError:
+            continue
+        names.append(name)
+    return " ".join(names)
+
+
+def _outputs(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
+    """Without what is put out at padding."""
+    with torch.no_grad():
+        return _real(run_outputs(model, inputs), inputs)
+
+
+def _real(outputs: list[Tensor], inputs: Inputs) -> list[Tensor]:
+    mask = inputs.get("attention_mask")
+    return [each[mask.bool()] if mask is not None and each.shape[:2] == mask.shape else each for each in outputs]
+
+
+def _assert_close(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * (1 + float(b.nan_to_num().abs().max())), equal_nan=True)
+
+
+def _assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
+    assert len(got) == len(want)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, want, strict=True))
+
+
+def _swap(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    """An exact kind gives what the model gives, and leaves no trace."""
+    stock = _outputs(model, found.inputs)
+    swap_attention(copied, "flash")
+    _assert_close(_outputs(copied, found.inputs), stock)
+    restore_attention(copied)
+    _assert_equal(_outputs(copied, found.inputs), stock)
+
+
+def _window(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    """A window gives what the model's own attention gives under a band in its mask."""
+    with windows(model, 4):
+        banded = _outputs(model, found.inputs)
+    swap_attention(copied, "sliding_window", window=4)
+    _assert_close(_outputs(copied, found.inputs), banded)
+
+
+def _entropy(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    _assert_scores(head_importance(copied, [found.inputs], method="entropy"), found)
+
+
+def _contribution(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    _assert_scores(head_importance(copied, [found.inputs], method="contribution"), found)
+
+
+def _assert_scores(scores: Tensor, found: Discovery) -> None:
+    heads = [each.num_heads for each in found.attentions]
+    assert scores.shape == (len(heads), max(heads))
+    assert sorted(int(row.isfinite().sum()) for row in scores) == sorted(heads)
+
+
+def _prune(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    """Without a group of heads the model is the whole one with zeros in their place, also when saved and loaded."""
+    owned = ownerships(model, found.attentions)
+    index = next((i for i, own in enumerate(owned) if not own.problem and found.attentions[i].num_heads > 1), 0)
+    attention, own = found.attentions[index], owned[index]
+    group = a_group(attention.num_heads, own)
+    prune_heads(copied, {attention.path: group})
+    want = zeroed_outputs(model, found, owned, {index: group})
+    got = _outputs(copied, found.inputs)
+    _assert_close(got, _real(want, found.inputs))
+    _assert_reloads(copied, found.inputs, got)
+
+
+def _convert(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    """With half of its key/value heads the model is smaller, and the same when saved and loaded."""
+    convert_to_gqa(copied, budget=0.5)
+    got = _outputs(copied, found.inputs)
+    assert copied.num_parameters() < model.num_parameters()
+    _assert_reloads(copied, found.inputs, got)
+
+
+def _assert_reloads(model: PreTrainedModel, inputs: Inputs, want: list[Tensor]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = load_pretrained(folder, type(model)).eval()
+    assert type(again) is type(model)
+    _assert_equal(_outputs(again, inputs), want)
+
+
+CAPABILITIES: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Discovery], None]] = {
+    "swap": _swap,
+    "window": _window,
+    "entropy": _entropy,
+    "contribution": _contribution,
+    "prune": _prune,
+    "convert": _convert,
+}

@@ -56,6 +56,11 @@ def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Call
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         if module is layer.module:
+            if mask.softcap is not None or mask.sinks is not None:
+                raise ValueError(
+                    f"layer {layer.index}: its scores are capped or its softmax has learned sinks, so queries cannot "
+                    "be fitted; give refit='output'"
+                )
             calls.append((query, key, mask, scaling))
 
     def run(walk: Walk) -> Attended:

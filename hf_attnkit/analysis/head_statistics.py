@@ -9,8 +9,8 @@ query i with attention p_i = softmax(s_i) over the keys j that it may see:
     distance    sum_j p_ij |i - j|               redundancy  sum_j min(p_ij of one head, p_ij of another)
     previous    p_i,i-1      next  p_i,i+1
 
-A learned sink (gpt-oss) is one more key: its weight and those of the tokens sum to one. It has no place in the sequence,
-so distance is a mean over the tokens, with weights that sum to one without it. It is no token that a share counts.
+A learned sink (gpt-oss) is one more key: its weight and those of the tokens sum to one. It has no place in the
+sequence, so distance is a mean over the tokens, with weights that sum to one without it, and no share counts it.
 
 Each is a mean over queries. Heads are compared on the same query, so the attention of all heads of one layer is in
 memory for one block of queries at a time: at most `BLOCK_NUMBERS` numbers, never a whole matrix.

@@ -1,4 +1,4 @@
-"""Measures of attention whose scores are capped (Gemma 2) or whose softmax has sinks (gpt-oss), against float64 matrices.
+"""Measures of attention with capped scores (Gemma 2) or sinks in its softmax (gpt-oss), against float64 matrices.
 
 A sink is one more key: with its weight, those of the keys sum to one.
 """

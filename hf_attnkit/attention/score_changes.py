@@ -36,25 +36,23 @@ def as_stock_applies(
         ValueError: if what it computes is none of the combinations.
     """
     generator = torch.Generator().manual_seed(0)
-    few = [
+    q, k, v = (
         torch.randn(1, part.shape[1], 3, part.shape[3], generator=generator).double().to(query.device)
         for part in (query, key, value)
-    ]
+    )
     scaling = query.shape[-1] ** -0.5 * 3  # scores large enough for a bound to show, and for no key to win alone
     given = {"softcap": mask.softcap, "s_aux": mask.sinks}
     keywords = {name: found for name, found in given.items() if found is not None}
-    theirs = function(module, *few, None, scaling=scaling, dropout=0.0, is_causal=False, **keywords)[0]
+    theirs = function(module, q, k, v, None, scaling=scaling, dropout=0.0, is_causal=False, **keywords)[0]
     everything = Mask.aligned(3, 3, is_causal=False, device=query.device)
     off: dict[float, Mask] = {}
     for softcap in {mask.softcap, None}:
         for sinks in [mask.sinks, None][: 1 if mask.sinks is None else 2]:
-            ours, _ = capped.attention(
-                *few, dataclasses.replace(everything, softcap=softcap, sinks=sinks), scaling=scaling
-            )
-            found = dataclasses.replace(mask, softcap=softcap, sinks=sinks)
+            tried, found = (dataclasses.replace(each, softcap=softcap, sinks=sinks) for each in (everything, mask))
+            ours, _ = capped.attention(q, k, v, tried, scaling=scaling)
             off.setdefault(float((ours.transpose(1, 2) - theirs).abs().max()), found)
     least = min(off)
-    if not least <= BOUND * float(few[2].abs().max()):
+    if not least <= BOUND * float(v.abs().max()):
         raise ValueError(
             f"{type(module).__name__} passes {', '.join(keywords)}, and what its attention function makes of that is "
             "neither a bound of the scores nor a sink, so what it attends to is not known; take a score of the heads' "

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.alone import Alone
-from hf_attnkit.editing.cut_parameters import cut_parameters
-from hf_attnkit.editing.cut_plan import CutPlan, plan_cut, require_own_parameters, uniform_configs
+from hf_attnkit.editing.cut_parameters import cut_parameters, cut_shared
+from hf_attnkit.editing.cut_plan import CutPlan, plan_cut, require_own_parameters, require_same_heads, uniform_configs
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.undo import Undo
@@ -90,6 +90,7 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     Raises:
         ValueError: as `cut_heads`, but for what its arguments say.
     """
+    require_same_heads(plans, discovery.attentions)
     uniform = uniform_configs(plans, discovery.attentions)
     gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
     paths = {p.attention.index: p.owned.output for p in plans}
@@ -100,6 +101,7 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     before = [_Uncut(model, alike) for alike in groups.values()]
     for uncut in before:
         uncut.cut(cut.steps)
+    cut_shared(model, plans, cut.steps)
     for uncut in before:
         _settle(model, uncut, uniform, cut)
     if problem := zeroed.difference():
@@ -141,7 +143,7 @@ def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHe
 
     def works() -> str:
         with quiet(model):
-            return uncut.alone.difference(uncut.want)
+            return uncut.alone.difference(uncut.want, first.heads)
 
     try:
         chosen = settle(found, cut.steps, works)

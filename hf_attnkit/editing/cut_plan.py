@@ -79,6 +79,7 @@ def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
         path = plan.attention.path
         targets = [f"{path}.{name}" for name in plan.owned.owned]
         targets += [] if plan.owned.output is None else [f"{plan.owned.output}.weight"]
+        targets += [] if plan.attention.bias is None else list(plan.attention.bias.rows)
         for target in targets:
             owner, _, leaf = target.rpartition(".")
             module = model.get_submodule(owner)
@@ -93,6 +94,22 @@ def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
                     f"{target} is shared with {', '.join(name for name in sharing if name != target)}, which would be "
                     "changed too; give each its own copy first"
                 )
+
+
+def require_same_heads(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> None:
+    """Raise `ValueError` where attentions that take one bias, head by head, would lose different heads."""
+    kept = {plan.attention.index: plan.heads for plan in plans}
+    for plan in plans:
+        bias = plan.attention.bias
+        if bias is None or bias.problem:
+            continue
+        if any(kept.get(user, tuple(range(plan.attention.num_heads))) != plan.heads for user in bias.users):
+            gone = [head for head in range(plan.attention.num_heads) if head not in plan.heads]
+            others = ", ".join(attentions[user].path for user in bias.users)
+            raise ValueError(
+                f"{plan.attention.path}: {bias.name} makes a bias of the scores for each head, which is one for "
+                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, gone)}"
+            )
 
 
 def uniform_configs(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> set[int]:

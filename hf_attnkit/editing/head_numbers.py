@@ -87,7 +87,9 @@ def candidates(places: Iterable[Place], numbers: Mapping[str, tuple[int, int]]) 
             continue
         likely = sorted(meant, key=lambda what: _unlikely(name, what))
         values = [numbers[what][1] for what in likely]
-        values.insert(0 if _is_other(name) else len(values), value)
+        # One whose name says something else keeps its value if it can: few tokens need not show what it changes.
+        stays = _is_other(name) or all(_unlikely(name, what) for what in meant)
+        values.insert(0 if stays else len(values), value)
         found.append(((owner, name), list(dict.fromkeys(values))))
     return found
 

@@ -94,7 +94,9 @@ class Zeroed:
             zero[attention.index] = keep
             signs = torch.randint(0, 2, (attention.num_heads, attention.value_head_dim), generator=generator) * 2 - 1
             eps = torch.finfo(next(attention.module.parameters()).dtype).eps
-            rounded[attention.index] = keep[:, None] * (1 + eps * signs)
+            rounded[attention.index] = keep[:, None] * (
+                1 + eps * signs.double()
+            )  # float32 has no 1 + float64's epsilon
         with quiet(model):
             with heads_changed(model, attentions, zero, outputs):
                 self._want = run_outputs(model, inputs)

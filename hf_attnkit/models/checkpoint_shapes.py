@@ -91,6 +91,13 @@ def require_reloadable(model: PreTrainedModel, paths: Sequence[str]) -> None:
         )
 
 
+def sizes_of(module: nn.Module) -> tuple[str, str]:
+    """What the module calls the sizes of its weight."""
+    if isinstance(module, nn.Embedding):
+        return "num_embeddings", "embedding_dim"
+    return ("nx", "nf") if isinstance(module, Conv1D) else ("out_features", "in_features")
+
+
 def resize(model: nn.Module, paths: Iterable[str], shapes: Shapes) -> None:
     """Make the still empty parameters and buffers in these modules as small as these shapes say.
 
@@ -122,7 +129,7 @@ def resize(model: nn.Module, paths: Iterable[str], shapes: Shapes) -> None:
         else:
             owner._buffers[leaf] = new
         if leaf == "weight":
-            names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
+            names = sizes_of(owner)
             for each, size in zip(names, shape, strict=False):
                 if type(vars(owner).get(each)) is int:
                     setattr(owner, each, size)

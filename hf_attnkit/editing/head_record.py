@@ -21,7 +21,7 @@ refuse the checkpoint by that name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,16 +29,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import NAME
 from hf_attnkit.editing.undo import Undo
+from hf_attnkit.models.whole import configs_in, saved_with
 
 KEY, VERSION = "hf_attnkit", 2
-
-
-def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside it, which are saved with it."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from configs_in(value)
 
 
 def record_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -87,6 +80,9 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
                 break
     if layers and getattr(model.config, "attn_implementation", None) != NAME:
         undo.set(model.config, "attn_implementation", NAME)
+    path, whole = saved_with(model)
+    if not any(config is model.config for config in configs_in(whole.config)):  # a copy, which is saved nowhere
+        record(whole, {f"{path}.{name}": _inside(layer, f"{path}.") for name, layer in layers.items()}, undo)
 
 
 def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:

@@ -14,10 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.conversion.convert_any import convert_discovered
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
-from hf_attnkit.editing.in_table import cut_by_table
 
 
 def convert_to_gqa(
@@ -68,22 +66,6 @@ def convert_to_gqa(
             unsupported, quantized, PEFT-wrapped or weightless model, or shared projections. The model is then
             unchanged.
     """
-    if not cut_by_table(model):
-        for name, given, default in (
-            ("calibration", calibration, None),
-            ("refit", refit if refit not in (False, "none") else None, None),
-            ("grouping", grouping, "adjacent"),
-            ("uniform", uniform, True),
-        ):
-            if given is not default and given != default:
-                raise ValueError(
-                    f"{name}={given if isinstance(given, (str, bool)) else '...'} is not possible for "
-                    f"{type(model).__name__}, whose heads are found by running it and merged by their weights alone; "
-                    "leave it out"
-                )
-        if budget is not None and num_key_value_heads is not None:
-            raise ValueError("give num_key_value_heads or budget, not both")
-        return convert_discovered(model, num_key_value_heads, method, key_method, budget)
     return plan_gqa(
         model,
         num_key_value_heads,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
@@ -16,25 +17,8 @@ from hf_attnkit.models.attributes import head_attributes
 from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
 from hf_attnkit.models.families import FAMILIES, Family, Stack, family_of, require_plain
 from hf_attnkit.models.owners import Ownership
-
-
-@dataclass(frozen=True)
-class Rope:
-    """How a layer's keys are rotated between projection and product.
-
-    Attributes:
-        pairing: "half" or "interleaved", see `Family`.
-        size: how many components of a head are rotated; they are its first ones.
-    """
-
-    pairing: str
-    size: int
-
-    def pairs(self) -> tuple[list[int], list[int]]:
-        """Indices of the first and of the second component of each rotated pair."""
-        if self.pairing == "half":
-            return list(range(self.size // 2)), list(range(self.size // 2, self.size))
-        return list(range(0, self.size, 2)), list(range(1, self.size, 2))
+from hf_attnkit.models.projected import Projected
+from hf_attnkit.models.rotary_pairs import Rope
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,8 @@ class AttentionLayer:
         name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
         block: the model's layer that it is part of, whose output the next block takes first.
         module: the module whose forward calls the attention interface.
-        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
+        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`, perhaps Conv1D in
+            those of `projected_layers`, `None` where `problems` says why.
         num_heads, num_key_value_heads, head_dim: as the config says.
         is_empty: whether its one head is a stand-in; see `config_heads.py`.
         saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
@@ -57,7 +42,15 @@ class AttentionLayer:
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.
         rope: how keys are rotated, or `None`.
-        norm: name of the module that normalises keys between projection and product, or empty.
+        norm: what is between key projection and product and would not follow another basis of the keys (the name of a
+            norm), or empty.
+        row_numbers: by "query", "key", "value", their rows where heads were found by running.
+        problems: by the same, why a projection cannot be told; of a layer found by running.
+        between_values: what is between values and the output projection that another basis would not follow.
+        other_inputs: of "query" and "value", those whose projection takes another input than the keys'.
+        takes_outputs: whether the output projection takes what the heads put out as it is.
+        per_head: parameters next to the projections that have something for each head.
+        key_padding: as `padding`, of its keys.
     """
 
     index: int
@@ -81,6 +74,13 @@ class AttentionLayer:
     value_dim: int = 0
     attention: Attention | None = None
     padding: str = "attention_mask"
+    row_numbers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    problems: dict[str, str] = field(default_factory=dict)
+    between_values: str = ""
+    other_inputs: frozenset[str] = frozenset()
+    takes_outputs: bool = True
+    per_head: tuple[str, ...] = ()
+    key_padding: str = "attention_mask"
 
     @property
     def value_head_dim(self) -> int:
@@ -93,20 +93,44 @@ class AttentionLayer:
         return "" if self.attention is None or self.attention.calls_interface else self.attention.reason
 
     @property
+    def permuted_apart(self) -> str:
+        """What has something for each head and is no projection, so that heads cannot change their order; or empty."""
+        bias = "a bias of the scores, head by head," if self.attention is not None and self.position_bias else ""
+        return ", ".join(self.per_head) or bias
+
+    @property
+    def passes_constants(self) -> bool:
+        """Whether a constant in all values comes out of the heads as it is: weights that sum to 1, and nothing after.
+
+        Learned keys without value (sinks) take a part of the weights.
+        """
+        return self.takes_outputs and not (self.attention is not None and self.attention.has_sinks)
+
+    @property
+    def shifts_cancel(self) -> bool:
+        """Whether a constant in all scores of a query changes nothing: a softmax of the scores themselves."""
+        attention = self.attention
+        return attention is None or (attention.softcap is None and not attention.has_sinks)
+
+    @property
     def output_weight(self) -> Tensor:
         """Of the output projection `(features, num_heads * value_head_dim)`; GPT-2's class has it transposed."""
-        weight: Tensor = self.output.weight.detach()
-        return weight if isinstance(self.output, nn.Linear) else weight.T
+        return weight_of(self.output)
 
     @property
     def heads(self) -> range:
         """Numbers of its query heads; none in a layer whose one head is a stand-in."""
         return range(0 if self.is_empty else self.num_heads)
 
-    def rows(self, name: str) -> slice:
-        """The rows of "query", "key", "value" or "output" in its module."""
+    def rows(self, name: str) -> slice | Tensor:
+        """The rows of "query", "key", "value" or "output" in its module, head by head: a slice, or their numbers.
+
+        Numbers are `(heads * size of a head,)` and there where the rows are not one slice in this order.
+        """
+        if name in self.row_numbers:
+            return self.row_numbers[name]
         if not self.fused or name == "output":
-            return slice(0, getattr(self, name).weight.shape[0])
+            return slice(0, weight_of(getattr(self, name)).shape[0])
         width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         start = {"query": 0, "key": width, "value": width + kv_width}[name]
         return slice(start, start + (width if name == "query" else kv_width))
@@ -115,6 +139,12 @@ class AttentionLayer:
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_heads // self.num_key_value_heads
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a matrix product as `(out, in)`; GPT-2's class has it transposed."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
@@ -194,6 +224,39 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
 
 
+def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The layers of `discovered_layers` with their projections, as gradients tell, also of models of the table.
+
+    The model runs, and each kind of attention in it runs alone several times, once for as long as the model stays.
+
+    Raises:
+        TypeError, ValueError: as `discover`; for adapters; for an attention that does not run alone.
+    """
+    require_plain(model)
+    known.require_runnable(model)
+    parts = zip(discovered_layers(model), known.projections(model), known.owned(model), strict=True)
+    return [_projected(layer, found, own) for layer, found, own in parts]
+
+
+def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> AttentionLayer:
+    modules = {role: layer.module.get_submodule(own.path) for role, own in found.rows.items()}
+    why = f" ({owned.problem})" if owned.problem else ""
+    return replace(
+        layer,
+        **dict.fromkeys(("query", "key", "value")) | modules,
+        num_key_value_heads=owned.num_key_value_heads,
+        fused=len({id(module) for module in modules.values()}) < len(modules),
+        rope=found.rope,
+        norm=found.between_keys,
+        row_numbers={role: own.rows.flatten() for role, own in found.rows.items()},
+        problems={role: reason + why for role, reason in found.problems.items()},
+        between_values=found.between_values,
+        other_inputs=found.other_inputs,
+        takes_outputs=found.takes_outputs,
+        per_head=found.per_head,
+    )
+
+
 def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> AttentionLayer:
     parts = attention.path.split(".")
     outer = [".".join(parts[:stop]) for stop in range(len(parts), -1, -1)]
@@ -216,8 +279,14 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
         attention=attention,
-        padding=_padding(model, attention.path),
+        padding=(padding := _padding(model, attention.path)),
+        key_padding=_encoder_padding(model) if attention.is_cross else padding,
     )
+
+
+def _encoder_padding(model: PreTrainedModel) -> str:
+    """Which input says which tokens of the other sequence, that of a cross-attention's keys, are padding."""
+    return "attention_mask" if model.main_input_name == "input_ids" else ""
 
 
 def _padding(model: PreTrainedModel, path: str) -> str:

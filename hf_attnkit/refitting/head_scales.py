@@ -14,16 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_attnkit.models.layers import weight_of
 from hf_attnkit.refitting.outputs import OutputSums
 
 
-def scaled(sums: OutputSums, linear: nn.Linear, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
+def scaled(sums: OutputSums, linear: nn.Module, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
     """The projection with each head's columns times its factor, and the bias as it was, in the projection's dtype.
 
     Args:
         sums: of inputs that hold the heads' outputs, "(h d)".
     """
-    old = linear.weight.detach().double()
+    old = weight_of(linear).double()
     heads = old.unflatten(1, (-1, head_dim))  # (M, h, d)
     cross = sums.ya[:, :-1]
     if linear.bias is not None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.editing import projections
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, weight_of
 from hf_attnkit.observing.attention_calls import has_softmax, visible_attention
 from hf_attnkit.observing.batches import real_mask
 from hf_attnkit.observing.walk import Walk
@@ -45,8 +45,28 @@ class Attended:
 
 
 def can_fit_queries(layer: AttentionLayer) -> bool:
-    """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products."""
-    return not layer.norm and not layer.is_cross and has_softmax(layer.module)
+    """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products.
+
+    Of a layer found by running: no cap of the scores, no sinks, no bias head by head, keys that are not repeated before
+    they are attended to, and one call in a forward pass.
+    """
+    if layer.norm or layer.is_cross or not has_softmax(layer.module):
+        return False
+    attention = layer.attention
+    return attention is None or not (
+        layer.query is None
+        or "query" in layer.problems
+        or attention.softcap is not None
+        or attention.has_sinks
+        or attention.position_bias
+        or not attention.calls_interface
+        or attention.calls * attention.calls_per_forward > 1
+        or attention.num_key_value_heads != layer.num_key_value_heads
+    )
+
+
+class NotLinearError(RuntimeError):
+    """Queries are not what their projection and the rotary embedding make them."""
 
 
 @contextmanager
@@ -60,7 +80,7 @@ def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Call
 
     def run(walk: Walk) -> Attended:
         calls.clear()
-        _, output = walk.seen(layer.index, layer.output)
+        output = walk.seen(layer.index, layer.output).output
         return Attended(*calls[0], output)
 
     with visible_attention(model), observe(note):
@@ -86,11 +106,10 @@ def fit_layer_queries(
         Mean KL divergence in nats from the untouched model's attention, over heads and real tokens, before and after.
 
     Raises:
-        RuntimeError: if the model's queries are not what the projection and the rotary embedding make them.
+        NotLinearError: if the model's queries are not what the projection and the rotary embedding make them.
         ValueError: for activations that are not finite.
     """
-    weight, bias = (None if p is None else p.detach() for p in (layer.query.weight, layer.query.bias))
-    assert weight is not None
+    weight, bias = weight_of(layer.query), None if layer.query.bias is None else layer.query.bias.detach()
     rows = layer.rows("query")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
@@ -115,7 +134,7 @@ def fit_layer_queries(
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
             batches.append(Batch(
                 x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
-                real_mask(x, batch), layer.rope, _rotation(layer, run, walk, dtype),
+                real_mask(x, batch, layer.padding), layer.rope, _rotation(layer, run, walk, dtype),
             ))  # fmt: skip
             _require_linear(layer, present, batches[-1], call.query)
     fitted, before, after = fit_queries(present, batches, steps)
@@ -165,7 +184,7 @@ def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: 
     # long dot product in float32, in which some families rotate whatever the model's precision.
     bound = 2**3 * torch.finfo(query.dtype).eps + 2**6 * torch.finfo(torch.float32).eps
     if not error <= bound * expected.abs().max():
-        raise RuntimeError(
+        raise NotLinearError(
             f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
             "embedding, so something is between them that the families table does not know; give refit='output'"
         )

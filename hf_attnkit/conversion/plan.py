@@ -195,7 +195,8 @@ def plan_gqa(
         for part in (before, after)
     )
     change = Change(model, edits, after) if in_table else OwnedChange(model, layers, merges)
-    work = _Work(change, Fingerprint(model, layers, layers_to_convert), tuple(before), batches)
+    made_for = Fingerprint(model, layers) if in_table else Fingerprint(model, layers, projected_layers)
+    work = _Work(change, made_for, tuple(before), batches)
     return GQAPlan(
         model, merging.method, merging.key_method, merging.grouping, word, tuple(planned), statistics.num_tokens,
         bytes_before, bytes_after, work,

@@ -132,11 +132,15 @@ def fit_layer_queries(
             x = seen[0].to(dtype)
             if bias is not None:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-            batches.append(Batch(
+            made = Batch(
                 x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
                 real_mask(x, batch, layer.padding), layer.rope, _rotation(layer, run, walk, dtype),
-            ))  # fmt: skip
-            _require_linear(layer, present, batches[-1], call.query)
+            )  # fmt: skip
+            factor = _factor(layer, made.query(present), call.query)
+            if factor != 1:
+                made = replace(made, target_query=made.target_query / factor, scaling=made.scaling * factor)
+            _require_linear(layer, factor * made.query(present), call.query)
+            batches.append(made)
     fitted, before, after = fit_queries(present, batches, steps)
     if not (fitted.isfinite().all() and before.isfinite().all()):
         raise _not_finite(layer)
@@ -163,12 +167,12 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
     one = torch.zeros(layer.num_heads, layer.head_dim)
     one[:, first] = 1
 
-    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def give(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
         output[..., layer.rows("query")] = one.flatten().to(output)
         return output
 
-    handle = layer.query.register_forward_hook(replace)
+    handle = layer.query.register_forward_hook(give)
     try:
         turned = run(walk).query[:, 0].to(dtype)
     finally:
@@ -176,9 +180,17 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
     return torch.complex(turned[..., first], turned[..., second])
 
 
-def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: Tensor) -> None:
+def _factor(layer: AttentionLayer, expected: Tensor, query: Tensor) -> float:
+    """What a module multiplies all queries by before it attends (Whisper: the scaling), 1 where it does not."""
+    if layer.attention is None:
+        return 1.0
+    expected = expected.double()
+    factor = float((expected * query).sum() / expected.square().sum().clamp(min=1e-300))
+    return 1.0 if abs(factor - 1) < 1e-2 else factor
+
+
+def _require_linear(layer: AttentionLayer, expected: Tensor, query: Tensor) -> None:
     """The proof that what is fitted is what the model computes: its own queries, again."""
-    expected = batch.query(weight)
     error = (expected - query.to(expected)).abs().max()
     # Rounding of the projection's output, of cosine, sine and their products, in the model's precision; and that of a
     # long dot product in float32, in which some families rotate whatever the model's precision.

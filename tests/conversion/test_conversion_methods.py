@@ -228,7 +228,8 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
         Statistics.load(tmp_path / "nan.safetensors")
     with unchanged(model), pytest.raises(ValueError, match="layer 1: the calibration statistics contain NaN"):
         convert_to_gqa(model, 4, method="pca", calibration=statistics)
-    other = collect(build("bert"), attention_layers(build("bert")), many(build("bert")))
+    bert = build("bert")
+    other = collect(bert, attention_layers(bert), many(bert))
     other.second_moments.pop()
     with unchanged(model), pytest.raises(ValueError, match="statistics are of 1 layers"):
         convert_to_gqa(model, 4, method="pca", calibration=other)

@@ -226,7 +226,7 @@ class _Adds(TorchFunctionMode):
                 raise _Reached
             return function(*args, **kwargs)
         with torch.no_grad():
-            other = other.detach().clone().view_as(self.output)
+            other = other.detach().clone().reshape(self.output.shape)
             self.stream = other if self.stream is None else self.stream + other
         self._sum = function(*args, **kwargs)
         return self._sum
@@ -237,8 +237,8 @@ def _other(own: Tensor, operands: Sequence[Any]) -> Tensor | None:
     if len(operands) != 2 or not all(isinstance(each, Tensor) and each.numel() == own.numel() for each in operands):
         return None
     for one, other in (operands, operands[::-1]):
-        if one.data_ptr() == own.data_ptr() and one.shape == other.shape and one.stride() == other.stride():
-            return other if other.is_contiguous() else None
+        if one.data_ptr() == own.data_ptr() and one.shape == other.shape and one.is_contiguous():
+            return other
     return None
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.editing.projections import Edit
-from hf_attnkit.models.layers import AttentionLayer, Rope, weight_of
+from hf_attnkit.models.layers import AttentionLayer, weight_of
+from hf_attnkit.models.rotary_pairs import Rope
 
 ABSENT = torch.empty(0, dtype=torch.float64)
 

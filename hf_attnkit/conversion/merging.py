@@ -72,9 +72,9 @@ class Merging:
                 f"method {self.method!r} gives values another basis, but {bound.between_values} of {bound.name} is "
                 f"between values and output projection and would not follow; give method, one of {names}"
             )
-        if self.grouping == "best" and (layer := next((each for each in layers if each.permuted_apart), None)):
+        if self.grouping == "best" and (apart := next((each for each in layers if each.permuted_apart), None)):
             raise ValueError(
-                f"grouping='best' puts heads in another order, which {layer.permuted_apart} of {layer.name} would not "
+                f"grouping='best' puts heads in another order, which {apart.permuted_apart} of {apart.name} would not "
                 "follow; leave it out"
             )
 

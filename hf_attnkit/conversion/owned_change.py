@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.conversion import heads as of_layer
 from hf_attnkit.conversion.heads import ABSENT, Heads
+from hf_attnkit.conversion.same_outputs import SameOutputs
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
 from hf_attnkit.editing.cut_plan import CutPlan, require_own_parameters
-from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
 from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models import known
@@ -88,9 +88,7 @@ class LayerMerge:
 class OwnedChange:
     """New key/value heads for layers of `projected_layers`, computed and not yet made."""
 
-    def __init__(
-        self, model: PreTrainedModel, layers: Sequence[AttentionLayer], merges: Sequence[LayerMerge]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], merges: Sequence[LayerMerge]) -> None:
         """
         Raises:
             ValueError: for a swapped attention that has learned something for each head.
@@ -114,14 +112,15 @@ class OwnedChange:
         require_own_parameters(model, list(plans.values()))
         before = [(each.num_heads, own.num_key_value_heads) for each, own in by_index]
         fewer = [one for one in self._merges if one.group_size > 1]
-        as_before = None if fewer else Zeroed(model, found.attentions, {}, found.inputs, {})
+        as_before = None if fewer else SameOutputs(model, found.inputs)
         cut = CutHeads()
         try:
             for layer in self._layers:  # a refit gives all of them new parameters
                 for module in (layer.output, layer.query):
                     if module is not None:
                         cut.steps.keep(module)
-            for edit in projections.whole([edit for one in self._merges for edit in one.edits]):
+            edits = projections.whole([edit for one in self._merges for edit in one.edits])
+            for edit in edits:
                 cut.steps.keep(edit.linear)
                 projections.apply(edit)
             for one in fewer:
@@ -132,10 +131,10 @@ class OwnedChange:
                     one.note_group_number(cut, found.attentions[one.layer.index].path)
                 save_cut(model, found, owned, cut)
                 into_stock_fields(model, found, cut, [cut.heads.get(i, pair) for i, pair in enumerate(before)])
-            elif as_before is not None and (problem := as_before.difference()):
+            elif as_before is not None and (problem := as_before.difference([edit.linear for edit in edits])):
                 raise ValueError(
-                    f"{problem}, though no head was to go: heads cannot get another basis here; give method='mean'; "
-                    "the model is unchanged"
+                    f"{problem}, though heads got another basis and nothing else: give method='mean', which leaves "
+                    "bases as they are; the model is unchanged"
                 )
             yield cut
         except BaseException:

@@ -20,14 +20,15 @@ from hf_attnkit.conversion.owned_change import LayerMerge, OwnedChange, trial
 from hf_attnkit.conversion.report import ConversionReport, LayerPlan, conversion_table, summary
 from hf_attnkit.conversion.statistics import Statistics, statistics_of
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
-from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.change import Change, MadeChange
+from hf_attnkit.editing.cut_heads import CutHeads
 from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.layers import AttentionLayer, editable_layers, projected_layers
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
-from hf_attnkit.refitting.refit import Made, refit_layers
+from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
 
 
@@ -36,7 +37,7 @@ class _Change(Protocol):
 
     heads: list[tuple[int, int]]
 
-    def made(self) -> AbstractContextManager[Made]:
+    def made(self) -> AbstractContextManager[MadeChange | CutHeads]:
         """Change the model, then run the block; an error in either puts the model back."""
 
 
@@ -217,14 +218,17 @@ def _as_it_is(layer: AttentionLayer) -> LayerPlan:
     return LayerPlan(layer.index, layer.num_heads, layer.num_key_value_heads, layer.head_dim, groups, 0.0, 0.0)
 
 
-def _merge(
-    layer: AttentionLayer, merged: Merged, merging: Merging, groups: tuple[tuple[int, ...], ...]
-) -> LayerMerge:
+def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tuple[tuple[int, ...], ...]) -> LayerMerge:
     """The same without the queries and outputs that the methods leave as they are."""
     new, reordered = merged.heads, merging.grouping == "best"
     query = new.query if reordered or transforms(merging.key_method) else ABSENT
     output = new.output if reordered or transforms(merging.method) else ABSENT
     return LayerMerge(layer, replace(new, query=query, output=output), merged.constant, groups)
+
+
+def _possible(layer: AttentionLayer) -> list[int]:
+    """What a layer's number of key/value heads may become; as it is where its heads cannot be told."""
+    return [layer.num_key_value_heads] if layer.problems else possible_targets([layer], allow_same=True)
 
 
 def _spent(layers: Sequence[AttentionLayer], merging: Merging, statistics: Statistics, budget: float) -> list[int]:
@@ -233,7 +237,7 @@ def _spent(layers: Sequence[AttentionLayer], merging: Merging, statistics: Stati
     losses = [
         {
             number: merging.loss(statistics.with_others(layer.index, heads.read(layer)), number, moment)
-            for number in ([layer.num_key_value_heads] if layer.problems else possible_targets([layer], allow_same=True))
+            for number in _possible(layer)
         }
         for layer, moment in zip(bar, statistics.second_moments, strict=True)
     ]

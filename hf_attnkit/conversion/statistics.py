@@ -232,9 +232,9 @@ def _tokens(layer: AttentionLayer, x: Tensor, inputs: Mapping[str, Any], padding
     Keys of another sequence that the mask is not of (audio, an image) have no padding that the model knows of.
     """
     mask = inputs.get(padding)
-    if layer.is_cross and padding == layer.key_padding != layer.padding:
-        if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
-            return x.flatten(0, -2)
+    of_other_sequence = layer.is_cross and padding == layer.key_padding != layer.padding
+    if of_other_sequence and (not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]):
+        return x.flatten(0, -2)
     return real_tokens(x, inputs, padding)
 
 

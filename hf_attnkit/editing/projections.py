@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_attnkit.models.layers import weight_of
 
 ALL = slice(None)
+Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Edit:
     linear: nn.Linear
     weight: Tensor
     bias: Tensor | None
-    rows: slice | Tensor = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
+    rows: Rows = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
 
 
-def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: slice = ALL) -> Edit:
+def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: Rows = ALL) -> Edit:
     """Keep these heads of a query, key or value projection, in the order given."""
     weight = linear.weight.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten(0, 1)
     bias = linear.bias
@@ -48,7 +49,7 @@ def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit
     return Edit(linear, weight, bias)
 
 
-def blank_rows(linear: nn.Linear, head_dim: int, rows: slice = ALL) -> Edit:
+def blank_rows(linear: nn.Linear, head_dim: int, rows: Rows = ALL) -> Edit:
     """One head of zeros instead of these heads of a query, key or value projection."""
     weight = linear.weight.new_zeros(head_dim, linear.in_features)
     return Edit(linear, weight, None if linear.bias is None else linear.bias.new_zeros(head_dim), rows)
@@ -72,15 +73,16 @@ def _joined(parts: list[Edit]) -> Edit:
     linear = parts[0].linear
     if len(parts) == 1 and isinstance(parts[0].rows, slice) and parts[0].rows == ALL:
         return parts[0]
-    if any(isinstance(part.rows, Tensor) for part in parts):
+    slices = [(part.rows, part) for part in parts if isinstance(part.rows, slice)]
+    if len(slices) < len(parts):
         return _scattered(parts)
     weights, biases, position = [], [], 0
-    for part in sorted(parts, key=lambda part: part.rows.start):
-        between = slice(position, part.rows.start)
+    for rows, part in sorted(slices, key=lambda pair: pair[0].start):
+        between = slice(position, rows.start)
         weights += [linear.weight.detach()[between], part.weight]
         if linear.bias is not None:
             biases += [linear.bias.detach()[between], part.bias]
-        position = part.rows.stop
+        position = rows.stop
     weights.append(linear.weight.detach()[position:])
     if linear.bias is None:
         return Edit(linear, torch.cat(weights), None)
@@ -114,7 +116,7 @@ def apply(edit: Edit) -> None:
     if bias is not None:
         linear.bias = bias
     if is_transposed:
-        linear.nx, linear.nf = weight.shape
+        linear.nx, linear.nf = weight.shape  # type: ignore[assignment]
     else:
         linear.out_features, linear.in_features = weight.shape
 

@@ -243,7 +243,9 @@ def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> Att
     why = f" ({owned.problem})" if owned.problem else ""
     return replace(
         layer,
-        **dict.fromkeys(("query", "key", "value")) | modules,
+        query=modules.get("query"),  # type: ignore[arg-type]
+        key=modules.get("key"),  # type: ignore[arg-type]
+        value=modules.get("value"),  # type: ignore[arg-type]
         num_key_value_heads=owned.num_key_value_heads,
         fused=len({id(module) for module in modules.values()}) < len(modules),
         rope=found.rope,

@@ -102,7 +102,7 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
         in_use |= {f"{inside}.weight", f"{inside}.bias"}
     per_head = tuple(name for name in owned.owned if name not in in_use)
     if not attention.calls_interface:
-        return Projected(rows, problems | {role: attention.reason for role in ROLES}, per_head=per_head)
+        return Projected(rows, problems | dict.fromkeys(ROLES, attention.reason), per_head=per_head)
     group = attention.num_heads // owned.num_key_value_heads
     if any(owned.key_head_of(h, attention.num_heads) != h // group for h in range(attention.num_heads)):
         problems["key"] = problems["value"] = "query heads share them in another order than one after the other"
@@ -122,9 +122,7 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
 class _Behind:
     """What is behind the projections of one attention."""
 
-    def __init__(
-        self, attention: Attention, owned: Ownership, rows: Mapping[str, Rows], rope: Rope | None
-    ) -> None:
+    def __init__(self, attention: Attention, owned: Ownership, rows: Mapping[str, Rows], rope: Rope | None) -> None:
         self._attention, self._owned, self._rows, self._rope = attention, owned, rows, rope
         generator = torch.Generator().manual_seed(3)
         count = owned.num_key_value_heads

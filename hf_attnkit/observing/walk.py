@@ -236,7 +236,8 @@ def _other(own: Tensor, operands: Sequence[Any]) -> Tensor | None:
     """The other of two operands, where one is `own` or a view of all of it."""
     if len(operands) != 2 or not all(isinstance(each, Tensor) and each.numel() == own.numel() for each in operands):
         return None
-    for one, other in (operands, operands[::-1]):
+    pairs: list[tuple[Tensor, Tensor]] = [(operands[0], operands[1]), (operands[1], operands[0])]
+    for one, other in pairs:
         if one.data_ptr() == own.data_ptr() and one.shape == other.shape and one.is_contiguous():
             return other
     return None

@@ -120,9 +120,7 @@ def prune_heads(
         if problem := proof.difference():
             raise ValueError(f"{problem}; the model is unchanged")
         if word != "none":
-            found = refit_layers(
-                model, attention_layers(model), made, batches, RefitOptions(word), stream=True
-            )
+            found = refit_layers(model, attention_layers(model), made, batches, RefitOptions(word), stream=True)
     before = [(len(layer.heads), layer.num_key_value_heads if layer.heads else 0) for layer in layers]
     after = [(0, 0) if layer.index in empty else pair for layer, pair in zip(layers, numbers, strict=True)]
     removed_heads = {layer: tuple(sorted(gone)) for layer, gone in sorted(removed.items())}

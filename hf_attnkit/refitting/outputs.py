@@ -32,7 +32,8 @@ class OutputSums:
         Args:
             linear: the projection, `nn.Linear` or Conv1D.
         """
-        (outputs, inputs), device = weight_of(linear).shape, linear.weight.device
+        weight = weight_of(linear)
+        (outputs, inputs), device = weight.shape, weight.device
         self.aa = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
         self.ya = torch.zeros(outputs, inputs + 1, dtype=torch.float64, device=device)
         self.yy = torch.zeros((), dtype=torch.float64, device=device)
@@ -62,7 +63,7 @@ class OutputSums:
     def error_of(self, linear: nn.Module) -> float:
         """The same of another projection of the same inputs: from the sums, no token is run again."""
         weight = weight_of(linear).double()
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()  # type: ignore[operator]
         whole = torch.cat([weight, bias[:, None]], dim=1)
         return self._share(((whole @ self.aa - 2 * self.ya) * whole).sum() + self.yy)
 

@@ -33,7 +33,7 @@ from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 class Made(Protocol):
     """A change that was made: knows what the model was before."""
 
-    def covers(self, module: nn.Module, /) -> bool:
+    def covers(self, linear: nn.Linear, /) -> bool:
         """Whether undoing brings back this module's old parameters."""
 
     def undo(self) -> None:

@@ -25,7 +25,8 @@ from hf_attnkit.conversion.methods import pca
 from hf_attnkit.conversion.methods.table import group_loss, merge, merge_keys, merge_values, transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import Rope, attention_layers
+from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.rotary_pairs import Rope
 
 EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
 NORMED = ("qwen3",)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_attnkit import convert_to_gqa, plan_gqa, swap_attention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import Rope, attention_layers
+from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.rotary_pairs import Rope
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.attention_match import Batch, curvature_along, fit_queries, mean_divergence, target
 from hf_attnkit.refitting.options import RefitOptions

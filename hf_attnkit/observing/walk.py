@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.tensors import tensors_in
 
 
 class _Reached(Exception):
@@ -222,7 +223,8 @@ class _Adds(TorchFunctionMode):
         own = self.output if self._sum is None else self._sum
         other = _other(own, args) if name in self._ADDS and not kwargs else None
         if other is None:
-            if self._sum is not None or self._left:
+            # Only where tensors are worked on: what sets PyTorch's modes must set them back on the way out.
+            if (self._sum is not None or self._left) and tensors_in((*args, *kwargs.values())):
                 raise _Reached
             return function(*args, **kwargs)
         with torch.no_grad():

@@ -16,6 +16,7 @@ from hf_attnkit import convert_to_gqa, last_change, prune_heads
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import discovered_layers, projected_layers
 from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.tensors import tensors_in
 from hf_attnkit.observing.walk import Walk, can_skip
 from hf_attnkit.refitting.queries import can_fit_queries
 
@@ -107,7 +108,7 @@ def test_the_stream_is_what_the_attention_is_added_to(model_type: str) -> None:
     given: list[Tensor] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        given.extend(x for x in (*args, output) if isinstance(x, Tensor) and x.is_floating_point())
+        given.extend(tensors_in((*args, output)))
 
     handles = [module.register_forward_pre_hook(note) for module in model.modules()]
     handles += [module.register_forward_hook(note) for module in model.modules()]
@@ -116,6 +117,7 @@ def test_the_stream_is_what_the_attention_is_added_to(model_type: str) -> None:
         handle.remove()
     for layer in layers:
         seen = walk.seen(layer.index, layer.output, stream=True)
+        assert torch.is_grad_enabled()
         if model_type in (*WITHOUT_STREAM, "albert"):
             assert seen.stream is None
             continue

@@ -112,6 +112,22 @@ def require_same_heads(plans: Sequence[CutPlan], attentions: Sequence[Attention]
             )
 
 
+def parts_of_one_matrix(plan: CutPlan) -> tuple[list[int], list[int]]:
+    """Sizes of query, key and value, before and after, of a matrix that makes them one after the other; else empty."""
+    for name, owners in plan.owned.owned.items():
+        rows = {role: each for role, each in owners.rows.items() if role in ("query", "key", "value")}
+        if name not in plan.owned.matrices or len(rows) < 2:
+            continue
+        used = {role: each.any(0).nonzero()[:, 0] for role, each in rows.items()}
+        order = sorted(used, key=lambda role: int(used[role][0]))
+        if any(int(used[role][-1]) - int(used[role][0]) + 1 != len(used[role]) for role in order):
+            continue
+        heads = plan.by_role()
+        after = [int(rows[role][heads[role]].any(0).sum()) for role in order]
+        return [len(used[role]) for role in order], after
+    return [], []
+
+
 def uniform_configs(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> set[int]:
     """Configs all of whose attentions are cut to the same numbers, so that they may change."""
     cuts = {plan.attention.index: (plan.before, plan.after) for plan in plans}

@@ -28,7 +28,8 @@ from hf_attnkit.models.discovery import quiet, run_outputs
 from hf_attnkit.models.interface import Call, watched
 
 
-def _factor(dtype: torch.dtype) -> int:
+def bound_factor(dtype: torch.dtype) -> int:
+    """How many times the measured rounding a proof allows."""
     return 4 if dtype.itemsize == 2 else 64
 
 
@@ -103,7 +104,9 @@ class Zeroed:
             with heads_changed(model, attentions, rounded, outputs):
                 noisy = run_outputs(model, inputs)
         self._bounds = [
-            _factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b)) if a.shape == b.shape else 0.0
+            bound_factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b))
+            if a.shape == b.shape
+            else 0.0
             for a, b in zip(noisy, self._want, strict=True)
         ]
 

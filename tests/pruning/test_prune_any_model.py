@@ -230,11 +230,3 @@ def test_a_change_that_is_not_proven_is_undone(model_type: str, heads: list[int]
     output.forward = odd
     with unchanged(model), pytest.raises(ValueError, match=r"differs from that of the uncut model"):
         prune_heads(model, {0: heads})
-
-
-@pytest.mark.parametrize("refit", ["output", "scale"])
-def test_a_refit_is_refused_before_anything_changes(refit: str) -> None:
-    model = small_model("opt")
-    batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
-    with unchanged(model), pytest.raises(ValueError, match=rf"refit='{refit}' is not possible for OPT"):
-        prune_heads(model, {0: [0]}, calibration=batches, refit=refit)

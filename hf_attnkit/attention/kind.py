@@ -109,7 +109,8 @@ class Kind(ABC):
         """The kind whose keys its cache layer keeps: `backend` says which kernel computes the same numbers."""
         if not any(each.name == "backend" for each in fields(self)):
             return self
-        return replace(self, backend="auto")
+        kernel: dict[str, Any] = {"backend": "auto"}
+        return replace(self, **kernel)
 
     def check_heads(self, num_heads: int, num_key_value_heads: int) -> None:  # noqa: B027 - a default
         """Raise `ValueError` if a layer with these numbers of heads cannot run it. By default, any can."""

@@ -24,7 +24,7 @@ from hf_attnkit.editing import projections
 from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.models.attributes import set_attributes
-from hf_attnkit.models.checkpoint_shapes import renamed, resize, stored_shapes
+from hf_attnkit.models.checkpoint_shapes import loading_arguments, renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.global_reads import expect_global_reads
@@ -189,14 +189,12 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             _resize(part)
         add_saved_parameters(self)
 
-    def _load_pretrained_model(
-        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         sized = model.__dict__.pop(_SIZED, ())
         if sized:
-            shapes = stored_shapes(checkpoint_files, state_dict)
-            resize(model, sized, renamed(shapes, model, load_config.weight_mapping or [], sized))
-        return model_class._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+            files, state_dict, mapping = loading_arguments(model_class, model, args, kwargs)
+            resize(model, sized, renamed(stored_shapes(files, state_dict), model, mapping, sized))
+        return model_class._load_pretrained_model(model, *args, **kwargs)
 
     # The same name and module, because Transformers looks up sources and architectures by them.
     names = {

@@ -14,9 +14,6 @@ from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
 
-# Keywords that change the softmax: swapped attention applies them, measures of attention do not know them.
-_UNMEASURED = {"softcap": "its scores are capped (softcap)", "s_aux": "its softmax has learned sinks (s_aux)"}
-
 
 @dataclass(frozen=True)
 class AttentionRow:
@@ -159,8 +156,7 @@ def _score(attention: Attention, own: Ownership) -> str:
         return "no output projection takes its heads"
     if not attention.calls_interface:
         return f"not by entropy: {attention.reason}"
-    unknown = [reason for keyword, reason in _UNMEASURED.items() if keyword in attention.keywords]
-    return f"not by entropy: {'; '.join(unknown)}" if unknown else ""
+    return ""
 
 
 def _prune(attention: Attention, own: Ownership) -> str:

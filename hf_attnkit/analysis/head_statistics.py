@@ -9,6 +9,9 @@ query i with attention p_i = softmax(s_i) over the keys j that it may see:
     distance    sum_j p_ij |i - j|               redundancy  sum_j min(p_ij of one head, p_ij of another)
     previous    p_i,i-1      next  p_i,i+1
 
+A learned sink (gpt-oss) is one more key: its weight and those of the tokens sum to one. It has no place in the
+sequence, so distance is a mean over the tokens, with weights that sum to one without it, and no share counts it.
+
 Each is a mean over queries. Heads are compared on the same query, so the attention of all heads of one layer is in
 memory for one block of queries at a time: at most `BLOCK_NUMBERS` numbers, never a whole matrix.
 """
@@ -47,13 +50,15 @@ class HeadStatistics:
     Attributes:
         entropy: nats; 0 is one key, ln(number of visible keys) is uniform.
         confidence: the largest attention weight of a query, in [0, 1]; higher = surer of one token.
-        distance: how far away the attended tokens are, in tokens; 0 is the token itself. NaN in cross-attention.
+        distance: how far away the attended tokens are, in tokens; 0 is the token itself. NaN in cross-attention. A
+            learned sink is no token, so it does not count.
         previous, next: share of attention on the token before and after, in [0, 1], over queries that see it. NaN in
             cross-attention.
         first: share on the first token that is no padding, in a packed row on its document's, in [0, 1].
         separator: share on all separator tokens together, in [0, 1], over queries that see one.
         redundancy: overlap with the most similar other head of the layer, in [0, 1]: the share of attention that both
-            place on the same tokens (1 less the total variation distance), 1 = a copy. NaN for a lone head.
+            place on the same tokens, and on a learned sink (1 less the total variation distance), 1 = a copy. NaN for a
+            lone head.
         nearest_head: which head that is, int64; -1 where there is none.
     """
 
@@ -205,22 +210,24 @@ class _Sums:
         block = max(1, BLOCK_NUMBERS // (batch * num_heads * key.shape[2]))
         for queries, scores, visible in masked_scores(query, key, mask, scaling, block):
             shown = real_keys[:, None, None, :] if visible is None else visible & real_keys[:, None, None, :]
-            own = real[:, None, queries] & (shown.sum(-1) > 1)
-            p = scores.softmax(-1).masked_fill(~shown, 0.0)
-            self._add("entropy", torch.special.entr(p).sum(-1), own)
-            self._add("confidence", p.amax(-1), own)
+            own = real[:, None, queries] & (shown.sum(-1) > (1 if mask.sinks is None else 0))
+            p, sink = _weights(scores, shown, mask.sinks)
+            every = p if sink is None else torch.cat([p, sink], -1)
+            self._add("entropy", torch.special.entr(every).sum(-1), own)
+            self._add("confidence", every.amax(-1), own)
             marks = {"first": first[:, None, None, :]}
             if separator is not None:
                 marks["separator"] = separator[:, None, None, :]
             if not self.layer.is_cross:
                 ahead = rank[:, None, None, :] - rank[:, None, queries, None]
-                self._add("distance", (p * ahead.abs()).sum(-1), own)
+                among = p if sink is None else scores.softmax(-1).masked_fill(~shown, 0.0)
+                self._add("distance", (among * ahead.abs()).sum(-1), own)
                 marks |= {"previous": ahead == -1, "next": ahead == 1}
             for name, marked in marks.items():
                 marked = marked & shown
                 self._add(name, (p * marked).sum(-1), own & marked.any(-1))
             if num_heads > 1:
-                self._compare(p, own.expand(batch, -1, -1).all(1))
+                self._compare(every, own.expand(batch, -1, -1).all(1))
 
     def _real_keys(self, mask: Mask, real: Tensor) -> Tensor:
         if not self.layer.is_cross:
@@ -262,6 +269,15 @@ class _Sums:
         return 1 - self._apart / 2 / self._compared
 
 
+def _weights(scores: Tensor, shown: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weights of the keys `(B, H, q, K)`, and those of the sink `(B, H, q, 1)`, where there is one."""
+    if sinks is None:
+        return scores.softmax(-1).masked_fill(~shown, 0.0), None
+    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, column], -1).softmax(-1)
+    return weights[..., :-1].masked_fill(~shown, 0.0), weights[..., -1:]
+
+
 def masked_scores(
     query: Tensor, key: Tensor, mask: Mask, scaling: float, block: int
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -275,7 +291,7 @@ def masked_scores(
     for start in range(0, q_length, block):
         queries = slice(start, min(start + block, q_length))
         stacked = (query[:, :, queries].to(dtype) * scaling).reshape(batch, key.shape[1], -1, head_dim)
-        scores = (stacked @ keys).view(batch, num_heads, -1, key.shape[2])
+        scores = mask.capped((stacked @ keys).view(batch, num_heads, -1, key.shape[2]))
         if mask.bias is not None:
             scores = scores + mask.bias[..., queries if mask.bias.shape[-2] > 1 else slice(None), :]
         visible = mask.visible(queries)

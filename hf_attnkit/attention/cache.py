@@ -41,7 +41,7 @@ class SequenceLayer(CacheLayerMixin):
         keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
         seen: tokens so far; a tensor in a static cache.
         max_length: that of a static cache, else `None`.
-        owner: the kind of attention that it keeps keys for.
+        owner: the kind of attention that it keeps keys for, as `Kind.cached_as` says.
         announced: whether a module of that kind is about to add tokens.
         sink_position: `(B, S)` positions of the first S entries of `keys`, `None` as long as there are none.
         sink_visible: `(B, S)` bool.

@@ -36,8 +36,8 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """Put the kind's layer into an empty place of the cache, and pass it on to the attention call.
 
     Raises:
-        ValueError: if another attention, or the same with other options, has already filled the cache, or the cache is
-            to be quantized and the kind's layer is not.
+        ValueError: if another attention, or the same with other options than `backend`, has already filled the cache,
+            or the cache is to be quantized and the kind's layer is not.
     """
     config = getattr(module, "config", None)
     if not has_cache(module) or (config is not None and config._attn_implementation != NAME):
@@ -53,7 +53,7 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
-    if not isinstance(layer, SequenceLayer) or layer.owner != kind:
+    if not isinstance(layer, SequenceLayer) or layer.owner != kind.cached_as:
         needed = kind.create_cache(_max_length(layer))
         if not isinstance(layer, SequenceLayer) and (needed is None or not _keeps_less(needed, layer)):
             return None
@@ -68,7 +68,7 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 f"layer {index} runs {kind}, whose cache of constant size is not quantized, so a "
                 f"quantized cache ({type(layer).__name__}) would have no effect on it; use the usual cache"
             )
-        needed.owner = kind
+        needed.owner = kind.cached_as
         # Transformers asks the first sliding and the first other layer for the sizes of its two masks, so that a layer
         # of ours must count as the one whose mask its model hands to it.
         needed.is_sliding = layer.is_sliding

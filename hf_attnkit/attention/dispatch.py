@@ -22,10 +22,7 @@ from hf_attnkit.attention.create_mask import create_mask
 from hf_attnkit.attention.kernels import capped
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Call, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-
-# Arguments of a model's attention call that change its softmax: a bound of the scores, and learned sinks.
-OF_SCORES = ("softcap", "s_aux")
-
+from hf_attnkit.attention.score_changes import OF_SCORES, as_stock_applies
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -41,7 +38,7 @@ def observe(observer: Observer) -> Iterator[None]:
     """Call `observer(module, query, key, value, mask, scaling)` before each attention call of a model under `NAME`.
 
     Shapes as in `Kind.attention`; the mask shows the keys that the kind attends to, and holds the model's position
-    bias.
+    bias, the bound of its scores and its learned sinks, where these are applied.
     """
     _observers.append(observer)
     try:
@@ -78,11 +75,6 @@ def attention_forward(
             "lengths and padding; use torch.compile or torch.export"
         )
     given = [name for name in OF_SCORES if kwargs.get(name) is not None]
-    if given and _observers:
-        raise ValueError(
-            f"{type(module).__name__} passes {given[0]!r}, which changes its softmax in a way that measures of "
-            "attention do not know; take a score of the heads' outputs, such as 'contribution'"
-        )
     if given and isinstance(kind, Kind) and not kind.forms_scores:
         raise ValueError(
             f"{type(module).__name__} passes {given[0]!r}, a change of its softmax's scores, and {kind.name!r} "
@@ -124,8 +116,15 @@ def _run(
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias[..., : mask.key_position.shape[1]]
         mask = dataclasses.replace(mask, bias=bias if mask.bias is None else mask.bias + bias)
+    softcap, sinks = (kwargs.get(name) for name in OF_SCORES)
+    changed = softcap is not None or sinks is not None
+    if changed:
+        mask = dataclasses.replace(mask, softcap=softcap, sinks=sinks)
     if isinstance(kind, Stock):
-        _tell_observers(module, query, key, value, mask, scaling)
+        if _observers:
+            if changed:
+                mask = as_stock_applies(module, stock_function(kind.name, module), mask, query, key, value)
+            _tell_observers(module, query, key, value, mask, scaling)
         # Its function adds the position bias, which is among the keywords.
         return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
     given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
@@ -136,18 +135,15 @@ def _run(
         mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)
-    softcap, sinks = (kwargs.get(name) for name in OF_SCORES)
     weights: Tensor | None = None
-    if softcap is not None or sinks is not None:
+    if changed:
         if cache is not None and cache.num_sinks:
             raise ValueError(
                 f"{type(module).__name__} caps its scores or has learned sinks, which a cache that keeps first tokens "
                 "apart does not take in; generate with use_cache=False, or without sink or global tokens"
             )
         seen = kind.seen(mask, key.shape, call)
-        output, weights = capped.attention(
-            query, key, value, seen, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks
-        )
+        output, weights = capped.attention(query, key, value, seen, scaling=scaling, dropout=dropout)
     else:
         output, weights = kind.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
     if cache is not None:

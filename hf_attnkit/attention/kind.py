@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +103,14 @@ class Kind(ABC):
             The output `(batch, num_heads, queries, head_dim)`, and the weights `(batch, num_heads, queries, keys)` or
             `None` if it forms none.
         """
+
+    @property
+    def cached_as(self) -> Kind:
+        """The kind whose keys its cache layer keeps: `backend` says which kernel computes the same numbers."""
+        if not any(each.name == "backend" for each in fields(self)):
+            return self
+        kernel: dict[str, Any] = {"backend": "auto"}
+        return replace(self, **kernel)
 
     def check_heads(self, num_heads: int, num_key_value_heads: int) -> None:  # noqa: B027 - a default
         """Raise `ValueError` if a layer with these numbers of heads cannot run it. By default, any can."""

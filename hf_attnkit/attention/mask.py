@@ -52,6 +52,9 @@ class Mask:
         bias: `(B, 1 or H, Q, K)` float, added to the scaled scores.
         window: hide keys `window` or more positions away: the model's own window.
         known_offset: `offset()` where it follows from the shapes, so that nothing waits for the device.
+        softcap: bound of the scaled scores, before a bias: s becomes softcap * tanh(s / softcap) (Gemma 2).
+        sinks: `(H,)`, for each query head the score of one more key that all of its queries see, and that has no value
+            (gpt-oss).
     """
 
     query_position: Tensor
@@ -62,6 +65,8 @@ class Mask:
     bias: Tensor | None = None
     window: int | None = None
     known_offset: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     @classmethod
     def aligned(
@@ -303,20 +308,29 @@ class Mask:
             return self, window
         return dataclasses.replace(self, window=None), min(window or self.window, self.window)
 
+    def capped(self, scores: Tensor) -> Tensor:
+        """The scaled scores within `softcap`."""
+        return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
     def softmax(self, scores: Tensor) -> Tensor:
         """Softmax over the last axis of scaled scores `(B, H, Q, K)`, in float32 or better.
 
-        A query that sees no key gets all zeros (as PyTorch's SDPA with a bool mask), not NaN.
+        A query that sees no key gets all zeros (as PyTorch's SDPA with a bool mask), not NaN. What a sink takes is
+        missing from a query's sum.
         """
         dtype = scores.dtype
-        scores = scores.float() if dtype in (torch.float16, torch.bfloat16) else scores
+        scores = self.capped(scores.float() if dtype in (torch.float16, torch.bfloat16) else scores)
         if self.bias is not None:
             scores = scores + self.bias
         visible = self.visible()
-        if visible is None:
-            return scores.softmax(-1).to(dtype)
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        return scores.softmax(-1).masked_fill(~visible, 0.0).to(dtype)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        if self.sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            column = self.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+        return (weights if visible is None else weights.masked_fill(~visible, 0.0)).to(dtype)
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, Tensor | None]:

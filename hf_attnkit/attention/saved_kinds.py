@@ -11,7 +11,6 @@ the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its opt
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from hf_attnkit.attention.table import make_kind
 from hf_attnkit.common import options as kind_options
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.whole import configs_in, enclosing
 
 KEY = "hf_attnkit"
 VERSION = 2
@@ -97,28 +97,23 @@ def mark_wholes(model: PreTrainedModel) -> None:
 def unmark_wholes(model: PreTrainedModel) -> None:
     """Undo `mark_wholes` where no other part is swapped."""
     for whole in wholes(model):
-        inside = [saved for each in _configs_inside(whole.config) if (saved := saved_in(each)) is not None]
+        inside = [saved for each in configs_in(whole.config) if (saved := saved_in(each)) is not None]
         if whole.config._attn_implementation != NAME and not any(saved["layers"] for saved in inside):
             clear(whole.config)
 
 
 def wholes(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The models that this one is a part of, with a config of its own inside theirs; a part does not know its whole."""
-    holders = (each for each in gc.get_referrers(model) if type(each) is dict and "__name__" not in each)
-    if not any(holders):  # no module's table of submodules, nor any other: there is no whole to look for
-        return []
-    found = []
-    for each in gc.get_objects():
-        if issubclass(type(each), PreTrainedModel) and each is not model and "config" in vars(each):
-            inside = [id(config) for config in _configs_inside(each.config)]
-            if id(model.config) in inside[1:] and any(part is model for part in each.modules()):
-                found.append(each)
-    return found
+    """The models that this one is a part of, with a config of its own inside theirs."""
+    return [
+        whole
+        for _, whole in enclosing(model)
+        if whole.config is not model.config and any(each is model.config for each in configs_in(whole.config))
+    ]
 
 
 def saved_parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
     """The model and its parts that have configs of their own inside the model's, from the outside in; with paths."""
-    inside, done = set(map(id, _configs_inside(model.config))), set()
+    inside, done = set(map(id, configs_in(model.config))), set()
     for path, part in model.named_modules():
         if isinstance(part, PreTrainedModel) and id(part.config) in inside and id(part.config) not in done:
             done.add(id(part.config))
@@ -127,12 +122,12 @@ def saved_parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]
 
 def is_saved(config: PreTrainedConfig) -> bool:
     """Whether the config, or one inside it, names kinds."""
-    return any(saved_in(each) is not None for each in _configs_inside(config))
+    return any(saved_in(each) is not None for each in configs_in(config))
 
 
 def restore_names(config: PreTrainedConfig) -> None:
     """`from_pretrained` consumed the implementation's name; saving again needs it."""
-    for each in _configs_inside(config):
+    for each in configs_in(config):
         if getattr(each, KEY, None) is not None:
             each.attn_implementation = NAME
 
@@ -190,10 +185,3 @@ def _module(part: PreTrainedModel, path: str) -> nn.Module:
     if not found:
         raise ValueError(f"the config names a kind for {path!r}, which {type(part).__name__} does not have")
     return modules[max(found, key=len)]
-
-
-def _configs_inside(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig) and value is not config:
-            yield from _configs_inside(value)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention import saved_kinds
 from hf_attnkit.attention.cache_placement import add_hook, remove_hook
 from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
-from hf_attnkit.attention.choose_kinds import Spec, Where, check_kind, choose_kinds
+from hf_attnkit.attention.choose_kinds import STOCK, Spec, Where, check_kind, choose_kinds
 from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
@@ -31,6 +32,7 @@ from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_table
+from hf_attnkit.models.whole import saved_with
 
 
 def swap_attention(
@@ -48,7 +50,8 @@ def swap_attention(
 
     Args:
         model: any model, or a part of one, that calls Transformers' attention interface; changed in place. Where no
-            inputs can be made for it, `set_probe` says some.
+            inputs can be made for it, `set_probe` says some. Layers of a part are counted within it; what they run is
+            noted in the config that is saved, the whole's where the part has none of its own.
         kind: a name of `available_attentions()`, or a mapping `{layer: name or (name, options)}`; a layer is its number
             or the path of the module that attends.
         layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
@@ -66,9 +69,8 @@ def swap_attention(
             Transformers' attention interface, or a swap that is not what it should be. The model is then unchanged.
     """
     with plain_mode():
-        model_layers = attention_layers(model)
-        kinds = choose_kinds(model, model_layers, kind, layers, options)
-        _install(model, model_layers, kinds)
+        whole, whole_layers, kinds = _chosen(model, kind, layers, options)
+        _install(whole, whole_layers, kinds)
 
     transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
     if transfer:
@@ -92,17 +94,48 @@ def check(
     Raises:
         TypeError, ValueError: as `swap_attention`, but for its proof.
     """
-    return choose_kinds(model, attention_layers(model), kind, layers, options)
+    return _chosen(model, kind, layers, options)[2]
+
+
+def _chosen(
+    model: PreTrainedModel, kind: Spec | Mapping[Where, Spec], layers: Iterable[Where] | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, list[AttentionLayer], dict[int, Kind]]:
+    """The model whose config says what runs (the whole, of a part that cannot say it), its layers, and their kinds."""
+    path, whole = saved_with(model)
+    whole_layers = attention_layers(whole)
+    if whole is model:
+        return model, whole_layers, choose_kinds(model, whole_layers, kind, layers, options)
+    inside = {id(module) for module in model.modules()}
+    numbers = [layer.index for layer in whole_layers if id(layer.module) in inside]
+    own = [replace(whole_layers[number], index=index) for index, number in enumerate(numbers)]
+
+    def named(where: Where) -> Where:
+        return f"{path}.{where}" if isinstance(where, str) else where
+
+    if isinstance(kind, Mapping):
+        kind = {named(where): spec for where, spec in kind.items()}
+    elif layers is not None and isinstance(layers, Iterable) and not isinstance(layers, str):
+        layers = [named(where) for where in layers]
+    kinds = choose_kinds(whole, own, kind, layers, options)
+    if not is_swapped(whole) and base_of(whole) not in STOCK:
+        raise ValueError(
+            f"the rest of {type(whole).__name__} would keep {base_of(whole)!r}, which cannot share masks with swapped "
+            "layers; load it with attn_implementation='sdpa'"
+        )
+    return whole, whole_layers, {numbers[index]: found for index, found in kinds.items()}
 
 
 @plain_mode()
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 
+    Of a part whose config is the whole's, or a copy of it (BART's and T5's encoders), in all of the whole.
+
     Raises:
         ValueError: if nothing was swapped, or the earlier implementation cannot run the heads that
             the model has by now.
     """
+    given, (_, model) = model, saved_with(model)
     model_layers = attention_layers(model)
     if not is_swapped(model):
         raise ValueError(
@@ -123,7 +156,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
         config._attn_implementation_internal = before[id(config)]
         saved_kinds.clear(config)
     saved_kinds.unmark_wholes(model)
-    return model
+    return given
 
 
 @plain_mode()

@@ -14,10 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.conversion.convert_any import convert_discovered
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
-from hf_attnkit.editing.in_table import cut_by_table
 
 
 def convert_to_gqa(
@@ -38,8 +36,12 @@ def convert_to_gqa(
     checkpoint if all layers have the same number; BERT's config has no such field, so a converted BERT reloads with
     `load_pretrained`.
 
+    Before it returns, a model outside the table of families is proven: it puts out what it does with the merged heads
+    at full size, each repeated over its group, or, with as many heads as before, what it did.
+
     Args:
-        model: a model of a supported family; changed in place. Grouped models can be grouped further.
+        model: any model that calls Transformers' attention interface; changed in place. Where the table of families
+            does not know it, it is run on a few tokens to find its heads. Grouped models can be grouped further.
         num_key_value_heads: for all layers, or a list with one for each; must divide a layer's present
             number. Default: the largest such number that is at most a quarter of the query heads. The present
             number itself is possible for "pca", which then only changes bases.
@@ -49,7 +51,8 @@ def convert_to_gqa(
         calibration: batches of model inputs, for predicted losses, for the second moments that "pca" uses and for the
             refit; or `Statistics`, for the moments alone. Without it inputs are taken to be uncorrelated.
         refit: what is fitted to the untouched model after the merge, layer by layer and without labels: "full"
-            (queries, then outputs), "output" (output projections), "scale" (one factor per query head) or "none".
+            (queries, then outputs; queries where they are a linear map of the layer's input and scores are plain
+            products under a softmax), "output" (output projections), "scale" (one factor per query head) or "none".
             `True` is "full", `False` is "none". Default: "full" where batches are given.
         key_method: another method for the keys. Default: `method`; where a norm on the keys forbids "pca" (Qwen3), it
             must be given with `method="pca"`, and is "mean" without `method`.
@@ -65,25 +68,9 @@ def convert_to_gqa(
         TypeError: if `model` is not a plain `PreTrainedModel`.
         ValueError: for a number that does not divide or would change nothing, an unknown method, too few
             calibration tokens, activations or statistics that are not finite, an option that would have no effect, an
-            unsupported, quantized, PEFT-wrapped or weightless model, or shared projections. The model is then
-            unchanged.
+            quantized, PEFT-wrapped or weightless model, shared projections, key or value heads that are no rows of one
+            matrix, a forward pass that does not run with fewer, or a proof that fails. The model is then unchanged.
     """
-    if not cut_by_table(model):
-        for name, given, default in (
-            ("calibration", calibration, None),
-            ("refit", refit if refit not in (False, "none") else None, None),
-            ("grouping", grouping, "adjacent"),
-            ("uniform", uniform, True),
-        ):
-            if given is not default and given != default:
-                raise ValueError(
-                    f"{name}={given if isinstance(given, (str, bool)) else '...'} is not possible for "
-                    f"{type(model).__name__}, whose heads are found by running it and merged by their weights alone; "
-                    "leave it out"
-                )
-        if budget is not None and num_key_value_heads is not None:
-            raise ValueError("give num_key_value_heads or budget, not both")
-        return convert_discovered(model, num_key_value_heads, method, key_method, budget)
     return plan_gqa(
         model,
         num_key_value_heads,

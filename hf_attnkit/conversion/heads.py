@@ -5,6 +5,8 @@ bias needs no formula of its own. With G key/value heads, q query heads for each
 and outputs of size M:
 
     query (G, q, head_dim, m + 1)    key, value (G, head_dim, m + 1)    output (G, q, M, head_dim)
+
+Queries, keys and values may be of different inputs (cross-attention), and values have a head size of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.editing.projections import Edit
-from hf_attnkit.models.layers import AttentionLayer, Rope
+from hf_attnkit.models.layers import AttentionLayer, weight_of
+from hf_attnkit.models.rotary_pairs import Rope
 
 ABSENT = torch.empty(0, dtype=torch.float64)
 
@@ -30,8 +33,11 @@ class Heads:
 
     Attributes:
         rope: how keys are rotated, or `None`.
-        norm: name of the norm between key projection and product, or empty.
+        norm: what is between key projection and product, or empty.
         output_bias: whether the output projection has a bias, so that constants can move into it.
+        shifts_cancel: whether a constant in all scores of a query changes nothing, as a softmax has it.
+        query_moment, value_moment: second moment of the input of the query (value) projection, where it is another one
+            than the keys'.
     """
 
     query: Tensor
@@ -41,50 +47,69 @@ class Heads:
     rope: Rope | None = None
     norm: str = ""
     output_bias: bool = False
+    shifts_cancel: bool = True
+    query_moment: Tensor | None = None
+    value_moment: Tensor | None = None
 
     def group(self, members: Sequence[int]) -> Heads:
         """These key/value heads with their query heads."""
         index = list(members)
         return replace(
-            self, query=self.query[index], key=self.key[index], value=self.value[index],
-            output=self.output[index].contiguous(),
-        )  # fmt: skip
+            self,
+            query=self.query[index] if self.query.numel() else ABSENT,
+            key=self.key[index],
+            value=self.value[index],
+            output=self.output[index].contiguous() if self.output.numel() else ABSENT,
+        )
 
 
 def read(layer: AttentionLayer) -> Heads:
-    """The heads of a layer in float64, on its device."""
-
-    def rows(name: str) -> Tensor:
-        linear: nn.Linear = getattr(layer, name)
-        weight = linear.weight.detach()[layer.rows(name)].double()
-        bias = linear.bias if linear.bias is not None else weight.new_zeros(linear.out_features)
-        return torch.cat([weight, bias.detach()[layer.rows(name)].double()[:, None]], dim=1)
-
-    groups, size = layer.num_key_value_heads, layer.head_dim
+    """The heads of a layer in float64, on its device; queries and outputs are `ABSENT` where they cannot be told."""
+    groups, size, value_size = layer.num_key_value_heads, layer.head_dim, layer.value_head_dim
+    output = ABSENT
+    if layer.output is not None:
+        output = layer.output_weight.double().unflatten(1, (groups, -1, value_size)).permute(1, 2, 0, 3)
+    query = ABSENT if layer.query is None else _rows(layer, "query")
     return Heads(
-        query=rows("query").view(groups, -1, size, layer.query.in_features + 1),
-        key=rows("key").view(groups, size, -1),
-        value=rows("value").view(groups, size, -1),
-        output=layer.output.weight.detach().double().unflatten(1, (groups, -1, size)).permute(1, 2, 0, 3),
+        query=query if query is ABSENT else query.view(groups, -1, size, query.shape[-1]),
+        key=_rows(layer, "key").view(groups, size, -1),
+        value=_rows(layer, "value").view(groups, value_size, -1),
+        output=output,
         rope=layer.rope,
         norm=layer.norm,
-        output_bias=layer.output.bias is not None,
+        output_bias=layer.output is not None and layer.output.bias is not None and layer.passes_constants,
+        shifts_cancel=layer.shifts_cancel,
     )
+
+
+def _rows(layer: AttentionLayer, name: str) -> Tensor:
+    """A projection's rows with their bias as the last column, float64."""
+    linear = getattr(layer, name)
+    whole = weight_of(linear)
+    rows = layer.rows(name)
+    weight = whole[rows].double()
+    bias = linear.bias.detach() if linear.bias is not None else whole.new_zeros(len(whole))
+    return torch.cat([weight, bias[rows].double()[:, None]], dim=1)
 
 
 def write(layer: AttentionLayer, heads: Heads, constant: Tensor | None = None) -> list[Edit]:
     """The edits that give a layer these heads.
 
     Args:
-        heads: `key` and `value` may be of fewer heads than the layer has now.
+        heads: `key` and `value` may be of fewer heads than the layer has now, where its rows are slices. Queries or
+            outputs that are `ABSENT` stay.
         constant: `(M,)`, added to the output projection's bias.
     """
     edits = []
-    for name, values in (("query", heads.query.flatten(0, 2)), ("key", heads.key.flatten(0, 1)),
-                         ("value", heads.value.flatten(0, 1))):  # fmt: skip
+    for name, values in (("query", heads.query), ("key", heads.key), ("value", heads.value)):
+        if not values.numel():
+            continue
         linear: nn.Linear = getattr(layer, name)
+        values = values.flatten(0, -2)
         bias = None if linear.bias is None else values[:, -1].to(linear.bias.dtype)
         edits.append(Edit(linear, values[:, :-1].to(linear.weight.dtype), bias, layer.rows(name)))
+    if not heads.output.numel():
+        return edits
     output = layer.output
     output_bias = None
     if output.bias is not None:

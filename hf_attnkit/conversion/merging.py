@@ -52,7 +52,7 @@ class Merging:
                 "of a layer after"
             )
         for layer in layers:
-            if between := norms_per_head(layer):
+            if layer.attention is None and (between := norms_per_head(layer)):
                 raise ValueError(
                     f"layer {layer.index}: {between[0]} is not the same for all heads and is between projection and "
                     "scores, so that merged heads would not be what it was trained for; such a model is not converted"
@@ -65,6 +65,41 @@ class Merging:
                 f"between the key projection and the scores and would not follow; give key_method, one of {names}: "
                 f"values are then still merged by method={self.method!r}"
             )
+        bound = next((layer for layer in layers if layer.between_values), None)
+        if bound is not None and transforms(self.method):
+            names = ", ".join(name for name in METHODS if not transforms(name))
+            raise ValueError(
+                f"method {self.method!r} gives values another basis, but {bound.between_values} of {bound.name} is "
+                f"between values and output projection and would not follow; give method, one of {names}"
+            )
+        if self.grouping == "best" and (apart := next((each for each in layers if each.permuted_apart), None)):
+            raise ValueError(
+                f"grouping='best' puts heads in another order, which {apart.permuted_apart} of {apart.name} would not "
+                "follow; leave it out"
+            )
+
+    def check_numbers(self, layers: Sequence[AttentionLayer], numbers: Sequence[int]) -> None:
+        """Raise `ValueError` if a layer that is to get fewer heads has projections that cannot be merged so."""
+        needed = ["key", "value"]
+        if transforms(self.key_method) or self.grouping == "best":
+            needed.append("query")
+        for layer, number in zip(layers, numbers, strict=True):
+            if number == layer.num_key_value_heads:
+                continue
+            for role in needed:
+                if role in layer.problems:
+                    raise ValueError(f"{layer.name}: its {role} heads cannot be merged: {layer.problems[role]}")
+            if (transforms(self.method) or self.grouping == "best") and layer.output is None:
+                raise ValueError(
+                    f"{layer.name}: no matrix product takes its heads' outputs, so values cannot get another basis or "
+                    "order; give method='mean' and leave grouping out"
+                )
+
+    def changes(self, layer: AttentionLayer, number: int) -> bool:
+        """Whether a layer of `projected_layers` changes: fewer heads, or other bases."""
+        if number < layer.num_key_value_heads:
+            return True
+        return self.uses_statistics and not layer.problems and layer.output is not None
 
     def check_tokens(self, layers: Sequence[AttentionLayer], numbers: Sequence[int], num_tokens: int | None) -> None:
         """Raise `ValueError` if statistics are of too few tokens for these numbers of heads; `None`: of none."""
@@ -107,12 +142,14 @@ def choose_merging(
     """The merging that is asked for, with defaults in place of `None`.
 
     Without `method`: "pca" where there are calibration data, else "mean". The keys are then merged by "mean" where a
-    norm follows their projection (Qwen3), since that forbids "pca".
+    norm follows their projection (Qwen3), since that forbids "pca", and so are values and keys where something is
+    between values and output projection.
 
     Raises:
         ValueError: for names that do not exist or do not fit the layers.
     """
-    chosen = method if method is not None else "pca" if calibrated else "mean"
+    bound = any(layer.between_values for layer in layers)
+    chosen = method if method is not None else "pca" if calibrated and not bound else "mean"
     if key_method is None:
         key_method = "mean" if method is None and _normed(layers) is not None else chosen
     merging = Merging(chosen, key_method, grouping)

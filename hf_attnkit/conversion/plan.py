@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
@@ -12,27 +13,39 @@ from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import heads
+from hf_attnkit.conversion.heads import ABSENT
 from hf_attnkit.conversion.merging import Merging, choose_merging
+from hf_attnkit.conversion.methods.table import Merged, transforms
+from hf_attnkit.conversion.owned_change import LayerMerge, OwnedChange, trial
 from hf_attnkit.conversion.report import ConversionReport, LayerPlan, conversion_table, summary
 from hf_attnkit.conversion.statistics import Statistics, statistics_of
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
-from hf_attnkit.editing.change import Change
+from hf_attnkit.editing.change import Change, MadeChange
+from hf_attnkit.editing.cut_heads import CutHeads
 from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit
-from hf_attnkit.models.cache_size import cache_bytes
-from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.models.layers import AttentionLayer, editable_layers, projected_layers
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
 from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
+
+
+class _Change(Protocol):
+    """A change of all layers that was computed: `Change` for models of the table, `OwnedChange` for all others."""
+
+    heads: list[tuple[int, int]]
+
+    def made(self) -> AbstractContextManager[MadeChange | CutHeads]:
+        """Change the model, then run the block; an error in either puts the model back."""
 
 
 @dataclass(frozen=True)
 class _Work:
     """What `GQAPlan.apply` does; let go of afterwards, since it holds new weights, and the refit's batches."""
 
-    change: Change
+    change: _Change
     made_for: Fingerprint
     heads_before: tuple[tuple[int, int], ...]
     batches: list[Mapping[str, Any]]
@@ -81,7 +94,8 @@ class GQAPlan:
         with work.change.made() as made:
             if self.refit != "none":
                 order = [[head for group in layer.groups for head in group] for layer in self.layers]
-                refit = refit_layers(self.model, made, work.batches, RefitOptions(self.refit), key_order=order)
+                layers = layers_to_convert(self.model)
+                refit = refit_layers(self.model, layers, made, work.batches, RefitOptions(self.refit), key_order=order)
         self._work = None
         self.report = ConversionReport(
             work.heads_before, tuple(work.change.heads), self.method, self.key_method, self.grouping, self.num_tokens,
@@ -124,11 +138,7 @@ def plan_gqa(
     Raises:
         TypeError, ValueError: as `convert_to_gqa`.
     """
-    layers = editable_layers(model)
-    if not cut_by_table(model):
-        raise ValueError(
-            f"no plan can be made for {type(model).__name__}, whose heads are found by running it: call convert_to_gqa"
-        )
+    in_table, layers = cut_by_table(model), layers_to_convert(model)
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     word = refit_word(refit, default="full", batches=has_batches, given=given)
@@ -142,15 +152,20 @@ def plan_gqa(
     if budget is None or uniform:
         # Before a long calibration, so that a wrong number costs nothing.
         numbers = target_heads(layers, num_key_value_heads, budget, allow_same=merging.uses_statistics)
+        merging.check_numbers(layers, numbers)
+        if not in_table:
+            trial(model, layers, numbers)
     batches: list[Mapping[str, Any]] = []
     if word != "none" and calibration is not None and not isinstance(calibration, Statistics):
         calibration = batches = listed(calibration)
     statistics = statistics_of(model, layers, calibration)
     if budget is not None and not uniform:
         numbers = _spent(layers, merging, statistics, budget)
+        merging.check_numbers(layers, numbers)
     merging.check_tokens(layers, numbers, statistics.num_tokens)
 
     edits: list[Edit] = []
+    merges: list[LayerMerge] = []
     planned = []
     for layer, number, moment in zip(
         progress_bar(layers, description=f"merging heads ({merging.method})", unit="layer"),
@@ -158,10 +173,16 @@ def plan_gqa(
         statistics.second_moments,
         strict=True,
     ):
-        present = heads.read(layer)
+        if not in_table and not merging.changes(layer, number):
+            planned.append(_as_it_is(layer))
+            continue
+        present = statistics.with_others(layer.index, heads.read(layer))
         groups = merging.groups(present, number, moment)
         merged = merging.merge(present, groups, moment)
-        edits += heads.write(layer, merged.heads, merged.constant)
+        if in_table:
+            edits += heads.write(layer, merged.heads, merged.constant)
+        else:
+            merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
         planned.append(
             LayerPlan(
                 layer.index, layer.num_heads, number, layer.head_dim,
@@ -170,14 +191,44 @@ def plan_gqa(
         )  # fmt: skip
     before, after = ([(layer.num_heads, layer.num_key_value_heads) for layer in part] for part in (layers, planned))
     bytes_before, bytes_after = (
-        cache_bytes([(layer.num_key_value_heads, layer.head_dim) for layer in part], model.dtype)
-        for part in (layers, planned)
+        sum(n * (layer.head_dim + layer.value_head_dim) for layer, (_, n) in zip(layers, part, strict=True))
+        * model.dtype.itemsize
+        for part in (before, after)
     )
-    work = _Work(Change(model, edits, after), Fingerprint(model, layers), tuple(before), batches)
+    change = Change(model, edits, after) if in_table else OwnedChange(model, layers, merges)
+    made_for = Fingerprint(model, layers) if in_table else Fingerprint(model, layers, projected_layers)
+    work = _Work(change, made_for, tuple(before), batches)
     return GQAPlan(
         model, merging.method, merging.key_method, merging.grouping, word, tuple(planned), statistics.num_tokens,
         bytes_before, bytes_after, work,
     )  # fmt: skip
+
+
+def layers_to_convert(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The layers with their projections: as the table knows them, or as they are found by running the model.
+
+    Raises:
+        TypeError, ValueError: as `editable_layers` and `projected_layers`.
+    """
+    return editable_layers(model) if cut_by_table(model) else projected_layers(model)
+
+
+def _as_it_is(layer: AttentionLayer) -> LayerPlan:
+    groups = tuple((head,) for head in range(layer.num_key_value_heads))
+    return LayerPlan(layer.index, layer.num_heads, layer.num_key_value_heads, layer.head_dim, groups, 0.0, 0.0)
+
+
+def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tuple[tuple[int, ...], ...]) -> LayerMerge:
+    """The same without the queries and outputs that the methods leave as they are."""
+    new, reordered = merged.heads, merging.grouping == "best"
+    query = new.query if reordered or transforms(merging.key_method) else ABSENT
+    output = new.output if reordered or transforms(merging.method) else ABSENT
+    return LayerMerge(layer, replace(new, query=query, output=output), merged.constant, groups)
+
+
+def _possible(layer: AttentionLayer) -> list[int]:
+    """What a layer's number of key/value heads may become; as it is where its heads cannot be told."""
+    return [layer.num_key_value_heads] if layer.problems else possible_targets([layer], allow_same=True)
 
 
 def _spent(layers: Sequence[AttentionLayer], merging: Merging, statistics: Statistics, budget: float) -> list[int]:
@@ -185,8 +236,8 @@ def _spent(layers: Sequence[AttentionLayer], merging: Merging, statistics: Stati
     bar = progress_bar(layers, description="losses", unit="layer")
     losses = [
         {
-            number: merging.loss(heads.read(layer), number, moment)
-            for number in possible_targets([layer], allow_same=True)
+            number: merging.loss(statistics.with_others(layer.index, heads.read(layer)), number, moment)
+            for number in _possible(layer)
         }
         for layer, moment in zip(bar, statistics.second_moments, strict=True)
     ]

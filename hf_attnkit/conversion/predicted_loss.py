@@ -26,6 +26,7 @@ def key_energy(heads: Heads, query: Tensor, key: Tensor, second_moment: Tensor) 
     """
     lost = total = 0.0
     same = query is heads.query
+    of_queries = second_moment if heads.query_moment is None else heads.query_moment
     if heads.rope is not None:
         pairs = heads.rope.pairs()
         # A score's part at one pair has one complex component.
@@ -35,12 +36,12 @@ def key_energy(heads: Heads, query: Tensor, key: Tensor, second_moment: Tensor) 
             q = rotary.complex_rows(old_query, pairs)[..., None, :]
             new_q = q if same else rotary.complex_rows(new_query, pairs)[..., None, :]
             k = rotary.complex_rows(old_key, pairs)[..., None, :]
-            moments = second_moment, second_moment
+            moments = of_queries, second_moment
             more = _energy(q, new_q, k, new_key, moved_key, *moments)
             lost, total = lost + more[0] / 2, total + more[1] / 2  # the mean of cos^2
     plain = rotary.not_rotated(heads)
     if plain:
-        moments = second_moment, covariance(second_moment)
+        moments = of_queries, covariance(second_moment) if heads.shifts_cancel else second_moment
         new_key = key[plain]
         moved_key = times(new_key, moments[1])
         for old_query, new_query, old_key in zip(heads.query, query, heads.key, strict=True):

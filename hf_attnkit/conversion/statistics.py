@@ -1,13 +1,14 @@
 """Second moments of each layer's attention input: what "pca" and predicted losses look at.
 
 One matrix per layer, E[x x^T] with a 1 appended to x, summed in one streaming pass. Padding is left
-out; products in float32 or better, sums in float64. No activations are kept.
+out; products in float32 or better, sums in float64. No activations are kept. x is what the key
+projection gets; where queries or values are of another input (cross-attention), theirs is a matrix more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion.checkpoints.safetensors_stream import Reader
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.conversion.heads import Heads
+from hf_attnkit.models.layers import AttentionLayer, weight_of
 from hf_attnkit.observing.batches import real_tokens, run_batches
 
 _KEY = "layers.{}.second_moment"
+_OTHER = "layers.{}.{}"
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,24 @@ class Statistics:
     Attributes:
         second_moments: per layer `(m + 1, m + 1)`, or the diagonal `(m + 1,)` of one that has nothing else; float64,
             the last entry is 1.
-        num_tokens: how many tokens they are the mean of; `None` for the identity.
+        num_tokens: how many tokens they are the mean of, the fewest of any layer; `None` for the identity.
+        others: by the layer's number and "query" or "value", those of projections that take another input.
     """
 
     second_moments: list[Tensor]
     num_tokens: int | None
+    others: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def with_others(self, index: int, heads: Heads) -> Heads:
+        """A layer's heads with the second moments of the inputs that are not the keys'."""
+        query, value = (self.others.get((index, role)) for role in ("query", "value"))
+        return replace(heads, query_moment=query, value_moment=value)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file that `recipes/convert_checkpoint.py --statistics` reads."""
-        tensors = {_KEY.format(i): moment.float().contiguous().cpu() for i, moment in enumerate(self.second_moments)}
+        named = {_KEY.format(i): moment for i, moment in enumerate(self.second_moments)}
+        named |= {_OTHER.format(*key): moment for key, moment in self.others.items()}
+        tensors = {name: moment.float().contiguous().cpu() for name, moment in named.items()}
         save_file(tensors, path, metadata={"num_tokens": str(self.num_tokens)})
 
     @classmethod
@@ -49,7 +61,10 @@ class Statistics:
             ValueError: if the file holds something else, or numbers that are not finite.
         """
         file = StatisticsFile(path)
-        return cls([file.second_moment(index) for index in range(len(file.sizes))], file.num_tokens)
+        moments = [file.second_moment(index) for index in range(len(file.sizes))]
+        others = {(index, role): moment for index in range(len(moments)) for role in ("query", "value")
+                  if (moment := file.other(index, role)) is not None}  # fmt: skip
+        return cls(moments, file.num_tokens, others)
 
 
 class StatisticsFile:
@@ -67,7 +82,8 @@ class StatisticsFile:
     def __init__(self, path: str | Path) -> None:
         self._reader = Reader(path)
         entries, number = self._reader.entries, (self._reader.metadata or {}).get("num_tokens", "")
-        found = [entries.get(_KEY.format(index)) for index in range(len(entries))]
+        count = sum(name.endswith(".second_moment") for name in entries)
+        found = [entries.get(_KEY.format(index)) for index in range(count)]
         shapes = [entry.shape for entry in found if entry is not None and entry.dtype == "F32"]
         if not found or len(shapes) != len(found) or not number.isdigit() or any(
             len(shape) != 2 or shape[0] != shape[1] for shape in shapes
@@ -82,6 +98,18 @@ class StatisticsFile:
             ValueError: for numbers that are not finite.
         """
         moment = self._reader.rows(_KEY.format(index))
+        require_finite(moment, index)
+        return moment.double()
+
+    def other(self, index: int, role: str) -> Tensor | None:
+        """That of a layer's "query" or "value" projection, where its input is another one than the keys'.
+
+        Raises:
+            ValueError: for numbers that are not finite.
+        """
+        if (name := _OTHER.format(index, role)) not in self._reader.entries:
+            return None
+        moment = self._reader.rows(name)
         require_finite(moment, index)
         return moment.double()
 
@@ -103,12 +131,21 @@ def statistics_of(
     require_sizes(layers, [len(moment) for moment in calibration.second_moments])
     for index, moment in enumerate(calibration.second_moments):
         require_finite(moment, index)
+    for layer in layers:
+        for role in layer.other_inputs:
+            given = calibration.others.get((layer.index, role))
+            if given is None or len(given) != _size(layer, role):
+                raise ValueError(
+                    f"the calibration statistics have no second moment of the {role} projection's input of "
+                    f"{layer.name}, which is another one than the keys'; collect them with this model"
+                )
+            require_finite(given, layer.index)
     return calibration
 
 
 def require_sizes(layers: Sequence[AttentionLayer], given: Sequence[int]) -> None:
     """Raise `ValueError` if statistics of these sizes are of another model."""
-    sizes = [layer.key.in_features + 1 for layer in layers]
+    sizes = [_size(layer, "key") for layer in layers]
     if sizes != list(given):
         raise ValueError(
             f"the calibration statistics are of {len(given)} layers of sizes {sorted(set(given))}, the model has "
@@ -116,10 +153,18 @@ def require_sizes(layers: Sequence[AttentionLayer], given: Sequence[int]) -> Non
         )
 
 
+def _size(layer: AttentionLayer, role: str) -> int:
+    """Size of a projection's second moment; that of the 1 alone where there is no projection."""
+    linear = getattr(layer, role)
+    return 1 if linear is None else weight_of(linear).shape[1] + 1
+
+
 def identity(layers: Sequence[AttentionLayer]) -> Statistics:
     """Without data: uncorrelated inputs of mean 0 and variance 1."""
-    sizes = [layer.key.in_features + 1 for layer in layers]
-    return Statistics([torch.ones(size, dtype=torch.float64) for size in sizes], None)
+    moments = [torch.ones(_size(layer, "key"), dtype=torch.float64) for layer in layers]
+    others = {(layer.index, role): torch.ones(_size(layer, role), dtype=torch.float64)
+              for layer in layers for role in layer.other_inputs}  # fmt: skip
+    return Statistics(moments, None, others)
 
 
 @plain_mode()
@@ -129,27 +174,34 @@ def collect(
     """Run `batches` through the model, in evaluation mode and without gradients.
 
     Raises:
-        ValueError: for an empty iterable, a batch that is no mapping, or inputs that are not finite.
+        ValueError: for an empty iterable, a batch that is no mapping, inputs that are not finite, or a layer that no
+            batch reaches.
     """
-    sums = [
-        torch.zeros(2 * (layer.key.in_features + 1,), dtype=torch.float64, device=layer.key.weight.device)
+    sums = {
+        (layer.index, role): torch.zeros(
+            2 * (_size(layer, role),), dtype=torch.float64, device=getattr(layer, role).weight.device
+        )
         for layer in layers
-    ]
+        for role in ("key", *sorted(layer.other_inputs))
+        if getattr(layer, role) is not None
+    }
     current: dict[str, Any] = {}
 
-    def add(index: int, x: Tensor) -> None:
-        chosen = real_tokens(x, current)
-        chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-        chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
-        sums[index] += chosen.T @ chosen
+    def hook(layer: AttentionLayer, role: str) -> Any:
+        padding = layer.padding if role == "query" else layer.key_padding
 
-    def hook(index: int) -> Any:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            add(index, args[0])
+            chosen = _tokens(layer, args[0], current, padding)
+            chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+            chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
+            sums[layer.index, role] += chosen.T @ chosen
 
         return before
 
-    handles = [layer.key.register_forward_pre_hook(hook(layer.index)) for layer in layers]
+    by_index = {layer.index: layer for layer in layers}
+    handles = [
+        getattr(by_index[index], role).register_forward_pre_hook(hook(by_index[index], role)) for index, role in sums
+    ]
     try:
         for batch, run in run_batches(model, batches, description="calibration"):
             current = batch
@@ -157,10 +209,33 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
-    count = int(sums[0][-1, -1])
-    for index, total in enumerate(sums):
+    for (index, role), total in sums.items():
         require_finite(total, index)
-    return Statistics([(total / count).cpu() for total in sums], count)
+        if not total[-1, -1]:
+            raise ValueError(
+                f"{by_index[index].name}: no calibration batch reaches its {role} projection; give batches with the "
+                "inputs that it attends to"
+            )
+    counts = [int(total[-1, -1]) for total in sums.values()]
+    moments = {key: (total / total[-1, -1]).cpu() for key, total in sums.items()}
+    nothing = torch.ones(1, dtype=torch.float64)
+    return Statistics(
+        [moments.get((layer.index, "key"), nothing) for layer in layers],
+        min(counts, default=0),
+        {key: moment for key, moment in moments.items() if key[1] != "key"},
+    )
+
+
+def _tokens(layer: AttentionLayer, x: Tensor, inputs: Mapping[str, Any], padding: str) -> Tensor:
+    """The real tokens among a projection's inputs.
+
+    Keys of another sequence that the mask is not of (audio, an image) have no padding that the model knows of.
+    """
+    mask = inputs.get(padding)
+    of_other_sequence = layer.is_cross and padding == layer.key_padding != layer.padding
+    if of_other_sequence and (not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]):
+        return x.flatten(0, -2)
+    return real_tokens(x, inputs, padding)
 
 
 def require_finite(moment: Tensor, index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_attnkit.models.attention import Attention, by_head
+from hf_attnkit.models.attention import Attention, by_head, inputs_for
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.tensors import as_float32, tensors_in
@@ -25,10 +26,14 @@ class Alone:
         self._attention = attention
         self._output = None if owned.output is None else model.get_submodule(owned.output)
 
-    def heads(self) -> Tensor:
-        """Each head's output, `(heads, batch, positions, size)`."""
+    def heads(self, kept: Sequence[int] | None = None) -> Tensor:
+        """Each head's output, `(heads, batch, positions, size)`.
+
+        Args:
+            kept: numbers that the heads had when the attention was found; all of them by default.
+        """
         attention = self._attention
-        args, kwargs = as_float32(attention.inputs)
+        args, kwargs = as_float32(inputs_for(attention, range(attention.num_heads) if kept is None else kept))
         tensors: dict[str, Any] = dict(attention.module.named_parameters()) | dict(attention.module.named_buffers())
         state = {name: t.detach().float() for name, t in tensors.items() if t.is_floating_point()}
         found: list[Tensor] = []
@@ -49,10 +54,10 @@ class Alone:
             result = functional_call(attention.module, state, args, kwargs)
         return found[0] if found else by_head(tensors_in(result)[0], attention.value_head_dim)
 
-    def difference(self, want: Tensor) -> str:
-        """What is wrong with the heads as they are now, or nothing."""
+    def difference(self, want: Tensor, kept: Sequence[int] | None = None) -> str:
+        """What is wrong with the heads as they are now, or nothing; `kept` as of `heads`."""
         try:
-            got = self.heads()
+            got = self.heads(kept)
         except Exception as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         if got.shape != want.shape:

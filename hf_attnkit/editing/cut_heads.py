@@ -11,15 +11,24 @@ Everything is undone if a step fails.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.alone import Alone
-from hf_attnkit.editing.cut_parameters import cut_parameters
-from hf_attnkit.editing.cut_plan import CutPlan, plan_cut, require_own_parameters, uniform_configs
+from hf_attnkit.editing.cut_parameters import cut_parameters, cut_shared
+from hf_attnkit.editing.cut_plan import (
+    CutPlan,
+    parts_of_one_matrix,
+    plan_cut,
+    require_own_parameters,
+    require_same_heads,
+    uniform_configs,
+)
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.editing.undo import Undo
@@ -35,19 +44,27 @@ class CutHeads:
 
     Attributes:
         heads: by the attention's index, `(query heads, key/value heads)` that it has now.
-        numbers: by the attention's path, the attributes that were given other numbers, and how many modules of a
-            list are left.
+        numbers: by the attention's path, the attributes that were given other numbers (a list of them where one said
+            how to split a matrix's output), and how many modules of a list are left.
         config: the fields of configs that the attention reads while it runs: config, name, number before and now.
     """
 
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
-    numbers: dict[str, dict[str, int]] = field(default_factory=dict)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: list[tuple[PreTrainedConfig, str, int, int]] = field(default_factory=list)
     steps: Undo = field(default_factory=Undo, repr=False)
 
     def undo(self) -> None:
         """Put the model back as it was."""
         self.steps.back_to()
+
+    def undone(self) -> AbstractContextManager[None]:
+        """The model as it was, while the block runs; then with the cut again, as it is now."""
+        return self.steps.undone()
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether undoing brings back this module's old parameters."""
+        return self.steps.covers(module)
 
 
 def cut_heads(
@@ -90,6 +107,7 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     Raises:
         ValueError: as `cut_heads`, but for what its arguments say.
     """
+    require_same_heads(plans, discovery.attentions)
     uniform = uniform_configs(plans, discovery.attentions)
     gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
     paths = {p.attention.index: p.owned.output for p in plans}
@@ -100,6 +118,7 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     before = [_Uncut(model, alike) for alike in groups.values()]
     for uncut in before:
         uncut.cut(cut.steps)
+    cut_shared(model, plans, cut.steps)
     for uncut in before:
         _settle(model, uncut, uniform, cut)
     if problem := zeroed.difference():
@@ -117,6 +136,7 @@ class _Uncut:
             self.want = self.alone.heads()[list(plan.heads)]
         self.reads = list(reads.values())
         self.numbers: dict[str, tuple[int, int]] = {}
+        self.parts = parts_of_one_matrix(plan)
         self.lists: dict[str, int] = {}
 
     def cut(self, undo: Undo) -> None:
@@ -136,12 +156,12 @@ def _settle(model: PreTrainedModel, uncut: _Uncut, uniform: set[int], cut: CutHe
     first = alike[0]
     attention = first.attention
     places = [(owner, name) for owner, name in reads if not isinstance(owner, PreTrainedConfig) or id(owner) in uniform]
-    found = candidates(places, numbers)
+    found = candidates(places, numbers, uncut.parts)
     old = {(id(owner), name): getattr(owner, name) for (owner, name), _ in found}
 
     def works() -> str:
         with quiet(model):
-            return uncut.alone.difference(uncut.want)
+            return uncut.alone.difference(uncut.want, first.heads)
 
     try:
         chosen = settle(found, cut.steps, works)
@@ -178,7 +198,7 @@ def _config_value(attention: Attention, name: str) -> Any:
 
 def _follow(
     alike: Sequence[CutPlan],
-    chosen: Sequence[tuple[Place, int]],
+    chosen: Sequence[tuple[Place, Any]],
     others: Sequence[tuple[str, int]],
     lists: Mapping[str, int],
     cut: CutHeads,
@@ -188,7 +208,7 @@ def _follow(
     inside = {id(module): path for path, module in first.named_modules()}
     for plan in alike:
         module = plan.attention.module
-        given: dict[str, int] = dict(lists)
+        given: dict[str, Any] = dict(lists)
         for (owner, name), value in chosen:
             if id(owner) not in inside:
                 continue

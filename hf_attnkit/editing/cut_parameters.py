@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_attnkit.editing.cut_plan import CutPlan
 from hf_attnkit.editing.undo import Undo
+from hf_attnkit.models.checkpoint_shapes import sizes_of
 
 
 def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tuple[int, int]], dict[str, int]]:
@@ -48,6 +51,19 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tup
     return sizes, lists
 
 
+def cut_shared(model: nn.Module, plans: Sequence[CutPlan], undo: Undo) -> None:
+    """Keep the rows of what stays in parameters that make something for the heads of several attentions, once each."""
+    done: set[str] = set()
+    for plan in plans:
+        for name, owners in {} if plan.attention.bias is None else plan.attention.bias.rows.items():
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            keep = owners.kept(plan.by_role())
+            if name not in done and len(keep) < getattr(owner, leaf).shape[owners.dim]:
+                _keep(owner, leaf, owners.dim, keep, undo)
+            done.add(name)
+
+
 def _list_entry(module: nn.Module, name: str) -> tuple[str, str]:
     """Path and name of the list of modules, one a head, that a head's own parameter is in.
 
@@ -72,7 +88,7 @@ def _keep(owner: nn.Module, leaf: str, dim: int, keep: Tensor, undo: Undo) -> No
         new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
         undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     if leaf == "weight":
-        names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
+        names = sizes_of(owner)
         for name, size in zip(names, new.shape, strict=False):
             if type(vars(owner).get(name)) is int and vars(owner)[name] != size:
                 undo.set(owner, name, size)

@@ -79,6 +79,7 @@ def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
         path = plan.attention.path
         targets = [f"{path}.{name}" for name in plan.owned.owned]
         targets += [] if plan.owned.output is None else [f"{plan.owned.output}.weight"]
+        targets += [] if plan.attention.bias is None else list(plan.attention.bias.rows)
         for target in targets:
             owner, _, leaf = target.rpartition(".")
             module = model.get_submodule(owner)
@@ -93,6 +94,38 @@ def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
                     f"{target} is shared with {', '.join(name for name in sharing if name != target)}, which would be "
                     "changed too; give each its own copy first"
                 )
+
+
+def require_same_heads(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> None:
+    """Raise `ValueError` where attentions that take one bias, head by head, would lose different heads."""
+    kept = {plan.attention.index: plan.heads for plan in plans}
+    for plan in plans:
+        bias = plan.attention.bias
+        if bias is None or bias.problem:
+            continue
+        if any(kept.get(user, tuple(range(plan.attention.num_heads))) != plan.heads for user in bias.users):
+            gone = [head for head in range(plan.attention.num_heads) if head not in plan.heads]
+            others = ", ".join(attentions[user].path for user in bias.users)
+            raise ValueError(
+                f"{plan.attention.path}: {bias.name} makes a bias of the scores for each head, which is one for "
+                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, gone)}"
+            )
+
+
+def parts_of_one_matrix(plan: CutPlan) -> tuple[list[int], list[int]]:
+    """Sizes of query, key and value, before and after, of a matrix that makes them one after the other; else empty."""
+    for name, owners in plan.owned.owned.items():
+        rows = {role: each for role, each in owners.rows.items() if role in ("query", "key", "value")}
+        if name not in plan.owned.matrices or len(rows) < 2:
+            continue
+        used = {role: each.any(0).nonzero()[:, 0] for role, each in rows.items()}
+        order = sorted(used, key=lambda role: int(used[role][0]))
+        if any(int(used[role][-1]) - int(used[role][0]) + 1 != len(used[role]) for role in order):
+            continue
+        heads = plan.by_role()
+        after = [int(rows[role][heads[role]].any(0).sum()) for role in order]
+        return [len(used[role]) for role in order], after
+    return [], []
 
 
 def uniform_configs(plans: Sequence[CutPlan], attentions: Sequence[Attention]) -> set[int]:

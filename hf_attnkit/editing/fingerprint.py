@@ -8,7 +8,7 @@ adapters does. What does not matter is not noted: `requires_grad`, training mode
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,18 @@ class _Noted:
 class Fingerprint:
     """A model as it is when this is made."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[AttentionLayer],
+        look: Callable[[PreTrainedModel], Sequence[AttentionLayer]] = attention_layers,
+    ) -> None:
         """
         Args:
-            layers: its `attention_layers`.
+            layers: what `look` gives for it.
+            look: gives the layers of a model.
         """
+        self._look = look
         self._running, self._numbers = _running(model, layers), [_numbers(layer) for layer in layers]
         self._modules = [[layer.module, *(getattr(layer, name) for name in PROJECTIONS)] for layer in layers]
         self._parameters = {
@@ -60,7 +67,7 @@ class Fingerprint:
         parameters = dict(model.named_parameters())
         if added := parameters.keys() ^ self._parameters.keys():
             return f"parameters were added or removed, {min(added)!r} among them"
-        layers = attention_layers(model)
+        layers = self._look(model)
         if (running := _running(model, layers)) != self._running:
             before, now = (", ".join(dict.fromkeys(names)) for names in (self._running, running))
             return f"its attention ran {before}, and runs {now} now"
@@ -116,7 +123,8 @@ def _parameter_difference(noted: _Noted, parameter: nn.Parameter) -> str:
 
 def _projections(layers: Sequence[AttentionLayer]) -> list[nn.Linear]:
     """Each module once, where several projections are one."""
-    return list(dict.fromkeys(getattr(layer, name) for layer in layers for name in PROJECTIONS))
+    modules = (getattr(layer, name) for layer in layers for name in PROJECTIONS)
+    return list(dict.fromkeys(module for module in modules if module is not None))
 
 
 def _contents(linear: nn.Linear) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,18 +22,19 @@ from hf_attnkit.models.attention import is_linear
 TRIES = 256
 
 Place = tuple[Any, str]
+Parts = tuple[Sequence[int], Sequence[int]]
 
 
 @contextmanager
 def recorded_reads(owners: Iterable[Any]) -> Iterator[dict[tuple[int, str], Place]]:
-    """The integer attributes of these objects that are read meanwhile, as `(owner, name)`."""
+    """The attributes of these objects that are integers, or lists of them, and read meanwhile: `(owner, name)`."""
     reads: dict[tuple[int, str], Place] = {}
     classes = [(owner, type(owner)) for owner in {id(owner): owner for owner in owners}.values()]
 
     def recording(kind: type) -> type:
         def read(self: Any, name: str) -> Any:
             value = kind.__getattribute__(self, name)  # type: ignore[call-arg]
-            if type(value) is int:
+            if type(value) is int or (type(value) is list and all(type(each) is int for each in value)):
                 reads[id(self), name] = self, name
             return value
 
@@ -77,17 +78,34 @@ def quantities(
     return found | {f"rows {old}": (old, new) for old, new in rows}
 
 
-def candidates(places: Iterable[Place], numbers: Mapping[str, tuple[int, int]]) -> list[tuple[Place, list[int]]]:
-    """For each attribute whose value is one of the quantities: the values it may take, likeliest first."""
-    found = []
+def candidates(
+    places: Iterable[Place], numbers: Mapping[str, tuple[int, int]], parts: Parts = ((), ())
+) -> list[tuple[Place, list[Any]]]:
+    """For each attribute whose value is one of the quantities: the values it may take, likeliest first.
+
+    Args:
+        parts: sizes of the query, key and value in one matrix, before and after. The size by which a module splits
+            what the matrix puts out (GPT-2) becomes the list of them, which `torch.split` takes as well.
+    """
+    found: list[tuple[Place, list[Any]]] = []
+    before, after = list(parts[0]), list(parts[1])
     for owner, name in places:
         value = getattr(owner, name)
+        if isinstance(value, list):
+            if value == before != after:
+                found.append(((owner, name), [after]))
+            continue
+        if "split" in name and isinstance(owner, nn.Module) and set(before) == {value} and len(set(after)) > 1:
+            found.append(((owner, name), [after]))
+            continue
         meant = [what for what, (old, _) in numbers.items() if old == value]
         if not any(numbers[what][1] != value for what in meant):
             continue
         likely = sorted(meant, key=lambda what: _unlikely(name, what))
         values = [numbers[what][1] for what in likely]
-        values.insert(0 if _is_other(name) else len(values), value)
+        # One whose name says something else keeps its value if it can: few tokens need not show what it changes.
+        stays = _is_other(name) or all(_unlikely(name, what) for what in meant)
+        values.insert(0 if stays else len(values), value)
         found.append(((owner, name), list(dict.fromkeys(values))))
     return found
 
@@ -110,7 +128,7 @@ def _is_other(name: str) -> bool:
     )
 
 
-def settle(found: list[tuple[Place, list[int]]], undo: Undo, works: Callable[[], str]) -> list[tuple[Place, int]]:
+def settle(found: list[tuple[Place, list[Any]]], undo: Undo, works: Callable[[], str]) -> list[tuple[Place, Any]]:
     """Set the attributes so that the module works, trying the likeliest values first.
 
     Args:
@@ -140,7 +158,7 @@ def settle(found: list[tuple[Place, list[int]]], undo: Undo, works: Callable[[],
     raise ValueError(f"{first}; tried other values for {names or 'no attribute: none holds a number of heads'}")
 
 
-def _by_rank(options: list[list[tuple[int, int]]]) -> Iterator[tuple[tuple[int, int], ...]]:
+def _by_rank(options: list[list[tuple[int, Any]]]) -> Iterator[tuple[tuple[int, Any], ...]]:
     """All choices, those with the fewest departures from the likeliest first."""
     for changed in range(len(options) + 1):
         for where in itertools.combinations(range(len(options)), changed):

@@ -10,8 +10,9 @@
     }
 
 `heads` are query and key/value heads, `numbers` attributes of the module that attends (of a list of modules: how many
-are left), `output` the path of an output projection outside of it, `config` fields that its forward reads while it
-runs, before and now. Shapes are not recorded: the checkpoint has them.
+are left), `output` the path of an output projection outside of it, `shared` those of modules that make something for
+its heads and for those of other attentions (MPNet's bias), `config` fields that its forward reads while it runs, before
+and now. Shapes are not recorded: the checkpoint has them.
 
 A part of a model that has a config of its own (CLIP's towers, LLaVA's language model) is recorded there, so that it
 loads from the whole as well as by itself. `"attn_implementation": "hf_attnkit"` next to it makes Transformers alone
@@ -20,7 +21,7 @@ refuse the checkpoint by that name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -28,16 +29,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import NAME
 from hf_attnkit.editing.undo import Undo
+from hf_attnkit.models.whole import configs_in, saved_with
 
 KEY, VERSION = "hf_attnkit", 2
-
-
-def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside it, which are saved with it."""
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from configs_in(value)
 
 
 def record_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -86,6 +80,9 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
                 break
     if layers and getattr(model.config, "attn_implementation", None) != NAME:
         undo.set(model.config, "attn_implementation", NAME)
+    path, whole = saved_with(model)
+    if not any(config is model.config for config in configs_in(whole.config)):  # a copy, which is saved nowhere
+        record(whole, {f"{path}.{name}": _inside(layer, f"{path}.") for name, layer in layers.items()}, undo)
 
 
 def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:
@@ -101,9 +98,21 @@ def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedMode
 
 
 def _relative(layer: dict[str, Any], prefix: str) -> dict[str, Any]:
-    if "output" not in layer:
-        return layer
-    return layer | {"output": layer["output"].removeprefix(prefix)}
+    return _with_paths(layer, lambda path: path.removeprefix(prefix))
+
+
+def _inside(layer: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return _with_paths(layer, lambda path: prefix + path)
+
+
+def _with_paths(layer: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The same with the paths of modules next to the one that attends changed."""
+    found = dict(layer)
+    if "output" in layer:
+        found["output"] = change(layer["output"])
+    if "shared" in layer:
+        found["shared"] = [change(path) for path in layer["shared"]]
+    return found
 
 
 def _note(owner: PreTrainedModel, path: str, layer: dict[str, Any], undo: Undo) -> None:
@@ -126,7 +135,8 @@ def _of_this_model(owner: PreTrainedModel) -> dict[str, Any]:
             f"heads were removed through a {heads['model']}, whose config this {name} shares; pass that model, so that "
             "the config says of whose layers it speaks"
         )
-    return heads | {"model": name, "layers": {f"{inside[0]}.{path}": own for path, own in heads["layers"].items()}}
+    layers = {f"{inside[0]}.{path}": _inside(own, f"{inside[0]}.") for path, own in heads["layers"].items()}
+    return heads | {"model": name, "layers": layers}
 
 
 def record_config(config: PreTrainedConfig, fields: dict[str, tuple[int, int]], undo: Undo) -> None:
@@ -182,6 +192,9 @@ def build_as_recorded(model: PreTrainedModel) -> list[str]:
             if "output" in layer:
                 layers[where]["output"] = _present(part, layer["output"])
                 sized.append(f"{prefix}{layers[where]['output']}")
+            if "shared" in layer:
+                layers[where]["shared"] = [_present(part, each) for each in layer["shared"]]
+                sized += [f"{prefix}{each}" for each in layers[where]["shared"]]
         if layers:
             heads = heads | {"model": type(part).__name__, "layers": layers}
             setattr(part.config, KEY, getattr(part.config, KEY) | {"heads": heads})

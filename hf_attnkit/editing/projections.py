@@ -1,7 +1,8 @@
 """Cut projections by head and replace their parameters. Knows no model family.
 
 A projection's heads are consecutive blocks of `head_dim` rows (query, key, value) or columns
-(output): "(h d) m" and "m (h d)". Several projections may be rows of one `nn.Linear`.
+(output): "(h d) m" and "m (h d)". Several projections may be rows of one `nn.Linear`; rows that are
+found by running may lie anywhere in it, or in GPT-2's Conv1D, whose weight is transposed.
 """
 
 from __future__ import annotations
@@ -11,24 +12,28 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_attnkit.models.layers import weight_of
 
 ALL = slice(None)
+Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
 class Edit:
-    """New parameters for these rows of one `nn.Linear`: weight `(out, in)` and bias `(out,)` or `None`.
+    """New parameters for these rows of one matrix product: weight `(out, in)` and bias `(out,)` or `None`.
 
-    The number of rows may change; the other rows stay.
+    The number of rows may change where they are a slice; the other rows stay.
     """
 
     linear: nn.Linear
     weight: Tensor
     bias: Tensor | None
-    rows: slice = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
+    rows: Rows = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
 
 
-def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: slice = ALL) -> Edit:
+def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: Rows = ALL) -> Edit:
     """Keep these heads of a query, key or value projection, in the order given."""
     weight = linear.weight.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten(0, 1)
     bias = linear.bias
@@ -44,7 +49,7 @@ def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit
     return Edit(linear, weight, bias)
 
 
-def blank_rows(linear: nn.Linear, head_dim: int, rows: slice = ALL) -> Edit:
+def blank_rows(linear: nn.Linear, head_dim: int, rows: Rows = ALL) -> Edit:
     """One head of zeros instead of these heads of a query, key or value projection."""
     weight = linear.weight.new_zeros(head_dim, linear.in_features)
     return Edit(linear, weight, None if linear.bias is None else linear.bias.new_zeros(head_dim), rows)
@@ -66,19 +71,35 @@ def whole(edits: Sequence[Edit]) -> list[Edit]:
 
 def _joined(parts: list[Edit]) -> Edit:
     linear = parts[0].linear
-    if len(parts) == 1 and parts[0].rows == ALL:
+    if len(parts) == 1 and isinstance(parts[0].rows, slice) and parts[0].rows == ALL:
         return parts[0]
+    slices = [(part.rows, part) for part in parts if isinstance(part.rows, slice)]
+    if len(slices) < len(parts):
+        return _scattered(parts)
     weights, biases, position = [], [], 0
-    for part in sorted(parts, key=lambda part: part.rows.start):
-        between = slice(position, part.rows.start)
+    for rows, part in sorted(slices, key=lambda pair: pair[0].start):
+        between = slice(position, rows.start)
         weights += [linear.weight.detach()[between], part.weight]
         if linear.bias is not None:
             biases += [linear.bias.detach()[between], part.bias]
-        position = part.rows.stop
+        position = rows.stop
     weights.append(linear.weight.detach()[position:])
     if linear.bias is None:
         return Edit(linear, torch.cat(weights), None)
     return Edit(linear, torch.cat(weights), torch.cat([*biases, linear.bias.detach()[position:]]))  # type: ignore[list-item]
+
+
+def _scattered(parts: list[Edit]) -> Edit:
+    """The same of rows that lie anywhere; their number stays."""
+    linear = parts[0].linear
+    weight = weight_of(linear).clone()
+    bias = None if linear.bias is None else linear.bias.detach().clone()
+    for part in parts:
+        rows = part.rows.to(weight.device) if isinstance(part.rows, Tensor) else part.rows
+        weight[rows] = part.weight
+        if bias is not None and part.bias is not None:
+            bias[rows] = part.bias
+    return Edit(linear, weight, bias)
 
 
 def apply(edit: Edit) -> None:
@@ -87,12 +108,17 @@ def apply(edit: Edit) -> None:
     Device, dtype and `requires_grad` stay; an optimizer made before holds the old parameters.
     """
     linear = edit.linear
-    weight = _parameter(edit.weight, linear.weight)
+    is_transposed = isinstance(linear, Conv1D)
+    new = edit.weight.T if is_transposed and not isinstance(edit.weight, nn.Parameter) else edit.weight
+    weight = _parameter(new, linear.weight)
     bias = None if edit.bias is None else _parameter(edit.bias, linear.bias)
     linear.weight = weight
     if bias is not None:
         linear.bias = bias
-    linear.out_features, linear.in_features = edit.weight.shape
+    if is_transposed:
+        linear.nx, linear.nf = weight.shape  # type: ignore[assignment]
+    else:
+        linear.out_features, linear.in_features = weight.shape
 
 
 def present(linear: nn.Linear) -> Edit:
@@ -101,6 +127,7 @@ def present(linear: nn.Linear) -> Edit:
 
 
 def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter is one that comes back, stored as its module stores it."""
     if isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor.contiguous(), requires_grad=like.requires_grad)

@@ -28,7 +28,8 @@ from hf_attnkit.models.discovery import quiet, run_outputs
 from hf_attnkit.models.interface import Call, watched
 
 
-def _factor(dtype: torch.dtype) -> int:
+def bound_factor(dtype: torch.dtype) -> int:
+    """How many times the measured rounding a proof allows."""
     return 4 if dtype.itemsize == 2 else 64
 
 
@@ -94,14 +95,18 @@ class Zeroed:
             zero[attention.index] = keep
             signs = torch.randint(0, 2, (attention.num_heads, attention.value_head_dim), generator=generator) * 2 - 1
             eps = torch.finfo(next(attention.module.parameters()).dtype).eps
-            rounded[attention.index] = keep[:, None] * (1 + eps * signs)
+            rounded[attention.index] = keep[:, None] * (
+                1 + eps * signs.double()
+            )  # float32 has no 1 + float64's epsilon
         with quiet(model):
             with heads_changed(model, attentions, zero, outputs):
                 self._want = run_outputs(model, inputs)
             with heads_changed(model, attentions, rounded, outputs):
                 noisy = run_outputs(model, inputs)
         self._bounds = [
-            _factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b)) if a.shape == b.shape else 0.0
+            bound_factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b))
+            if a.shape == b.shape
+            else 0.0
             for a, b in zip(noisy, self._want, strict=True)
         ]
 

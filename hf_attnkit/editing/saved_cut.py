@@ -55,6 +55,8 @@ def save_cut(model: PreTrainedModel, found: Discovery, owned: Sequence[Ownership
         layer: dict[str, Any] = {"heads": list(cut.heads[attention.index]), "numbers": cut.numbers[attention.path]}
         if own.output is not None and not own.output.startswith(f"{attention.path}."):
             layer["output"] = own.output
+        if attention.bias is not None and attention.bias.rows:
+            layer["shared"] = sorted({name.rpartition(".")[0] for name in attention.bias.rows})
         layers[attention.path] = layer
     record(model, layers, cut.steps)
     by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
@@ -62,7 +64,8 @@ def save_cut(model: PreTrainedModel, found: Discovery, owned: Sequence[Ownership
         by_config.setdefault(id(config), (config, {}))[1][name] = before, now
     for config, fields in by_config.values():
         record_config(config, fields, cut.steps)
-    require_reloadable(model, [path for name, own in layers.items() for path in (name, own.get("output", name))])
+    beside = [path for own in layers.values() for path in (own.get("output"), *own.get("shared", ())) if path]
+    require_reloadable(model, [*layers, *beside])
     try:
         type(model.config).from_dict(model.config.to_dict())
     except Exception as error:  # whatever a config's own checks say

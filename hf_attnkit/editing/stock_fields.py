@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import NAME
 from hf_attnkit.editing.cut_heads import CutHeads
-from hf_attnkit.editing.head_record import KEY, VERSION, configs_in, record_of
+from hf_attnkit.editing.head_record import KEY, VERSION, record_of
 from hf_attnkit.models.discovery import Discovery, quiet, run_outputs
 from hf_attnkit.models.tensors import first_difference
+from hf_attnkit.models.whole import configs_in
 
 Fields = dict[str, int]
 

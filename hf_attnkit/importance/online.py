@@ -8,12 +8,14 @@ Two ways to it, both linear in the length:
 
 - Any mask: one pass over tiles of scores with a running maximum m, as in online softmax (Milakov and Gimelshein 2018,
   arXiv 1805.02867), l = sum_j e^(s_ij - m) and w = sum_j e^(s_ij - m) (s_ij - m). Then H = ln l - w / l, and the
-  largest weight is 1 / l.
+  largest weight is 1 / l. A bound of the scores (softcap) is applied to them tile by tile; a learned sink is a key that
+  every query sees first, so m starts at its score, l at 1 and w at 0.
 - Causal or not, with or without padding, on a CPU: sum_j p_ij s_ij = scaling * q_i . Attention(Q, K, V=K)_i, so one
   call of PyTorch's flash kernel, which also returns the log-sum-exp, gives H at the cost of one more attention.
 
 The mean key is subtracted first. That shifts all scores of a query alike, which changes neither number, and keeps
-them small: the two large terms of H would lose digits otherwise.
+them small: the two large terms of H would lose digits otherwise. Scores under a softcap or next to a sink stay where
+they are, since a shift would change what these do.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def masked_entropy(query: Tensor, key: Tensor, mask: Mask, scaling: float, windo
 
 @torch.no_grad()
 def largest_weight(query: Tensor, key: Tensor, mask: Mask, scaling: float, window: int | None = None) -> Tensor:
-    """max_j p_ij of each query, `(B, num_heads, Q)`, in (0, 1]; 0 for a query that sees no key.
+    """max_j p_ij of each query, `(B, num_heads, Q)`, in (0, 1], a sink's weight included; 0 for one that sees no key.
 
     Arguments as `masked_entropy`.
     """
@@ -65,7 +67,15 @@ def largest_weight(query: Tensor, key: Tensor, mask: Mask, scaling: float, windo
 
 
 def visible_keys(mask: Mask, window: int | None = None) -> Tensor:
-    """How many keys each query sees, integer `(B, 1 or H, Q)`; B is 1 where all rows agree."""
+    """How many keys each query sees, integer `(B, 1 or H, Q)`; B is 1 where all rows agree.
+
+    A sink is one more for a query that sees a key of the sequence.
+    """
+    number = _visible(mask, window)
+    return number if mask.sinks is None else number + (number > 0)
+
+
+def _visible(mask: Mask, window: int | None) -> Tensor:
     if mask.dense is not None:
         mask = _within(mask, window)
         assert mask.dense is not None
@@ -83,14 +93,19 @@ def visible_keys(mask: Mask, window: int | None = None) -> Tensor:
 
 
 def _groups(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> Iterator[tuple[Tensor, Tensor, Mask]]:
-    """Group by group: its queries, its one key head without the mean, and the mask; copies of one group at a time."""
+    """Group by group: its queries, its one key head without the mean where that may go, and the mask.
+
+    Copies are of one group at a time.
+    """
     mask = _within(mask, window)
     dtype = torch.promote_types(query.dtype, torch.float32)
     size = query.shape[1] // key.shape[1]
     for group in range(key.shape[1]):
         heads = slice(group * size, (group + 1) * size)
         keys = key[:, group : group + 1].to(dtype)
-        if mask.key_visible is None:
+        if mask.softcap is not None or mask.sinks is not None:
+            mean = keys.new_zeros(())
+        elif mask.key_visible is None:
             mean = keys.mean(2, keepdim=True)
         else:
             visible = mask.key_visible[:, None, :, None]
@@ -100,6 +115,8 @@ def _groups(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> Itera
             for name in ("dense", "bias")
             if (tensor := getattr(mask, name)) is not None and tensor.shape[1] > 1
         }
+        if mask.sinks is not None:
+            per_head["sinks"] = mask.sinks[heads]
         yield query[:, heads].to(dtype), keys - mean, dataclasses.replace(mask, **per_head)
 
 
@@ -111,13 +128,15 @@ def _within(mask: Mask, window: int | None) -> Mask:
 
 
 def _stream(query: Tensor, key: Tensor, mask: Mask, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """l and w of the text above, each `(B, H, Q)`; a query that sees no key has l = 0."""
+    """l and w of the text above, each `(B, H, Q)`; a query that sees no key has l = 0, or 1 with a sink."""
     total = query.new_zeros(query.shape[:3])
     weighted, tiny = torch.zeros_like(total), torch.finfo(query.dtype).min
     window = window if mask.dense is None else None
     for queries, tiles in score_tiles(query, key, mask, scaling=scaling, window=window):
         top = query.new_full((*query.shape[:2], queries.stop - queries.start), -torch.inf)
         sums, weighted_sums = torch.zeros_like(top), torch.zeros_like(top)
+        if mask.sinks is not None:
+            top, sums = mask.sinks.to(top)[:, None].expand_as(top), torch.ones_like(top)
         for scores in tiles:
             new_top = torch.maximum(top, scores.amax(-1))
             # A row that has seen no key yet keeps -inf; 0 in its place avoids inf - inf.
@@ -135,7 +154,7 @@ def _stream(query: Tensor, key: Tensor, mask: Mask, scaling: float, window: int 
 
 def _flash_takes(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> bool:
     """Whether PyTorch's flash kernel for CPUs computes this and, tried once, computes it right."""
-    plain = window is None and mask.dense is None and mask.bias is None
+    plain = window is None and all(each is None for each in (mask.dense, mask.bias, mask.softcap, mask.sinks))
     aligned = not mask.is_causal or (query.shape[2] == key.shape[2] and mask.offset() == 0)
     return plain and aligned and query.device.type == "cpu" and _FLASH is not None and _flash_agrees(query.dtype)
 

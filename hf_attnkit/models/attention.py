@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_attnkit.models.owners import Owners
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SharedBias:
+    """Something for each head, made once and given to attentions; see `shared_bias`.
+
+    Attributes:
+        name: of the parameter that it is made of, in the model, or of what the attentions are given.
+        users: indices of the attentions that take it.
+        rows: by name in the model, parameters outside of these attentions, and the rows of each head.
+        problem: why it cannot be cut, or nothing.
+    """
+
+    name: str
+    users: tuple[int, ...]
+    rows: dict[str, Owners] = field(repr=False, compare=False)
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +57,7 @@ class Attention:
         calls_interface: whether it attends through Transformers' interface.
         reason: why not.
         inputs: what the module was given, for running it alone.
+        bias: what it takes head by head from outside, or shares with others, or `None`.
     """
 
     index: int
@@ -59,6 +81,7 @@ class Attention:
     calls_interface: bool = True
     reason: str = ""
     inputs: Inputs = field(default=((), {}), repr=False, compare=False)
+    bias: SharedBias | None = None
 
     @property
     def group_size(self) -> int:
@@ -84,8 +107,32 @@ def given_by_head(attention: Attention) -> list[str]:
         f"{name} {tuple(value.shape)}"
         for name, value in tensors.items()
         if (value.dim() == 4 and value.shape[1] == number > 1)
+        or (value.dim() == 5 and value.shape[2] == number > 1)  # in blocks (LongT5)
         or (value.dim() == 3 and value.shape[0] == batch * number)
     ]
+
+
+def split_by_head(tensor: Tensor, num_heads: int) -> tuple[Tensor, int]:
+    """What `given_by_head` names, and the axis along which its heads are."""
+    return (tensor.unflatten(0, (-1, num_heads)), 1) if tensor.dim() == 3 else (tensor, tensor.dim() - 3)
+
+
+def inputs_for(attention: Attention, heads: Sequence[int]) -> Inputs:
+    """What the module is given, for these heads only where it has something for each head that others share."""
+    if attention.bias is None or len(heads) == attention.num_heads:
+        return attention.inputs
+    names = {text.partition(" (")[0] for text in given_by_head(attention)}
+
+    def some(value: Any) -> Any:
+        whole, axis = split_by_head(value, attention.num_heads)
+        found = whole.index_select(axis, torch.tensor(list(heads), device=value.device))
+        return found.flatten(0, 1) if value.dim() == 3 else found
+
+    args, kwargs = attention.inputs
+    return (
+        tuple(some(value) if f"argument {i}" in names else value for i, value in enumerate(args)),
+        {name: some(value) if name in names else value for name, value in kwargs.items()},
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -1,13 +1,21 @@
-"""The shapes of a checkpoint's tensors, by the names that a model gives them, and a model's parameters made so."""
+"""The shapes of a checkpoint's tensors, by the names that a model gives them, and a model's parameters made so.
+
+Relied on of Transformers, which promises none of it (so it is in 5.15 to 5.23): `from_pretrained` builds the model on
+the meta device and then calls the class's `_load_pretrained_model` once, before any weight is given memory, with the
+model, its files (or tensors) and a `load_config` whose `weight_mapping` is how names and tensors are converted; and
+`rename_source_key` says by which of these conversions a tensor goes where. `loading_arguments` refuses another form.
+"""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +30,33 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+# The arguments of `rename_source_key` that are given here.
+_RENAMING = ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
+
+
+def loading_arguments(
+    model_class: type[PreTrainedModel], model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[str] | None, Mapping[str, Tensor] | None, Sequence[Any]]:
+    """Files, tensors and conversions that `_load_pretrained_model` of the class is called with.
+
+    Raises:
+        RuntimeError: if Transformers loads models in another way.
+    """
+    renaming = list(inspect.signature(rename_source_key).parameters)[: len(_RENAMING)]
+    try:
+        given = inspect.signature(model_class._load_pretrained_model).bind(model, *args, **kwargs).arguments
+        files, state_dict = given["checkpoint_files"], given["state_dict"]
+        mapping = given["load_config"].weight_mapping or []
+        if renaming != _RENAMING:
+            raise TypeError(f"rename_source_key takes {renaming}")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise RuntimeError(
+            f"transformers {transformers.__version__} loads weights in another way than this hf_attnkit knows "
+            f"({type(error).__name__}: {error}), so the shapes of a checkpoint whose heads were changed cannot be "
+            "taken from it; install a later hf_attnkit, or a transformers that its requirements allow"
+        ) from error
+    return files, state_dict, mapping
 
 
 def stored_shapes(files: Sequence[str | os.PathLike[str]] | None, state_dict: Mapping[str, Tensor] | None) -> Shapes:
@@ -91,6 +126,13 @@ def require_reloadable(model: PreTrainedModel, paths: Sequence[str]) -> None:
         )
 
 
+def sizes_of(module: nn.Module) -> tuple[str, str]:
+    """What the module calls the sizes of its weight."""
+    if isinstance(module, nn.Embedding):
+        return "num_embeddings", "embedding_dim"
+    return ("nx", "nf") if isinstance(module, Conv1D) else ("out_features", "in_features")
+
+
 def resize(model: nn.Module, paths: Iterable[str], shapes: Shapes) -> None:
     """Make the still empty parameters and buffers in these modules as small as these shapes say.
 
@@ -122,7 +164,7 @@ def resize(model: nn.Module, paths: Iterable[str], shapes: Shapes) -> None:
         else:
             owner._buffers[leaf] = new
         if leaf == "weight":
-            names = ("nx", "nf") if isinstance(owner, Conv1D) else ("out_features", "in_features")
+            names = sizes_of(owner)
             for each, size in zip(names, shape, strict=False):
                 if type(vars(owner).get(each)) is int:
                     setattr(owner, each, size)

@@ -21,6 +21,7 @@ from hf_attnkit.models.attention import Attention, Inputs, is_linear
 from hf_attnkit.models.bypass import bypassing_attentions
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.sample_inputs import input_device, sample_inputs
+from hf_attnkit.models.shared_bias import with_shared_bias
 from hf_attnkit.models.tensors import cloned, first_difference, tensors_in, without_caches
 
 
@@ -57,6 +58,7 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
         inputs, calls, before = _first_run(model, probe)
         found, after, not_run = _second_run(model, inputs, calls)
         found += bypassing_attentions(model, inputs, [each.module for each in found], len(found))
+        found = with_shared_bias(model, inputs, found)
     if (differs := first_difference(before, after)) is not None:
         raise ValueError(
             f"{type(model).__name__} gives other outputs when it runs again on the same inputs, in evaluation mode: "

@@ -19,17 +19,19 @@ from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import Discovery, discover, require_runnable
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.projected import Projected, projected
 
 # Of configs: what a model's heads do not depend on.
 _OTHER_FIELDS = {"attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal",
                  "hf_attnkit", "problem_type", "use_cache", "output_attentions", "output_hidden_states",
                  "_output_attentions", "return_dict", "name_or_path", "_name_or_path"}  # fmt: skip
 
-__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "require_runnable", "set_probe",
+__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "projections", "require_runnable", "set_probe",
            "transformers_attention"]  # fmt: skip
 
 _probes: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-_known: weakref.WeakKeyDictionary[nn.Module, Known] = weakref.WeakKeyDictionary()
+# The last two states that a model was looked at in: a refit goes back and forth between the changed and the untouched.
+_known: weakref.WeakKeyDictionary[nn.Module, list[Known]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Known:
     discovery: Discovery
     state: _State
     owned: list[Ownership] = field(default_factory=list)
+    projected: list[Projected] = field(default_factory=list)
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -68,7 +71,7 @@ def set_probe(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> None:
     with transformers_attention(model):
         found = discover(model, inputs)
     _probes[model] = dict(inputs)
-    _known[model] = Known(_spare(found), _State(model))
+    _known[model] = [Known(_spare(found), _State(model))]
 
 
 def known(model: PreTrainedModel) -> Known:
@@ -77,9 +80,11 @@ def known(model: PreTrainedModel) -> Known:
     Raises:
         TypeError, ValueError: as `discover`.
     """
-    one = _known.get(model) if isinstance(model, nn.Module) else None
-    if one is None or not one.state.holds(model):
-        one = _known[model] = Known(_spare(_discover(model)), _State(model))
+    entries = _known.get(model, []) if isinstance(model, nn.Module) else []
+    one = next((each for each in entries if each.state.holds(model)), None)
+    if one is None:
+        one = Known(_spare(_discover(model)), _State(model))
+    _known[model] = [one, *(each for each in entries if each is not one)][:2]
     return one
 
 
@@ -95,6 +100,20 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
         with transformers_attention(model):
             one.owned = ownerships(model, found.attentions)
     return one.owned
+
+
+def projections(model: PreTrainedModel) -> list[Projected]:
+    """Which rows make the queries, keys and values of each attention of `known(model)`.
+
+    Raises:
+        TypeError, ValueError: as `owned`.
+    """
+    one = known(model)
+    if not one.projected:
+        own, found = owned(model), _discover(model)
+        with transformers_attention(model):
+            one.projected = projected(model, found.attentions, own)
+    return one.projected
 
 
 def _discover(model: PreTrainedModel) -> Discovery:

@@ -4,117 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.attention_layer import AttentionLayer, weight_of
 from hf_attnkit.models.attributes import head_attributes
 from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
 from hf_attnkit.models.families import FAMILIES, Family, Stack, family_of, require_plain
 from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.projected import Projected
+from hf_attnkit.models.rotary_pairs import Rope
 
-
-@dataclass(frozen=True)
-class Rope:
-    """How a layer's keys are rotated between projection and product.
-
-    Attributes:
-        pairing: "half" or "interleaved", see `Family`.
-        size: how many components of a head are rotated; they are its first ones.
-    """
-
-    pairing: str
-    size: int
-
-    def pairs(self) -> tuple[list[int], list[int]]:
-        """Indices of the first and of the second component of each rotated pair."""
-        if self.pairing == "half":
-            return list(range(self.size // 2)), list(range(self.size // 2, self.size))
-        return list(range(0, self.size, 2)), list(range(1, self.size, 2))
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention layer of a model.
-
-    Attributes:
-        index: number of the layer, counted through all stacks of the family.
-        name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
-        block: the model's layer that it is part of, whose output the next block takes first.
-        module: the module whose forward calls the attention interface.
-        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`.
-        num_heads, num_key_value_heads, head_dim: as the config says.
-        is_empty: whether its one head is a stand-in; see `config_heads.py`.
-        saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
-        value_dim: size of a head of values, where it is not `head_dim`.
-        attention: what discovery found; `None` for a layer from the table of families.
-        padding: the model's input that says which of its queries are tokens; empty where all are.
-        is_cross: whether queries and keys come from two sequences.
-        position_bias: whether the module passes a bias of the scores.
-        fused: whether query, key and value are one module; `rows` tells them apart.
-        rope: how keys are rotated, or `None`.
-        norm: name of the module that normalises keys between projection and product, or empty.
-    """
-
-    index: int
-    block: nn.Module
-    module: nn.Module
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    output: nn.Linear
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    name: str = ""
-    is_cross: bool = False
-    position_bias: bool = False
-    fused: bool = False
-    rope: Rope | None = None
-    norm: str = ""
-    is_empty: bool = False
-    saved_as: str = ""
-    value_dim: int = 0
-    attention: Attention | None = None
-    padding: str = "attention_mask"
-
-    @property
-    def value_head_dim(self) -> int:
-        """Size of a head of values, and of what each head gives to the output projection."""
-        return self.value_dim or self.head_dim
-
-    @property
-    def refusal(self) -> str:
-        """Why nothing can be swapped in, or empty."""
-        return "" if self.attention is None or self.attention.calls_interface else self.attention.reason
-
-    @property
-    def output_weight(self) -> Tensor:
-        """Of the output projection `(features, num_heads * value_head_dim)`; GPT-2's class has it transposed."""
-        weight: Tensor = self.output.weight.detach()
-        return weight if isinstance(self.output, nn.Linear) else weight.T
-
-    @property
-    def heads(self) -> range:
-        """Numbers of its query heads; none in a layer whose one head is a stand-in."""
-        return range(0 if self.is_empty else self.num_heads)
-
-    def rows(self, name: str) -> slice:
-        """The rows of "query", "key", "value" or "output" in its module."""
-        if not self.fused or name == "output":
-            return slice(0, getattr(self, name).weight.shape[0])
-        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        start = {"query": 0, "key": width, "value": width + kv_width}[name]
-        return slice(start, start + (width if name == "query" else kv_width))
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per key/value head."""
-        return self.num_heads // self.num_key_value_heads
+__all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers", "in_table",
+           "output_of", "ownership_of", "present_stacks", "projected_layers", "scored_layers", "weight_of"]  # fmt: skip
 
 
 def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
@@ -194,6 +101,41 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
 
 
+def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The layers of `discovered_layers` with their projections, as gradients tell, also of models of the table.
+
+    The model runs, and each kind of attention in it runs alone several times, once for as long as the model stays.
+
+    Raises:
+        TypeError, ValueError: as `discover`; for adapters; for an attention that does not run alone.
+    """
+    require_plain(model)
+    known.require_runnable(model)
+    parts = zip(discovered_layers(model), known.projections(model), known.owned(model), strict=True)
+    return [_projected(layer, found, own) for layer, found, own in parts]
+
+
+def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> AttentionLayer:
+    modules = {role: layer.module.get_submodule(own.path) for role, own in found.rows.items()}
+    why = f" ({owned.problem})" if owned.problem else ""
+    return replace(
+        layer,
+        query=modules.get("query"),  # type: ignore[arg-type]
+        key=modules.get("key"),  # type: ignore[arg-type]
+        value=modules.get("value"),  # type: ignore[arg-type]
+        num_key_value_heads=owned.num_key_value_heads,
+        fused=len({id(module) for module in modules.values()}) < len(modules),
+        rope=found.rope,
+        norm=found.between_keys,
+        row_numbers={role: own.rows.flatten() for role, own in found.rows.items()},
+        problems={role: reason + why for role, reason in found.problems.items()},
+        between_values=found.between_values,
+        other_inputs=found.other_inputs,
+        takes_outputs=found.takes_outputs,
+        per_head=found.per_head,
+    )
+
+
 def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> AttentionLayer:
     parts = attention.path.split(".")
     outer = [".".join(parts[:stop]) for stop in range(len(parts), -1, -1)]
@@ -216,8 +158,14 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
         attention=attention,
-        padding=_padding(model, attention.path),
+        padding=(padding := _padding(model, attention.path)),
+        key_padding=_encoder_padding(model) if attention.is_cross else padding,
     )
+
+
+def _encoder_padding(model: PreTrainedModel) -> str:
+    """Which input says which tokens of the other sequence, that of a cross-attention's keys, are padding."""
+    return "attention_mask" if model.main_input_name == "input_ids" else ""
 
 
 def _padding(model: PreTrainedModel, path: str) -> str:

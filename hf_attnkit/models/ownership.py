@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_attnkit.models.attention import Attention, given_by_head
+from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.owned_rows import owned_rows
 from hf_attnkit.models.owners import Ownership
@@ -51,7 +51,7 @@ def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Owners
                 path = attention.path + one.output.removeprefix(_path_of(known, one, attentions))
             one = replace(one, output=path)
         found.append(one)
-    return [_with_bias(attention, one, attentions, found) for attention, one in zip(attentions, found, strict=True)]
+    return [_with_bias(attention, one) for attention, one in zip(attentions, found, strict=True)]
 
 
 def ownership(model: nn.Module, attention: Attention) -> Ownership:
@@ -76,24 +76,8 @@ def _path_of(known: dict[tuple[Any, ...], Ownership], one: Ownership, attentions
     return next(each.path for each in attentions if known.get(signature(each)) is one)
 
 
-def _with_bias(
-    attention: Attention, one: Ownership, attentions: Sequence[Attention], found: Sequence[Ownership]
-) -> Ownership:
-    """The same, coupled where a bias of the scores, head by head, is one for several attentions (T5)."""
-    if not attention.calls_interface and (given := given_by_head(attention)):
-        return replace(one, coupled=one.coupled | {", ".join(given): "others give it something for each head"})
-    if not attention.position_bias:
+def _with_bias(attention: Attention, one: Ownership) -> Ownership:
+    """The same, coupled where it takes something for each head that cannot be cut."""
+    if attention.bias is None or not attention.bias.problem:
         return one
-    takers = [each for each in attentions if each.position_bias and given_by_head(each)]
-    if not takers:
-        return one
-    made = [
-        f"{each.path}.{name}"
-        for each, other in zip(attentions, found, strict=True)
-        for name, owners in other.owned.items()
-        if each.position_bias and set(owners.rows) == {"output"}
-    ]
-    own = [name for name in made if name.startswith(f"{attention.path}.")]
-    name = (own or made or ["the bias of its scores"])[0]
-    why = f"a bias of the scores, head by head, is one for several attentions ({len(takers)} take it from elsewhere)"
-    return replace(one, coupled=one.coupled | {name: why})
+    return replace(one, coupled=one.coupled | {attention.bias.name: attention.bias.problem})

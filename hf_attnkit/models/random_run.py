@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -34,6 +35,7 @@ class RandomRun:
         self.attended: Tensor | None = None  # the output, before gates; leaf of what the output projection takes
         self.taken: Tensor | None = None  # what the output projection takes
         self.output = attention.output
+        self.turn: Callable[[Tensor], Tensor] | None = None  # applied to the output, (batch, queries, heads, size)
 
     def forward(self) -> None:
         """Run it.
@@ -52,6 +54,7 @@ class RandomRun:
             call.query, call.key, call.value = (x.detach() for x in (call.query, call.key, call.value))
             output, weights = call.run()
             self.heads["output"] = output.permute(2, 0, 1, 3)
+            output = output if self.turn is None else self.turn(output)
             self.attended = torch.ones_like(output, requires_grad=True)
             return output * self.attended, weights
 

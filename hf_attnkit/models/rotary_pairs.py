@@ -24,6 +24,25 @@ from hf_attnkit.models.random_run import RandomRun
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a layer's keys are rotated between projection and product.
+
+    Attributes:
+        pairing: "half" or "interleaved", see `Family`.
+        size: how many components of a head are rotated; they are its first ones.
+    """
+
+    pairing: str
+    size: int
+
+    def pairs(self) -> tuple[list[int], list[int]]:
+        """Indices of the first and of the second component of each rotated pair."""
+        if self.pairing == "half":
+            return list(range(self.size // 2)), list(range(self.size // 2, self.size))
+        return list(range(0, self.size, 2)), list(range(1, self.size, 2))
+
+
+@dataclass(frozen=True)
 class RotaryPairs:
     """The rotated pairs.
 
@@ -34,6 +53,13 @@ class RotaryPairs:
 
     pairing: str
     pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def rope(self) -> Rope | None:
+        """The same as a `Rope`; `None` where it is none: other pairs, or not a head's first components."""
+        rope = Rope(self.pairing, 2 * len(self.pairs))
+        known = self.pairing in ("half", "interleaved") and set(zip(*rope.pairs(), strict=True)) == set(self.pairs)
+        return rope if known else None
 
 
 def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> RotaryPairs | None:

@@ -33,7 +33,8 @@ def require_visible(model: PreTrainedModel, layers: Sequence[AttentionLayer]) ->
 def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
     """Within the context, every attention call of the model goes through `hf_attnkit`; each layer runs what it ran.
 
-    SDPA replaces fused kernels whose masks are not tensors (flash-attention, FlexAttention).
+    Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are replaced by SDPA, or by the model's
+    eager attention where SDPA does not apply what the layer passes.
 
     Args:
         adapters: accept a model with PEFT adapters inside.
@@ -50,7 +51,7 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     try:
         for layer in stock:
             running = getattr(getattr(layer.module, "config", None), "_attn_implementation", name)
-            setattr(layer.module, ATTRIBUTE, Stock(running if running in STOCK else "sdpa"))
+            setattr(layer.module, ATTRIBUTE, Stock(running if running in STOCK else _tensor_masked(layer)))
         model.set_attn_implementation(NAME)
         yield
     finally:
@@ -58,6 +59,11 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
             config._attn_implementation_internal = running
         for layer in stock:
             delattr(layer.module, ATTRIBUTE)
+
+
+def _tensor_masked(layer: AttentionLayer) -> str:
+    found = layer.attention
+    return "eager" if found is not None and (found.softcap is not None or found.has_sinks) else "sdpa"
 
 
 def observe_attention(

@@ -25,7 +25,7 @@ from hf_attnkit.editing.in_table import by_number, cut_by_table, proof_of_remova
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit, blank_columns, blank_rows, keep_columns, keep_rows
 from hf_attnkit.models.cache_size import cache_bytes_per_token
-from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
 from hf_attnkit.pruning.prune_any import prune_discovered
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.pruning.select import checked_heads
@@ -61,8 +61,9 @@ def prune_heads(
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
             factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
-            "none". "full" is not defined here: it fits queries to keys that changed.
-
+            "none". "full" is not defined here: it fits queries to keys that changed. Where the residual stream cannot
+            be told (something is done to the attention's output before it is added), the attention's own output is
+            fitted.
         probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The
             pruned model is proven on them: its outputs are those of the untouched one with these heads zeroed.
 
@@ -83,13 +84,9 @@ def prune_heads(
         )
     if word == "none" and calibration is not None:
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
+    batches = [] if calibration is None else listed(calibration)
     if not cut_by_table(model):
-        if word != "none":
-            raise ValueError(
-                f"refit={word!r} is not possible for {type(model).__name__}: its layers are not walked one by one; "
-                "leave calibration and refit out"
-            )
-        return prune_discovered(model, heads, probe)
+        return prune_discovered(model, heads, probe, batches, word)
     layers = editable_layers(model)
     removed = checked_heads(by_number(model, heads, layers), [len(layer.heads) for layer in layers])
     if not removed:
@@ -116,7 +113,6 @@ def prune_heads(
         elif word != "none":
             # What it gets changes with the layers below, so its output is fitted too.
             edits.append(keep_columns(layer.output, kept, layer.head_dim))
-    batches = [] if calibration is None else listed(calibration)
     bytes_before = cache_bytes_per_token(model)
     change = Change(model, edits, numbers, empty)
     found: RefitReport | None = None
@@ -125,7 +121,7 @@ def prune_heads(
         if problem := proof.difference():
             raise ValueError(f"{problem}; the model is unchanged")
         if word != "none":
-            found = refit_layers(model, made, batches, RefitOptions(word), stream=True)
+            found = refit_layers(model, attention_layers(model), made, batches, RefitOptions(word), stream=True)
     before = [(len(layer.heads), layer.num_key_value_heads if layer.heads else 0) for layer in layers]
     after = [(0, 0) if layer.index in empty else pair for layer, pair in zip(layers, numbers, strict=True)]
     removed_heads = {layer: tuple(sorted(gone)) for layer, gone in sorted(removed.items())}

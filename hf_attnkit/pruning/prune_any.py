@@ -14,20 +14,34 @@ from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, re
 from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
+from hf_attnkit.models.known import probe_of
+from hf_attnkit.models.layers import discovered_layers
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.pruning.report import PruningReport
+from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.refit import refit_layers
 
 Heads = Mapping[Any, Iterable[int]]
 
 
-def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def prune_discovered(
+    model: PreTrainedModel,
+    heads: Heads,
+    probe: Mapping[str, Any] | None = None,
+    batches: Sequence[Mapping[str, Any]] = (),
+    refit: str = "none",
+) -> PreTrainedModel:
     """Remove heads, by an attention's number in calling order or its path; as `prune_heads`.
+
+    Args:
+        batches: of the refit.
+        refit: "output", "scale" or "none".
 
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
     require_no_adapters(model)
-    found = discover(model, probe)
+    found = discover(model, probe_of(model) if probe is None else probe)
     removed = by_index(heads, found.attentions)
     if not removed:
         raise ValueError("no head to remove: heads is empty")
@@ -39,6 +53,13 @@ def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, A
         save_cut(model, found, owned, cut)
         after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
         into_stock_fields(model, found, cut, after)
+        reached = None
+        if refit != "none":
+            layers = discovered_layers(model)
+            for layer in layers:
+                if layer.output is not None:
+                    cut.steps.keep(layer.output)
+            reached = refit_layers(model, layers, cut, batches, RefitOptions(refit), stream=True)
     except BaseException:
         cut.undo()
         raise
@@ -47,7 +68,7 @@ def prune_discovered(model: PreTrainedModel, heads: Heads, probe: Mapping[str, A
     record_change(
         model,
         PruningReport(
-            tuple(before), tuple(after), gone, None,
+            tuple(before), tuple(after), gone, reached,
             cache_bytes_of(found, before, size), cache_bytes_of(found, after, size),
         ),
     )  # fmt: skip

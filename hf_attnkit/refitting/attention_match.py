@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.models.layers import Rope
+from hf_attnkit.models.rotary_pairs import Rope
 
 # Shares of the factors' mean diagonals that are added to them, so that directions never seen stay as they are.
 DAMPING = (0.3, 0.03)

@@ -14,20 +14,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_attnkit.models.layers import weight_of
 from hf_attnkit.refitting.outputs import OutputSums
 
 
-def scaled(sums: OutputSums, linear: nn.Linear, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
+def scaled(sums: OutputSums, linear: nn.Module, head_dim: int, ridge: float) -> tuple[Tensor, Tensor | None]:
     """The projection with each head's columns times its factor, and the bias as it was, in the projection's dtype.
 
     Args:
         sums: of inputs that hold the heads' outputs, "(h d)".
     """
-    old = linear.weight.detach().double()
+    old = weight_of(linear).double()
     heads = old.unflatten(1, (-1, head_dim))  # (M, h, d)
     cross = sums.ya[:, :-1]
-    if linear.bias is not None:
-        cross = cross - torch.outer(linear.bias.detach().double(), sums.aa[-1, :-1])
+    bias: Tensor | None = linear.bias  # type: ignore[assignment]
+    if bias is not None:
+        cross = cross - torch.outer(bias.detach().double(), sums.aa[-1, :-1])
     by_head = sums.aa[:-1, :-1].view(*heads.shape[1:], *heads.shape[1:])
     gram = torch.einsum("mhd,hdke,mke->hk", heads, by_head, heads)
     target = torch.einsum("mhd,mhd->h", heads, cross.unflatten(1, (-1, head_dim)))
@@ -35,4 +37,4 @@ def scaled(sums: OutputSums, linear: nn.Linear, head_dim: int, ridge: float) -> 
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factors = torch.linalg.solve(gram + strength * identity, target + strength)
     weight = (heads * factors[:, None]).flatten(1).to(linear.weight.dtype)
-    return weight, None if linear.bias is None else linear.bias.detach().clone()
+    return weight, None if bias is None else bias.detach().clone()

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_attnkit.models.layers import weight_of
+
 
 class OutputSums:
     """Running sums over tokens: all that the fit of an output projection needs. m inputs, M outputs.
@@ -25,8 +27,13 @@ class OutputSums:
         lost: sum of |o - y|^2, o what the layer puts out now.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        inputs, outputs, device = linear.in_features, linear.out_features, linear.weight.device
+    def __init__(self, linear: nn.Module) -> None:
+        """
+        Args:
+            linear: the projection, `nn.Linear` or Conv1D.
+        """
+        weight = weight_of(linear)
+        (outputs, inputs), device = weight.shape, weight.device
         self.aa = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
         self.ya = torch.zeros(outputs, inputs + 1, dtype=torch.float64, device=device)
         self.yy = torch.zeros((), dtype=torch.float64, device=device)
@@ -53,10 +60,10 @@ class OutputSums:
         """|o - y|^2 of what the layer puts out now, as a share of |y|^2."""
         return self._share(self.lost)
 
-    def error_of(self, linear: nn.Linear) -> float:
+    def error_of(self, linear: nn.Module) -> float:
         """The same of another projection of the same inputs: from the sums, no token is run again."""
-        weight = linear.weight.detach().double()
-        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()
+        weight = weight_of(linear).double()
+        bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double()  # type: ignore[operator]
         whole = torch.cat([weight, bias[:, None]], dim=1)
         return self._share(((whole @ self.aa - 2 * self.ya) * whole).sum() + self.yy)
 
@@ -65,10 +72,10 @@ class OutputSums:
         return float(lost.clamp(min=0) / self.yy) if self.yy > 0 else 0.0
 
 
-def solve(sums: OutputSums, linear: nn.Linear, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """The ridge solution from the sums, weight and bias in the projection's dtype."""
+def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """The ridge solution from the sums, weight `(M, m)` and bias in the projection's dtype."""
     aa, ya = sums.aa, sums.ya
-    count, old = aa[-1, -1], linear.weight.detach().double()
+    count, old = aa[-1, -1], weight_of(linear).double()
     gram, cross = aa[:-1, :-1], ya[:, :-1]
     mean, target_mean = aa[:-1, -1] / count, ya[:, -1] / count
     if linear.bias is not None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.editing import projections
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, weight_of
 from hf_attnkit.observing.attention_calls import has_softmax, visible_attention
 from hf_attnkit.observing.batches import real_mask
 from hf_attnkit.observing.walk import Walk
@@ -45,8 +45,28 @@ class Attended:
 
 
 def can_fit_queries(layer: AttentionLayer) -> bool:
-    """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products."""
-    return not layer.norm and not layer.is_cross and has_softmax(layer.module)
+    """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products.
+
+    Of a layer found by running: no cap of the scores, no sinks, no bias head by head, keys that are not repeated before
+    they are attended to, and one call in a forward pass.
+    """
+    if layer.norm or layer.is_cross or not has_softmax(layer.module):
+        return False
+    attention = layer.attention
+    return attention is None or not (
+        layer.query is None
+        or "query" in layer.problems
+        or attention.softcap is not None
+        or attention.has_sinks
+        or attention.position_bias
+        or not attention.calls_interface
+        or attention.calls * attention.calls_per_forward > 1
+        or attention.num_key_value_heads != layer.num_key_value_heads
+    )
+
+
+class NotLinearError(RuntimeError):
+    """Queries are not what their projection and the rotary embedding make them."""
 
 
 @contextmanager
@@ -56,11 +76,16 @@ def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Call
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
         if module is layer.module:
+            if mask.softcap is not None or mask.sinks is not None:
+                raise ValueError(
+                    f"layer {layer.index}: its scores are capped or its softmax has learned sinks, so queries cannot "
+                    "be fitted; give refit='output'"
+                )
             calls.append((query, key, mask, scaling))
 
     def run(walk: Walk) -> Attended:
         calls.clear()
-        _, output = walk.seen(layer.index, layer.output)
+        output = walk.seen(layer.index, layer.output).output
         return Attended(*calls[0], output)
 
     with visible_attention(model), observe(note):
@@ -86,11 +111,10 @@ def fit_layer_queries(
         Mean KL divergence in nats from the untouched model's attention, over heads and real tokens, before and after.
 
     Raises:
-        RuntimeError: if the model's queries are not what the projection and the rotary embedding make them.
+        NotLinearError: if the model's queries are not what the projection and the rotary embedding make them.
         ValueError: for activations that are not finite.
     """
-    weight, bias = (None if p is None else p.detach() for p in (layer.query.weight, layer.query.bias))
-    assert weight is not None
+    weight, bias = weight_of(layer.query), None if layer.query.bias is None else layer.query.bias.detach()
     rows = layer.rows("query")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
@@ -113,11 +137,15 @@ def fit_layer_queries(
             x = seen[0].to(dtype)
             if bias is not None:
                 x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-            batches.append(Batch(
+            made = Batch(
                 x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
-                real_mask(x, batch), layer.rope, _rotation(layer, run, walk, dtype),
-            ))  # fmt: skip
-            _require_linear(layer, present, batches[-1], call.query)
+                real_mask(x, batch, layer.padding), layer.rope, _rotation(layer, run, walk, dtype),
+            )  # fmt: skip
+            factor = _factor(layer, made.query(present), call.query)
+            if factor != 1:
+                made = replace(made, target_query=made.target_query / factor, scaling=made.scaling * factor)
+            _require_linear(layer, factor * made.query(present), call.query)
+            batches.append(made)
     fitted, before, after = fit_queries(present, batches, steps)
     if not (fitted.isfinite().all() and before.isfinite().all()):
         raise _not_finite(layer)
@@ -144,12 +172,12 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
     one = torch.zeros(layer.num_heads, layer.head_dim)
     one[:, first] = 1
 
-    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def give(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         output = output.clone()
         output[..., layer.rows("query")] = one.flatten().to(output)
         return output
 
-    handle = layer.query.register_forward_hook(replace)
+    handle = layer.query.register_forward_hook(give)
     try:
         turned = run(walk).query[:, 0].to(dtype)
     finally:
@@ -157,15 +185,23 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
     return torch.complex(turned[..., first], turned[..., second])
 
 
-def _require_linear(layer: AttentionLayer, weight: Tensor, batch: Batch, query: Tensor) -> None:
+def _factor(layer: AttentionLayer, expected: Tensor, query: Tensor) -> float:
+    """What a module multiplies all queries by before it attends (Whisper: the scaling), 1 where it does not."""
+    if layer.attention is None:
+        return 1.0
+    expected = expected.double()
+    factor = float((expected * query).sum() / expected.square().sum().clamp(min=1e-300))
+    return 1.0 if abs(factor - 1) < 1e-2 else factor
+
+
+def _require_linear(layer: AttentionLayer, expected: Tensor, query: Tensor) -> None:
     """The proof that what is fitted is what the model computes: its own queries, again."""
-    expected = batch.query(weight)
     error = (expected - query.to(expected)).abs().max()
     # Rounding of the projection's output, of cosine, sine and their products, in the model's precision; and that of a
     # long dot product in float32, in which some families rotate whatever the model's precision.
     bound = 2**3 * torch.finfo(query.dtype).eps + 2**6 * torch.finfo(torch.float32).eps
     if not error <= bound * expected.abs().max():
-        raise RuntimeError(
+        raise NotLinearError(
             f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
             "embedding, so something is between them that the families table does not know; give refit='output'"
         )

@@ -12,27 +12,41 @@ the attention, y_t what the attention puts out and a prime for the untouched mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
-from hf_attnkit.editing.change import MadeChange
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.batches import real_tokens, to_device
-from hf_attnkit.observing.walk import Walk
+from hf_attnkit.observing.walk import Seen, Walk, can_skip
 from hf_attnkit.refitting.head_scales import scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
-from hf_attnkit.refitting.queries import attention_at, can_fit_queries, fit_layer_queries
+from hf_attnkit.refitting.queries import NotLinearError, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
+
+
+class Made(Protocol):
+    """A change that was made: knows what the model was before."""
+
+    def covers(self, linear: nn.Linear, /) -> bool:
+        """Whether undoing brings back this module's old parameters."""
+
+    def undo(self) -> None:
+        """Put the model back as it was."""
+
+    def undone(self) -> AbstractContextManager[None]:
+        """The model as it was, while the block runs; then with the change again, as it is now."""
 
 
 def refit_layers(
     model: PreTrainedModel,
-    made: MadeChange,
+    layers: Sequence[AttentionLayer],
+    made: Made,
     batches: Sequence[Mapping[str, Any]],
     options: RefitOptions,
     *,
@@ -42,44 +56,57 @@ def refit_layers(
     """Fit every layer of a changed model to what it was before.
 
     Args:
+        layers: of the changed model, in the order in which they run.
         made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
         batches: model inputs, at least one; padding is left out.
         key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
-            whose queries are normed, and in those whose attention is no softmax (linear).
+            of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
         stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
+            Where it cannot be told (something is done to the attention's output before it is added), the attention's
+            own output is fitted.
 
     Raises:
-        ValueError: for batches that are no mappings, or activations that are not finite. The model is then partly
-            fitted: the caller undoes the change.
+        ValueError: for batches that are no mappings, activations that are not finite, or a layer whose output
+            projection cannot be told. The model is then partly fitted: the caller undoes the change.
     """
+    for layer in layers:
+        if layer.output is None:
+            raise ValueError(
+                f"{layer.name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"
+            )
     inputs = [to_device(batch, model) for batch in batches]
-    untouched, changed = ([Walk(model, batch) for batch in inputs] for _ in range(2))
+    skips = can_skip(model, layers, inputs[0])
+    untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     full, found = options.fits == "full", []
     assert not full or (key_order is not None and not stream)
-    for layer in progress_bar(attention_layers(model), description="refit", unit="layer"):
-        assert made.covers(layer.output) and (made.covers(layer.query) or not full), layer.name
+    visible = full and not any(layer.refusal for layer in layers)
+    for layer in progress_bar(layers, description="refit", unit="layer"):
         divergences: tuple[float | None, float | None] = None, None
-        if key_order is not None and full and can_fit_queries(layer):
+        if key_order is not None and visible and can_fit_queries(layer):
+            assert made.covers(layer.output) and made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer) as run:
                 calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
-            divergences = fit_layer_queries(model, layer, changed, inputs, calls, options.query_steps)
-            targets = [call.output for call in calls]
+            with suppress(NotLinearError) if layer.attention is not None else nullcontext():
+                divergences = fit_layer_queries(model, layer, changed, inputs, calls, options.query_steps)
+            targets = [Seen(call.output, call.output) for call in calls]
         else:
+            assert made.covers(layer.output), layer.name
             with made.undone():
-                targets = [_target(walk, layer, stream) for walk in untouched]
+                targets = [_seen(walk, layer, stream) for walk in untouched]
         sums = OutputSums(layer.output)
         for batch, walk, target in zip(inputs, changed, targets, strict=True):
-            if stream:
-                target = target - walk.before(layer.index)
-            heads, output = walk.seen(layer.index, layer.output)
-            sums.add(*(real_tokens(x, batch) for x in (heads, output, target)))
+            now = _seen(walk, layer, stream)
+            wanted = target.output
+            if now.stream is not None and target.stream is not None:
+                wanted = wanted + target.stream - now.stream
+            sums.add(*(_real(layer, x, batch) for x in (now.taken, now.output, wanted)))
         if not sums.is_finite():
             raise ValueError(
                 f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
                 "float32 and look for a batch that breaks it"
             )
         if options.fits == "scale":
-            weight, bias = scaled(sums, layer.output, layer.head_dim, options.ridge)
+            weight, bias = scaled(sums, layer.output, layer.value_head_dim, options.ridge)
         else:
             weight, bias = solve(sums, layer.output, options.ridge)
         projections.apply(projections.Edit(layer.output, weight, bias))
@@ -87,7 +114,18 @@ def refit_layers(
     return RefitReport(options.fits, sums.num_tokens, tuple(found))
 
 
-def _target(walk: Walk, layer: AttentionLayer, stream: bool) -> Tensor:
-    """What the untouched model has after the attention: its output, or the residual stream with it."""
-    output = walk.seen(layer.index, layer.output)[1]
-    return output + walk.before(layer.index) if stream else output
+def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
+    """What the output projection takes and puts out, and the residual stream that this is added to.
+
+    Of a layer of the table the stream is known to be what its block gets.
+    """
+    found = walk.seen(layer.index, layer.output, stream=stream and layer.attention is not None)
+    return found._replace(stream=walk.before(layer.index)) if stream and layer.attention is None else found
+
+
+def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Activations of real tokens `(tokens, features)`; a module that is called several times has all calls in `x`."""
+    mask = batch.get(layer.padding)
+    if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
+        batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
+    return real_tokens(x, batch, layer.padding)

@@ -86,6 +86,23 @@ def test_static_cache_that_was_emptied_serves_another_attention() -> None:
         made.reset()
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("backends", [("tiled", "auto"), ("auto", "tiled")], ids="then ".join)
+@torch.no_grad()
+def test_a_cache_may_change_the_kernel(backends: tuple[str, str], cache: str) -> None:
+    """Every backend computes the same numbers, so what one has cached serves the other, and no other window does."""
+    ids, model = tokens(), model_of("window 4")
+    swap_attention(model, "sliding_window", window=4, backend=backends[0])
+    made = CACHES[cache](model)
+    first = model(ids[:, :15], past_key_values=made).logits
+    swap_attention(model, "sliding_window", window=4, backend=backends[1])
+    found = torch.cat([first, model(ids[:, 15:], past_key_values=made).logits], 1)
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits, **EXACT)
+    swap_attention(model, "sliding_window", window=5, backend=backends[1])
+    with pytest.raises(ValueError, match="start with a new cache"):
+        model(ids[:, :1], past_key_values=made)
+
+
 MATRICES = {
     "bool": lambda seen: seen,
     "float": lambda seen: torch.zeros(seen.shape).double().masked_fill(~seen, torch.finfo(torch.float64).min),

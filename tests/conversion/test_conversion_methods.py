@@ -25,7 +25,8 @@ from hf_attnkit.conversion.methods import pca
 from hf_attnkit.conversion.methods.table import group_loss, merge, merge_keys, merge_values, transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import Rope, attention_layers
+from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.rotary_pairs import Rope
 
 EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
 NORMED = ("qwen3",)
@@ -228,7 +229,8 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
         Statistics.load(tmp_path / "nan.safetensors")
     with unchanged(model), pytest.raises(ValueError, match="layer 1: the calibration statistics contain NaN"):
         convert_to_gqa(model, 4, method="pca", calibration=statistics)
-    other = collect(build("bert"), attention_layers(build("bert")), many(build("bert")))
+    bert = build("bert")
+    other = collect(bert, attention_layers(bert), many(bert))
     other.second_moments.pop()
     with unchanged(model), pytest.raises(ValueError, match="statistics are of 1 layers"):
         convert_to_gqa(model, 4, method="pca", calibration=other)

@@ -94,7 +94,7 @@ def test_heads_in_another_basis_lose_less_than_first(method: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt2", "does not run with fewer heads"),
+        ("gpt_neox", "does not run with fewer heads"),
         ("deepseek_v3", "latent attention|make them"),
         ("olmo2", "no rows of their own"),
         ("deberta-v2", "never calls Transformers' attention interface"),
@@ -113,19 +113,8 @@ def test_norms_with_weights_per_head_are_named() -> None:
     model = CohereForCausalLM(config).eval()
     with unchanged(model), pytest.raises(ValueError, match=r"k_norm\.weight has something for each of them"):
         convert_to_gqa(model, 1)
-    with unchanged(model), pytest.raises(ValueError, match="no plan can be made"):
+    with unchanged(model), pytest.raises(ValueError, match=r"its key heads cannot be merged: k_norm\.weight"):
         plan_gqa(model, 1)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"refit": "output"}, {"calibration": [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]}, {"grouping": "best"}],
-    ids=["refit", "calibration", "grouping"],
-)
-def test_options_that_would_have_no_effect(options: dict) -> None:
-    model = small_model("mixtral")
-    with unchanged(model), pytest.raises(ValueError, match="is not possible for Mixtral"):
-        convert_to_gqa(model, 1, **options)
 
 
 def test_different_numbers_are_saved_by_path(tmp_path: object) -> None:

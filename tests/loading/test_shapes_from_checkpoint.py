@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
     EncoderDecoderModel,
     PreTrainedModel,
 )
+from transformers.modeling_utils import LoadStateDictConfig
 
 from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, restore_attention, swap_attention
 from hf_attnkit.models.discovery import discover, run_outputs
@@ -190,3 +192,31 @@ def test_a_class_of_the_user_s_own_saves_what_it_needs(tmp_path: Path) -> None:
     convert_to_gqa(model, 1)
     model.save_pretrained(tmp_path)
     assert_same(loaded(tmp_path, model), model)
+
+
+@pytest.mark.parametrize("change", ["other arguments", "no conversions"])
+def test_another_way_of_loading_is_refused_in_a_sentence(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is relied on of Transformers is not promised by it."""
+    model = prune_heads(small_model("mixtral"), {0: [0, 1]})
+    model.save_pretrained(tmp_path)
+    real = PreTrainedModel._load_pretrained_model
+
+    def load(model: PreTrainedModel, state_dict: Any, weights: Any, load_config: Any) -> Any:
+        raise AssertionError("nothing may be loaded")
+
+    def without(model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any) -> Any:
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr(
+        PreTrainedModel, "_load_pretrained_model", staticmethod(load if change == "other arguments" else without)
+    )
+    if change != "other arguments":
+        monkeypatch.delattr(LoadStateDictConfig, "weight_mapping", raising=False)
+        monkeypatch.setattr(LoadStateDictConfig, "__init__", lambda self, **options: None)
+    with pytest.raises(RuntimeError, match=r"loads weights in another way .* install a later hf_attnkit"):
+        load_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert PreTrainedModel._load_pretrained_model is real
+    load_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from support.unchanged import unchanged
 from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, StableLmConfig, StableLmForCausalLM
 
-from hf_attnkit import last_change, prune_heads
-from hf_attnkit.models.discovery import Discovery, discover
+from hf_attnkit import last_change, load_pretrained, prune_heads
+from hf_attnkit.models.discovery import Discovery, discover, run_outputs
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.tensors import cloned, tensors_in
@@ -126,10 +127,54 @@ def test_a_norm_over_all_heads_is_named() -> None:
         prune_heads(model, {0: [0, 1]})
 
 
-def test_a_bias_that_others_take_is_named() -> None:
-    model = small_model("t5")
-    with unchanged(model), pytest.raises(ValueError, match=r"relative_attention_bias.*is one for several attentions"):
+@pytest.mark.parametrize("model_type", ["t5", "mpnet"])
+def test_a_bias_that_others_take_too_wants_the_same_heads(model_type: str) -> None:
+    """Named by its parameter, with what to do; `test_cut_heads` does it."""
+    model = small_model(model_type)
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"attention_bias\.weight .*one for several") as error,
+    ):
         prune_heads(model, {0: [0]})
+    assert "Remove the same heads from all: {0: [0], 1: [0]}" in str(error.value)
+    with unchanged(model), pytest.raises(ValueError, match="one for several"):
+        prune_heads(model, {0: [0], 1: [1]})
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "longt5", "mpnet", "cpmant"])
+def test_a_shared_bias_is_saved_and_loaded(model_type: str, tmp_path: Path) -> None:
+    """The columns of the heads that went are gone from the table, also where it lies outside of the attentions."""
+    model = small_model(model_type)
+    found = discover(model)
+    shared = {each.bias.name for each in found.attentions if each.bias is not None}
+    prune_heads(model, {each.index: [1, 2] for each in found.attentions})
+    parameters = dict(model.named_parameters())
+    tables = [parameters[name] for name in shared if name in parameters]
+    assert tables and all(table.shape[1] == 2 for table in tables)
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path, type(model)).eval()
+    for a, b in zip(run_outputs(model, found.inputs), run_outputs(loaded, found.inputs), strict=True):
+        assert torch.equal(a, b)
+    prune_heads(loaded, {each.index: [0] for each in found.attentions})
+    assert all(dict(loaded.named_parameters())[name].shape[1] == 1 for name in shared if name in parameters)
+
+
+def test_an_encoder_alone_loses_heads_of_its_bias() -> None:
+    """The decoder's has another table, and stays."""
+    model = small_model("t5")
+    prune_heads(model, {0: [3], 1: [3]})
+    bias = [model.get_submodule(f"{part}.block.0.layer.0.SelfAttention.relative_attention_bias") for part in
+            ("encoder", "decoder")]  # fmt: skip
+    assert [(each.weight.shape[1], each.embedding_dim) for each in bias] == [(3, 3), (4, 4)]
+
+
+def test_a_number_that_says_something_else_stays() -> None:
+    """As many buckets as rows of a projection: few tokens do not show that there are fewer."""
+    model = small_model("longt5")
+    buckets = model.config.relative_attention_num_buckets
+    prune_heads(model, {each.index: [1] for each in discover(model).attentions})
+    found = {m.relative_attention_num_buckets for m in model.modules() if hasattr(m, "relative_attention_num_buckets")}
+    assert found == {buckets} == {32}
 
 
 def test_unequal_groups() -> None:
@@ -185,11 +230,3 @@ def test_a_change_that_is_not_proven_is_undone(model_type: str, heads: list[int]
     output.forward = odd
     with unchanged(model), pytest.raises(ValueError, match=r"differs from that of the uncut model"):
         prune_heads(model, {0: heads})
-
-
-@pytest.mark.parametrize("refit", ["output", "scale"])
-def test_a_refit_is_refused_before_anything_changes(refit: str) -> None:
-    model = small_model("opt")
-    batches = [{"input_ids": torch.ones(1, 4, dtype=torch.long)}]
-    with unchanged(model), pytest.raises(ValueError, match=rf"refit='{refit}' is not possible for OPT"):
-        prune_heads(model, {0: [0]}, calibration=batches, refit=refit)

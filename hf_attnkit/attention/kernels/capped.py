@@ -9,7 +9,6 @@ costs what all keys cost.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,35 +24,18 @@ def attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend. Shapes as in `Kind.attention`.
 
     Args:
-        mask: what each query sees, the kind's pattern included.
-        softcap: bound of the scaled scores, before a bias; `None` for none.
-        sinks: `(num_heads,)`, in units of the scaled scores; `None` for none.
+        mask: what each query sees, the kind's pattern included, with `softcap` and `sinks`.
 
     Returns:
         The output `(B, num_heads, Q, value_head_dim)`, differentiable, also in the sinks; 0 for a query that sees no
         key. And the weights `(B, num_heads, Q, K)`.
     """
     batch, num_heads, length, _ = query.shape
-    scores = product(query * scaling, key)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if mask.bias is not None:
-        scores = scores + mask.bias
-    visible = mask.visible()
-    if visible is not None:
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(batch, -1, length, 1)
-        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    weights = weights if visible is None else weights.masked_fill(~visible, 0.0)
+    weights = mask.softmax(product(query * scaling, key))
     weights = F.dropout(weights, dropout).to(value.dtype)
     output = weights.view(batch, key.shape[1], -1, key.shape[2]) @ value
     return output.view(batch, num_heads, length, -1), weights

@@ -53,6 +53,7 @@ class Problem:
     is_causal: bool
     window: int
     q_length: int
+    softcap: float | None = None
 
     def query_tiles(self) -> Iterator[slice]:
         size = WINDOW_QUERY_TILE if self.window else QUERY_TILE
@@ -77,6 +78,8 @@ class Problem:
     def scores(self, query: Tensor, queries: slice, keys: slice) -> Tensor:
         """Masked scores `(B, H, q, k)` of a tile, float32 or better; `query` is scaled."""
         scores = product(query, self.key[:, :, keys])
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         if self.bias is not None:
             scores = scores + self.bias[..., queries if self.bias.shape[-2] > 1 else slice(None), keys]
         visible = None if self.key_visible is None else self.key_visible[:, None, None, keys]
@@ -147,12 +150,13 @@ def score_tiles(
 ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
     """The masked scores that `attend` would go through, for those who look at them without attending.
 
-    Arguments as `attend`. For each tile of queries: which they are, and their scores `(B, num_heads, q, k)` with one
-    tile of keys after the other, -inf where hidden, in float32 or better; they may be overwritten.
+    Arguments as `attend`; `mask.softcap` is applied. For each tile of queries: which they are, and their scores
+    `(B, num_heads, q, k)` with one tile of keys after the other, -inf where hidden, in float32 or better; they may be
+    overwritten.
     """
     problem = Problem(
         key, key, mask.key_visible, mask.dense, mask.bias, mask.offset(), None, mask.is_causal, window or 0,
-        query.shape[2],
+        query.shape[2], mask.softcap,
     )  # fmt: skip
     for queries in problem.query_tiles():
         scaled = query[:, :, queries] * scaling

@@ -110,7 +110,7 @@ class Checkpoint:
             linear: nn.Linear = getattr(layer, name)
             weight = self._find(linear.weight, saved, layer, name)
             bias = None if linear.bias is None else self._find(linear.bias, saved, layer, name)
-            found[name] = Place(weight, bias, layer.rows(name))
+            found[name] = Place(weight, bias, layer.rows(name))  # type: ignore[arg-type]
         return found
 
     def _find(self, parameter: Tensor, saved: dict[int, str], layer: AttentionLayer, projection: str) -> str:

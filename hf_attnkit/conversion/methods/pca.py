@@ -31,17 +31,19 @@ USES_STATISTICS = True
 def key(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     """Queries with the maps folded in, and the shared key."""
     query, shared = heads.query.clone(), heads.key.new_zeros(heads.key.shape[1:])
+    of_queries = second_moment if heads.query_moment is None else heads.query_moment
     if heads.rope is not None:
         pairs = heads.rope.pairs()
         rows = rotary.complex_rows(heads.query, pairs)
-        rotated, factors = _rank_one(rotary.complex_rows(heads.key, pairs), rows, second_moment)
+        rotated, factors = _rank_one(rotary.complex_rows(heads.key, pairs), rows, second_moment, of_queries)
         rotary.set_rows(shared, pairs, rotated)
         rotary.set_rows(query, pairs, rows * factors.conj()[:, None, :, None])
     plain = rotary.not_rotated(heads)
     if plain:
         rows = heads.query[:, :, plain]
-        metric = torch.einsum("gqem,gqfm->gef", times(rows, second_moment), rows)
-        shared[plain], maps = _low_rank(heads.key[:, plain], metric, covariance(second_moment))
+        metric = torch.einsum("gqem,gqfm->gef", times(rows, of_queries), rows)
+        moment = covariance(second_moment) if heads.shifts_cancel else second_moment
+        shared[plain], maps = _low_rank(heads.key[:, plain], metric, moment)
         query[:, :, plain] = torch.einsum("gef,gqem->gqfm", maps, rows)
     return query, shared
 
@@ -64,9 +66,9 @@ def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Te
     return _balanced(shared, maps, heads)
 
 
-def _rank_one(key: Tensor, query: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_one(key: Tensor, query: Tensor, moment: Tensor, of_queries: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `(f, m)` and factors `(c, f)`, key_c ~ factor_c * row, for keys `(c, f, m)` and queries `(c, q, f, m)`."""
-    energy = torch.stack([(times(head, moment) * head.conj()).real.sum((0, 2)) for head in query])
+    energy = torch.stack([(times(head, of_queries) * head.conj()).real.sum((0, 2)) for head in query])
     # A head without queries at a pair has no say there, and must not divide by zero.
     weight = energy.clamp(min=torch.finfo(energy.dtype).tiny ** 0.5).sqrt()
     weighted = key * weight[..., None]

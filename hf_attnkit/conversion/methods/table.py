@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.conversion import predicted_loss as loss
-from hf_attnkit.conversion.heads import Heads
+from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.methods import first, mean, norm_mean, pca, procrustes, random
 from hf_attnkit.conversion.moments import mean as mean_input
 
@@ -92,15 +93,18 @@ def total_constant(constants: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, method: str, key_method: str) -> Merged:
-    """One new head for each group of old ones, and what that loses."""
-    second_moment = second_moment.to(heads.key)
+    """One new head for each group of old ones, and what that loses.
+
+    A loss that needs queries (outputs) which are absent is NaN.
+    """
+    second_moment, heads = _on_device(heads, second_moment)
     parts = [_merge_group(heads.group(members), second_moment, method, key_method) for members in groups]
     merged = replace(
         heads,
-        query=torch.stack([part.query.flatten(0, 1) for part in parts]),
+        query=_stacked([part.query for part in parts]),
         key=torch.stack([part.key for part in parts]),
         value=torch.stack([part.value for part in parts]),
-        output=torch.stack([part.output.flatten(0, 1) for part in parts]),
+        output=_stacked([part.output for part in parts]),
     )
     losses = _lost_share([part.key_energy for part in parts]), _lost_share([part.value_energy for part in parts])
     return Merged(merged, total_constant([part.constant for part in parts]), *losses)
@@ -111,7 +115,7 @@ def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str
 
     The share of the layer's energy of scores and that of outputs, added: energies themselves have different units.
     """
-    second_moment = second_moment.to(heads.key)
+    second_moment, heads = _on_device(heads, second_moment)
 
     def merged(members: Sequence[int]) -> _Part:
         return _merge_group(heads.group(members), second_moment, method, key_method)
@@ -139,14 +143,30 @@ class _Part(NamedTuple):
 
 
 def _merge_group(group: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:
+    of_values = second_moment if group.value_moment is None else group.value_moment
     query, key = merge_keys(group, second_moment, key_method)
-    value, output, constant = merge_values(group, second_moment, method)
-    key_energy = loss.key_energy(group, query, key, second_moment)
-    return _Part(
-        query, key, value, output, constant, key_energy, loss.value_energy(group, value, output, second_moment)
-    )
+    value, output, constant = merge_values(group, of_values, method)
+    unknown = float("nan"), float("nan")
+    key_energy = loss.key_energy(group, query, key, second_moment) if query.numel() else unknown
+    value_energy = loss.value_energy(group, value, output, of_values) if output.numel() else unknown
+    return _Part(query, key, value, output, constant, key_energy, value_energy)
+
+
+def _on_device(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Heads]:
+    moved = {
+        name: moment.to(heads.key)
+        for name in ("query_moment", "value_moment")
+        if (moment := getattr(heads, name)) is not None
+    }
+    return second_moment.to(heads.key), replace(heads, **moved)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([part.flatten(0, 1) for part in parts]) if parts[0].numel() else ABSENT
 
 
 def _lost_share(energies: Sequence[tuple[float, float]]) -> float:
     lost, total = sum(energy[0] for energy in energies), sum(energy[1] for energy in energies)
+    if isnan(total):
+        return total
     return max(lost, 0.0) / total if total > 0 else 0.0

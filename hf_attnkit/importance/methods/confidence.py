@@ -18,7 +18,7 @@ from hf_attnkit.models.layers import AttentionLayer
 class Confidence(Score):
     """Mean over all queries that are no padding of max_j p_ij, without the attention matrix.
 
-    From 1 / (number of keys) to 1.
+    From 1 / (number of keys) to 1. A learned sink is a key too.
     """
 
     name = "confidence"

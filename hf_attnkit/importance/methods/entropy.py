@@ -94,7 +94,8 @@ class Entropy(Score):
             beats random heads. On a decoder "diffuse" measured far better: heads that rest on the first token count
             as focused.
         normalize: divide each query's entropy by ln(number of keys it may see), so that lengths and
-            causal positions compare; a query that sees one key only counts nothing then.
+            causal positions compare; a query that sees one key only counts nothing then. A learned sink is a key too:
+            its weight and those of the keys sum to one.
     """
 
     name = "entropy"

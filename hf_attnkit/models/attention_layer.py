@@ -1,0 +1,137 @@
+"""One attention layer of a model: where its projections are, how many heads it has, and what is between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.rotary_pairs import Rope
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer of a model.
+
+    Attributes:
+        index: number of the layer, counted through all stacks of the family.
+        name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
+        block: the model's layer that it is part of, whose output the next block takes first.
+        module: the module whose forward calls the attention interface.
+        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`, perhaps Conv1D in
+            those of `projected_layers`, `None` where `problems` says why.
+        num_heads, num_key_value_heads, head_dim: as the config says.
+        is_empty: whether its one head is a stand-in; see `config_heads.py`.
+        saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
+        value_dim: size of a head of values, where it is not `head_dim`.
+        attention: what discovery found; `None` for a layer from the table of families.
+        padding: the model's input that says which of its queries are tokens; empty where all are.
+        is_cross: whether queries and keys come from two sequences.
+        position_bias: whether the module passes a bias of the scores.
+        fused: whether query, key and value are one module; `rows` tells them apart.
+        rope: how keys are rotated, or `None`.
+        norm: what is between key projection and product and would not follow another basis of the keys (the name of a
+            norm), or empty.
+        row_numbers: by "query", "key", "value", their rows where heads were found by running.
+        problems: by the same, why a projection cannot be told; of a layer found by running.
+        between_values: what is between values and the output projection that another basis would not follow.
+        other_inputs: of "query" and "value", those whose projection takes another input than the keys'.
+        takes_outputs: whether the output projection takes what the heads put out as it is.
+        per_head: parameters next to the projections that have something for each head.
+        key_padding: as `padding`, of its keys.
+    """
+
+    index: int
+    block: nn.Module
+    module: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    name: str = ""
+    is_cross: bool = False
+    position_bias: bool = False
+    fused: bool = False
+    rope: Rope | None = None
+    norm: str = ""
+    is_empty: bool = False
+    saved_as: str = ""
+    value_dim: int = 0
+    attention: Attention | None = None
+    padding: str = "attention_mask"
+    row_numbers: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    problems: dict[str, str] = field(default_factory=dict)
+    between_values: str = ""
+    other_inputs: frozenset[str] = frozenset()
+    takes_outputs: bool = True
+    per_head: tuple[str, ...] = ()
+    key_padding: str = "attention_mask"
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a head of values, and of what each head gives to the output projection."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be swapped in, or empty."""
+        return "" if self.attention is None or self.attention.calls_interface else self.attention.reason
+
+    @property
+    def permuted_apart(self) -> str:
+        """What has something for each head and is no projection, so that heads cannot change their order; or empty."""
+        bias = "a bias of the scores, head by head," if self.attention is not None and self.position_bias else ""
+        return ", ".join(self.per_head) or bias
+
+    @property
+    def passes_constants(self) -> bool:
+        """Whether a constant in all values comes out of the heads as it is: weights that sum to 1, and nothing after.
+
+        Learned keys without value (sinks) take a part of the weights.
+        """
+        return self.takes_outputs and not (self.attention is not None and self.attention.has_sinks)
+
+    @property
+    def shifts_cancel(self) -> bool:
+        """Whether a constant in all scores of a query changes nothing: a softmax of the scores themselves."""
+        attention = self.attention
+        return attention is None or (attention.softcap is None and not attention.has_sinks)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Of the output projection `(features, num_heads * value_head_dim)`; GPT-2's class has it transposed."""
+        return weight_of(self.output)
+
+    @property
+    def heads(self) -> range:
+        """Numbers of its query heads; none in a layer whose one head is a stand-in."""
+        return range(0 if self.is_empty else self.num_heads)
+
+    def rows(self, name: str) -> slice | Tensor:
+        """The rows of "query", "key", "value" or "output" in its module, head by head: a slice, or their numbers.
+
+        Numbers are `(heads * size of a head,)` and there where the rows are not one slice in this order.
+        """
+        if name in self.row_numbers:
+            return self.row_numbers[name]
+        if not self.fused or name == "output":
+            return slice(0, weight_of(getattr(self, name)).shape[0])
+        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        start = {"query": 0, "key": width, "value": width + kv_width}[name]
+        return slice(start, start + (width if name == "query" else kv_width))
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_key_value_heads
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a matrix product as `(out, in)`; GPT-2's class has it transposed."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -29,8 +29,8 @@ class Discovery:
     """What a model was seen to do.
 
     Attributes:
-        attentions: in calling order, cross-attention after all others, as the layers of an encoder-decoder are numbered;
-            a module called several times is one.
+        attentions: in calling order, cross-attention after all others, as the layers of an encoder-decoder are
+            numbered; a module called several times is one.
         inputs: under which the model ran.
         not_run: paths of models inside this one that the inputs did not reach.
     """

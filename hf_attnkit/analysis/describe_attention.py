@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.analysis.trials import Trials
@@ -165,11 +166,15 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
             swap=outcome["swap"], score=trials.score, prune=outcome["prune"], convert=outcome["convert"],
             alike=trials.alike(attention),
         ))  # fmt: skip
-    sizes = [row.num_key_value_heads * (row.head_dim + row.value_head_dim) for row in rows]
     return AttentionReport(
         type(model).__name__, str(model.dtype).removeprefix("torch."), tuple(rows), trials.kinds(), _targets(rows),
-        sum(sizes) * model.dtype.itemsize, found.not_run,
+        cache_bytes(rows, model.dtype), found.not_run,
     )  # fmt: skip
+
+
+def cache_bytes(rows: Sequence[AttentionRow], dtype: torch.dtype) -> int:
+    """Bytes of keys and values per token; where no head is left, of its stand-in."""
+    return sum(max(1, row.num_key_value_heads) * (row.head_dim + row.value_head_dim) for row in rows) * dtype.itemsize
 
 
 def _is_model(model: Any) -> bool:

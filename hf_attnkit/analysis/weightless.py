@@ -50,7 +50,7 @@ def inspect_checkpoint(name: str, config: PreTrainedConfig) -> AttentionReport:
             return describe_attention(load_pretrained(name))
         model = weightless(config)
         report = _in_short(model)
-    changes = {"score": _QUANTIZED, "prune": _QUANTIZED, "convert": _QUANTIZED} if quantized else {}
+    changes: dict[str, Any] = {name: _QUANTIZED for name in ("score", "prune", "convert") if quantized}
     rows = tuple(replace(row, **changes) for row in report.rows)
     targets = () if quantized else report.key_value_heads
     size, named = cache_bytes(rows, dtype), str(dtype).removeprefix("torch.")

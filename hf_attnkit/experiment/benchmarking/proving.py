@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ SYNTHETIC = "llama-1b"
 def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder or hub name, or `SYNTHETIC`, in evaluation mode."""
     if name != SYNTHETIC:
-        model: PreTrainedModel = hf_attnkit.load_pretrained(name, dtype=dtype)
+        gguf = [path.name for path in Path(name).glob("*.gguf")]  # which is dequantized
+        options = {"gguf_file": gguf[0]} if gguf else {}
+        model: PreTrainedModel = hf_attnkit.load_pretrained(name, dtype=dtype, **options)
         return model.eval()
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,

@@ -22,9 +22,9 @@ from support.cutting import a_group
 from support.every_type import small_model
 from support.subprocesses import run_python
 from torch import Tensor, nn
-from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
+from transformers import BertConfig, BertLMHeadModel, EncoderDecoderConfig, EncoderDecoderModel, PreTrainedModel
 
-from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, swap_attention
+from hf_attnkit import convert_to_gqa, head_importance, load_pretrained, prune_heads, swap_attention
 from hf_attnkit.models.discovery import Discovery, discover
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.ownership import ownerships
@@ -33,7 +33,8 @@ from hf_attnkit.models.tensors import cloned, tensors_in
 # By name: the projections of keys and values, where they are two.
 KEYS_AND_VALUES = {
     "clip": ("k_proj", "v_proj"), "whisper": ("k_proj", "v_proj"), "llava": ("k_proj", "v_proj"),
-    "encoder-decoder": ("key", "value"), "mixtral": ("k_proj", "v_proj"), "gemma2": ("k_proj", "v_proj"),
+    "encoder-decoder": ("key", "value"), "bert decoder": ("key", "value"),
+    "mixtral": ("k_proj", "v_proj"), "gemma2": ("k_proj", "v_proj"),
     "gpt_oss": ("k_proj", "v_proj"), "albert": ("key", "value"),
 }  # fmt: skip
 NAMES = (*KEYS_AND_VALUES, "modernbert", "opt", "gpt_neox", "gpt2")
@@ -44,11 +45,13 @@ WIDTH = 99  # the longest sum, over the vocabulary
 
 
 def named(name: str) -> PreTrainedModel:
-    if name != "encoder-decoder":
+    if name not in ("encoder-decoder", "bert decoder"):
         return small_model(name)
     torch.manual_seed(0)
     one = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
            "num_attention_heads": 4, "initializer_range": 0.3}  # fmt: skip
+    if name == "bert decoder":  # with cross-attention to an encoder that its caller runs
+        return BertLMHeadModel(BertConfig(**one, is_decoder=True, add_cross_attention=True)).eval()
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**one), BertConfig(**one))
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
     return EncoderDecoderModel(config=config).eval()
@@ -232,3 +235,21 @@ def test_plain_checkpoints_load_without_this_package(tmp_path: Path) -> None:
         tmp_path,
     )
     assert printed.splitlines() == [f"{name} True 1" for name in sorted(PLAIN)]
+
+
+def test_scores_of_a_decoder_with_cross_attention() -> None:
+    """Entropies by definition, from eager attention's weights in float64; the last layers are the cross-attention."""
+    model, found = with_inputs("bert decoder")
+    assert [each.is_cross for each in found.attentions] == [False, False, True, True]
+    inputs = {name: value for name, value in found.inputs.items() if name != "use_cache"}
+    inputs |= {"input_ids": inputs["input_ids"][1:], "attention_mask": inputs["attention_mask"][1:]}
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][1:]
+    scores = head_importance(model, [inputs], method="entropy", normalize=False)
+    eager = double(model)
+    eager.set_attn_implementation("eager")
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"].double()
+    output = eager(**inputs, output_attentions=True)
+    weights = [*output.attentions, *output.cross_attentions]  # (1, heads, queries, keys)
+    want = torch.stack([(p * torch.where(p > 0, p, 1.0).log()).sum(-1).mean((0, 2)) for p in weights])
+    assert want.max() - want.min() > 0.05
+    torch.testing.assert_close(scores.double(), want, rtol=0, atol=WIDTH * EPS * float(want.abs().max()))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import hf_attnkit
 from hf_attnkit.analysis.trials import silent, twin
@@ -32,7 +32,7 @@ def make_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a folder or hub name, or `SYNTHETIC`, in evaluation mode."""
     if name != SYNTHETIC:
         gguf = [path.name for path in Path(name).glob("*.gguf")]  # which is dequantized
-        options = {"gguf_file": gguf[0]} if gguf else {}
+        options = {"gguf_file": gguf[0], "auto_class": AutoModelForCausalLM} if gguf else {}
         model: PreTrainedModel = hf_attnkit.load_pretrained(name, dtype=dtype, **options)
         return model.eval()
     config = LlamaConfig(

@@ -3,6 +3,7 @@
 Importing registers one attention name of our own with Transformers and changes nothing else.
 """
 
+from hf_attnkit.analysis.describe_attention import describe_attention
 from hf_attnkit.analysis.entropy_callback import AttentionEntropyCallback
 from hf_attnkit.analysis.head_statistics import HeadStatistics, head_statistics
 from hf_attnkit.attention.attention_backends import attention_backends
@@ -30,6 +31,7 @@ __all__ = [
     "cache_bytes_per_token",
     "convert_to_gqa",
     "convert_to_mqa",
+    "describe_attention",
     "head_gradients",
     "head_importance",
     "head_statistics",

@@ -21,6 +21,7 @@ PUBLIC = [
     "cache_bytes_per_token",
     "convert_to_gqa",
     "convert_to_mqa",
+    "describe_attention",
     "head_gradients",
     "head_importance",
     "head_statistics",

@@ -1,16 +1,28 @@
-"""`describe_attention`: what a model's attention is, and what can be done with it; where not, why."""
+"""`describe_attention`: what a model's attention is, and what can be done with it; where not, why.
+
+What the attention is, the model says by running, see `models.discovery`. What can be done with it is tried: each
+change is made to a twin of the model that has the same weights, so "yes" means that it was done and proven, and a
+reason is what the change raised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from hf_attnkit.analysis.trials import Trials
+from hf_attnkit.attention.consistency import bases
+from hf_attnkit.attention.kind import ATTRIBUTE, Kind
+from hf_attnkit.common.text_table import text_table
+from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.config_heads import layers_without_heads
+from hf_attnkit.models.discovery import Discovery, discover
+from hf_attnkit.models.layers import in_table
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
 
@@ -27,10 +39,13 @@ class AttentionRow:
         is_causal, is_cross, window: see `hf_attnkit.models.attention.Attention`.
         rotary: "half", "interleaved" or "other"; empty where keys are not rotated, or it cannot be told.
         rotated: components of a head that are rotated.
-        swap: another attention in its place.
-        score: of its heads, by every method.
-        prune: heads removed.
+        runs: the kind of attention with its options, or Transformers' implementation.
+        swap: another attention in its place (tried: "flash").
+        score: of the model's heads by entropy, contribution and magnitude. Scores of the loss need a model that has
+            one.
+        prune: a group of heads removed.
         convert: key/value heads merged.
+        alike: of "prune" and "convert" what is possible only with the same numbers in all attentions like it.
     """
 
     path: str
@@ -44,10 +59,12 @@ class AttentionRow:
     window: int | None
     rotary: str
     rotated: int
+    runs: str
     swap: str
     score: str
     prune: str
     convert: str
+    alike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,123 +73,153 @@ class AttentionReport:
 
     Attributes:
         model: the model's class.
-        rows: one for each attention, in calling order.
+        dtype: of its parameters.
+        rows: one for each attention, numbered as `swap_attention`, `head_importance` and `prune_heads` do.
+        kinds: what can be swapped into all of those that can be swapped, with its options.
+        key_value_heads: numbers that all attentions can be converted to.
+        bytes_per_token: keys and values of a token in all layers, in this dtype, before a window is full.
         not_run: paths of models inside that the inputs did not reach, of which nothing is known.
     """
 
     model: str
+    dtype: str
     rows: tuple[AttentionRow, ...]
-    not_run: tuple[str, ...]
+    kinds: tuple[str, ...]
+    key_value_heads: tuple[int, ...]
+    bytes_per_token: int
+    not_run: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         reasons: list[str] = []
 
-        def mark(reason: str) -> str:
+        def cell(row: AttentionRow, what: str) -> str:
+            reason = getattr(row, what)
             if not reason:
-                return "yes"
+                return "alike" if what in row.alike else "yes"
             if reason not in reasons:
                 reasons.append(reason)
-            return f"[{reasons.index(reason) + 1}]"
+            return f"no [{reasons.index(reason) + 1}]"
 
-        head = (
-            "attention",
-            "heads",
-            "key/value",
-            "size",
-            "sees",
-            "window",
-            "rotary",
-            "swap",
-            "score",
-            "prune",
-            "convert",
-        )
-        table: list[tuple[str, ...]] = [head]
-        for row in self.rows:
-            size = f"{row.head_dim}" if row.head_dim == row.value_head_dim else f"{row.head_dim}, {row.value_head_dim}"
-            table.append((
-                row.path, str(row.num_heads), str(row.num_key_value_heads), size,
-                _sees(row),
-                "" if row.window is None else str(row.window),
-                f"{row.rotary} {row.rotated}/{row.head_dim}" if row.rotary else "",
-                *map(mark, (row.swap, row.score, row.prune, row.convert)),
-            ))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        ]
-        lines += [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
-        lines += [f"not reached by the inputs: {path}" for path in self.not_run]
-        return "\n".join(lines)
+        changes = ("swap", "score", "prune", "convert")
+        header = ("layer", "module", "query heads", "key/value heads", "head size", "sees", "rotary", "attention")
+        table = [
+            (
+                str(index), row.path, str(row.num_heads), str(row.num_key_value_heads), _size(row), _sees(row),
+                f"{row.rotary} {row.rotated}/{row.head_dim}" if row.rotary else "", row.runs,
+                *(cell(row, what) for what in changes),
+            )
+            for index, row in enumerate(self.rows)
+        ]  # fmt: skip
+        notes = [f"[{number}] {reason}" for number, reason in enumerate(reasons, 1)]
+        if any(row.alike for row in self.rows):
+            notes.append("alike: with the same numbers of heads in all layers like it")
+        notes += [f"not reached by the inputs: {path}" for path in self.not_run]
+        lines = [f"{self._cache()}: {self.bytes_per_token:,} bytes per token in all layers"]
+        if self.kinds:
+            lines.append(f"kinds to swap in: {', '.join(self.kinds)}")
+        if self.key_value_heads:
+            lines.append(f"key/value heads to convert to: {', '.join(map(str, self.key_value_heads))}")
+        parts = [f"{self.model}, {self.dtype}", text_table([(*header, *changes), *table])]
+        return "\n\n".join([*parts, *(["\n".join(notes)] if notes else []), "\n".join(lines)])
+
+    def _cache(self) -> str:
+        if any(row.is_causal for row in self.rows):
+            return "cache"
+        known_all = all(row.calls_interface for row in self.rows)
+        return "keys and values (no cache: an encoder)" if known_all else "keys and values"
 
 
 def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | None = None) -> AttentionReport:
     """Say for each attention of a model what it is and what can be done with it.
 
-    The model is run on a few tokens (an image, features) and is as it was afterwards.
+    The model is run on a few tokens (an image, features), and each change is tried on a twin that shares its weights.
+    The model is as it was afterwards. It costs about as much as making one change of each sort to one layer of each
+    sort, and no copy of the weights.
 
     Args:
-        probe: inputs for `model(**probe)`; by default made from what its forward takes.
+        probe: inputs for `model(**probe)`; by default those of `set_probe`, else made from what its forward takes.
+
+    Returns:
+        A report, which prints as a table with the reasons below it.
 
     Raises:
         TypeError: if `model` is no `PreTrainedModel`.
         ValueError: for a model without attention, without weights, quantized, or that differs from run to run; for
-            inputs that cannot be made.
+            inputs that cannot be made, or under which the model does not run.
     """
-    found = discover(model, probe)
-    owned = ownerships(model, found.attentions)
-    rotary: dict[Any, tuple[str, int]] = {}
+    with known.transformers_attention(model):
+        found = discover(model, known.probe_of(model) if probe is None and _is_model(model) else probe)
+    trials = Trials(model, found, None if probe is None else found.inputs)
+    with known.transformers_attention(model):
+        rotary = _rotary(model, found)
+    base = bases(model)
     rows = []
-    for attention, own in zip(found.attentions, owned, strict=True):
-        key = signature(attention)
-        if key not in rotary:
-            pairs = rotary_pairs(model, attention, own)
-            rotary[key] = ("", 0) if pairs is None else (pairs.pairing, 2 * len(pairs.pairs))
-        pairing, rotated = rotary[key]
+    empty = layers_without_heads(model.config) if in_table(model) else frozenset()
+    for attention in found.attentions:
+        outcome = trials.of(attention)
+        pairing, rotated = rotary[signature(attention)]
+        num_heads = 0 if attention.index in empty else attention.num_heads
         rows.append(AttentionRow(
-            attention.path, attention.calls_interface, attention.num_heads, own.num_key_value_heads,
+            attention.path, attention.calls_interface, num_heads, trials.key_value_heads[attention.index],
             attention.head_dim, attention.value_head_dim,
-            attention.is_causal, attention.is_cross, attention.window, pairing, rotated,
-            swap=_swap(attention), score=_score(attention, own), prune=_prune(attention, own),
-            convert=_convert(attention, own),
+            attention.is_causal, attention.is_cross, attention.window, pairing, rotated, _runs(model, attention, base),
+            swap=outcome["swap"], score=trials.score, prune=outcome["prune"], convert=outcome["convert"],
+            alike=trials.alike(attention),
         ))  # fmt: skip
-    return AttentionReport(type(model).__name__, tuple(rows), found.not_run)
+    return AttentionReport(
+        type(model).__name__, str(model.dtype).removeprefix("torch."), tuple(rows), trials.kinds(), _targets(rows),
+        cache_bytes(rows, model.dtype), found.not_run,
+    )  # fmt: skip
+
+
+def cache_bytes(rows: Sequence[AttentionRow], dtype: torch.dtype) -> int:
+    """Bytes of keys and values per token; where no head is left, of its stand-in."""
+    return sum(max(1, row.num_key_value_heads) * (row.head_dim + row.value_head_dim) for row in rows) * dtype.itemsize
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, PreTrainedModel)
+
+
+def _rotary(model: PreTrainedModel, found: Discovery) -> dict[Any, tuple[str, int]]:
+    """By signature, how keys are rotated, and how many of their components; ("", 0) where that cannot be told."""
+    rotary: dict[Any, tuple[str, int]] = {}
+    for attention in found.attentions:
+        key = signature(attention)
+        if key in rotary:
+            continue
+        try:
+            pairs = rotary_pairs(model, attention, ownerships(model, [attention])[0])
+        except ValueError:  # it does not run alone
+            pairs = None
+        rotary[key] = ("", 0) if pairs is None else (pairs.pairing, 2 * len(pairs.pairs))
+    return rotary
+
+
+def _targets(rows: Sequence[AttentionRow]) -> tuple[int, ...]:
+    if any(row.convert for row in rows):
+        return ()
+    numbers = [row.num_key_value_heads for row in rows]
+    return tuple(n for n in range(max(numbers) - 1, 0, -1) if all(number % n == 0 for number in numbers))
+
+
+def _runs(model: PreTrainedModel, attention: Attention, base: Mapping[int, str]) -> str:
+    if not attention.calls_interface:
+        return "its own"
+    kind = getattr(attention.module, ATTRIBUTE, None)
+    if isinstance(kind, Kind):
+        options = (f"{field.name}={getattr(kind, field.name)}" for field in fields(kind))
+        return " ".join([kind.name, *options])
+    config = getattr(attention.module, "config", None)
+    return base.get(id(config), base[id(model.config)])
 
 
 def _sees(row: AttentionRow) -> str:
     if not row.calls_interface:
         return "?"
-    return "other sequence" if row.is_cross else "past" if row.is_causal else "all"
+    seen = "other sequence" if row.is_cross else "past" if row.is_causal else "all"
+    return seen if row.window is None else f"{seen}, {row.window}"
 
 
-def _swap(attention: Attention) -> str:
-    if not attention.calls_interface:
-        return attention.reason
-    return ""
-
-
-def _score(attention: Attention, own: Ownership) -> str:
-    if own.output is None:
-        return "no output projection takes its heads"
-    if not attention.calls_interface:
-        return f"not by entropy: {attention.reason}"
-    return ""
-
-
-def _prune(attention: Attention, own: Ownership) -> str:
-    if attention.calls_per_forward > 1:
-        return "it attends several times in one forward pass"
-    return own.problem
-
-
-def _convert(attention: Attention, own: Ownership) -> str:
-    if not attention.calls_interface:
-        return attention.reason
-    if problem := _prune(attention, own):
-        return problem
-    if own.num_key_value_heads == 1:
-        return "it has one key/value head"
-    rows = {role: own.rows_per_head(role) for role in ("key", "value")}
-    if rows != {"key": attention.head_dim, "value": attention.value_head_dim}:
-        return f"a head's keys and values are made by more than their own rows (latent attention): {rows}"
-    return ""
+def _size(row: AttentionRow) -> str:
+    return f"{row.head_dim}" if row.head_dim == row.value_head_dim else f"{row.head_dim}, {row.value_head_dim}"

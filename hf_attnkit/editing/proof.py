@@ -133,6 +133,6 @@ class Zeroed:
 
 
 def _largest(x: Tensor) -> float:
-    """The largest absolute finite entry."""
-    x = x.double()
-    return float(torch.where(torch.isfinite(x), x, 0.0).abs().max()) if x.numel() else 0.0
+    """The largest absolute finite entry; in parts, because logits are large and float64 is twice that."""
+    parts = (part.double() for part in x.flatten().split(2**18))
+    return max((float(torch.where(torch.isfinite(p), p, 0.0).abs().max()) for p in parts if p.numel()), default=0.0)

@@ -37,7 +37,7 @@ class Attention:
     """A module that attends, as it was seen to run.
 
     Attributes:
-        index: its number among the model's attentions, in calling order.
+        index: its number among the model's attentions, in calling order, cross-attention after all others.
         path: the module's path in the model.
         module: the module that calls the attention interface (or would, see `calls_interface`).
         num_heads, num_key_value_heads: as queries and keys arrive.

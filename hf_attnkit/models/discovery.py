@@ -30,7 +30,8 @@ class Discovery:
     """What a model was seen to do.
 
     Attributes:
-        attentions: in calling order; a module called several times is one.
+        attentions: in calling order, cross-attention after all others, as the layers of an encoder-decoder are
+            numbered; a module called several times is one.
         inputs: under which the model ran.
         not_run: paths of models inside this one that the inputs did not reach.
     """
@@ -70,7 +71,8 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
             f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, "
             "and none that says how many heads it has takes a softmax in front of a matrix product"
         )
-    return Discovery(tuple(found), inputs, not_run)
+    found.sort(key=lambda each: each.is_cross)
+    return Discovery(tuple(replace(each, index=index) for index, each in enumerate(found)), inputs, not_run)
 
 
 def running_inputs(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> dict[str, Any]:

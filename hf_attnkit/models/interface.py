@@ -47,8 +47,12 @@ Watch = Callable[[Call], tuple[Tensor, Any]]
 
 @contextmanager
 def watched(modules: Iterable[nn.Module], watch: Watch) -> Iterator[None]:
-    """Each call of the interface by one of `modules` goes to `watch` for a while, others' calls as ever."""
+    """Each call of the interface by one of `modules` goes to `watch` for a while, others' calls as ever.
+
+    A function that calls another within, as swapped attention calls Transformers' for layers that keep it, is one call.
+    """
     ours = {id(module) for module in modules}
+    running: set[int] = set()
     get_interface, get_item = AttentionInterface.get_interface, AttentionInterface.__getitem__
     own_item = AttentionInterface.__dict__.get("__getitem__")
 
@@ -61,7 +65,13 @@ def watched(modules: Iterable[nn.Module], watch: Watch) -> Iterator[None]:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **keywords: Any
         ) -> Any:
             call = Call(module, query, key, value, attention_mask, keywords, function)
-            return watch(call) if id(module) in ours else call.run()
+            if id(module) not in ours or id(module) in running:
+                return call.run()
+            running.add(id(module))
+            try:
+                return watch(call)
+            finally:
+                running.discard(id(module))
 
         attention._watched_by = ours  # type: ignore[attr-defined]
         return attention

@@ -32,8 +32,7 @@ def owned_rows(run: RandomRun) -> Ownership:
             roles["output"] = slices
     touched: dict[str, dict[str, list[list[Tensor]]]] = {}
     for role, heads in roles.items():
-        rows = functools.partial(_note, touched, role, len(heads))
-        _touched(heads, run.leaves, rows)
+        _touched(heads, run, functools.partial(_note, touched, role, len(heads)))
     buffers = {name for name, _ in run.module.named_buffers()}
     owned: dict[str, Owners] = {}
     shared: list[str] = []
@@ -63,28 +62,21 @@ def owned_rows(run: RandomRun) -> Ownership:
     return Ownership(owned, tuple(shared), coupled, key_heads, run.output, matrices)
 
 
-def _touched(heads: Tensor, leaves: dict[str, Tensor], seen: Callable[[str, int, Tensor], None]) -> None:
-    """Tell `seen` the gradient of each head's random combination by each leaf, where there is one."""
+def _touched(heads: Tensor, run: RandomRun, seen: Callable[[str, int, list[Tensor]], None]) -> None:
+    """Tell `seen` which entries of each parameter each head's random combination depends on."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(heads.shape[1:], generator=generator, dtype=heads.dtype).to(heads.device)
     if not heads.requires_grad:
         return
     for head in range(len(heads)):
-        gradients = torch.autograd.grad(
-            (heads[head] * weights).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
-        )
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                seen(name, head, gradient)
+        for name, entries in run.touched((heads[head] * weights).sum()).items():
+            seen(name, head, entries)
 
 
 def _note(
-    touched: dict[str, dict[str, list[list[Tensor]]]], role: str, count: int, name: str, head: int, gradient: Tensor
+    touched: dict[str, dict[str, list[list[Tensor]]]], role: str, count: int, name: str, head: int, rows: list[Tensor]
 ) -> None:
-    """Keep, of a gradient, which rows along each dimension it touches."""
-    nonzero = gradient != 0
-    dims = range(nonzero.dim())
-    rows = [nonzero.any(tuple(d for d in dims if d != dim)) if nonzero.dim() > 1 else nonzero for dim in dims]
+    """Keep them, by parameter, role and head."""
     table = touched.setdefault(name, {}).setdefault(role, [[torch.zeros_like(r) for r in rows] for _ in range(count)])
     table[head] = rows
 

@@ -31,6 +31,7 @@ class RandomRun:
         for name, buffer in self.module.named_buffers():
             if buffer.is_floating_point() and "running_" not in name:  # what a batch norm keeps takes no gradient
                 self.leaves[name] = buffer.detach().to(torch.float32, copy=True).requires_grad_()
+        self.products: dict[str, list[Tensor]] = {}  # by path in the module, what its matrix products give
         self.heads: dict[str, Tensor] = {}  # (heads, batch, positions, size) by role
         self.attended: Tensor | None = None  # the output, before gates; leaf of what the output projection takes
         self.taken: Tensor | None = None  # what the output projection takes
@@ -62,10 +63,15 @@ class RandomRun:
             if given and isinstance(given[0], Tensor) and (self.attended is not None or not self.heads):
                 found.append((names[id(module)], given[0]))
 
+        def give(module: nn.Module, _: tuple[Any, ...], result: Any) -> None:
+            if isinstance(result, Tensor) and result.requires_grad:
+                self.products.setdefault(names[id(module)], []).append(result)
+
         with ExitStack() as stack:
             for module in self.module.modules():
                 if is_linear(module):
                     stack.callback(module.register_forward_pre_hook(take).remove)
+                    stack.callback(module.register_forward_hook(give).remove)
             stack.enter_context(watched([self.module], watch))
             if not self.attention.calls_interface:
                 stack.enter_context(_SoftmaxOfItsOwn())
@@ -77,6 +83,53 @@ class RandomRun:
                     f"it: {type(error).__name__}: {str(error)[:200]}"
                 ) from error
         self._choose_output(found, result)
+
+    def touched(self, number: Tensor, only: str | None = None) -> dict[str, list[Tensor]]:
+        """Which entries, along each of its dimensions, the gradient of a number by each parameter is not zero in.
+
+        Of a matrix product it is the gradient by what the product gives that is looked at: a row of the matrix has a
+        gradient where its output has one. That is a few tokens wide where the matrix's gradient is as large as itself.
+
+        Args:
+            number: a sum over what the run gave.
+            only: name of one parameter; the others are left out.
+
+        Returns:
+            By name, for each dimension bool `(size,)`; parameters that the number does not depend on are left out.
+        """
+        single, outputs = [], []
+        for name in self.leaves if only is None else [only]:
+            path, _, leaf = name.rpartition(".")
+            if path in self.products and leaf in ("weight", "bias"):
+                outputs += [(name, output) for output in self.products[path]]
+            else:
+                single.append(name)
+        wanted = list({id(output): output for _, output in outputs}.values())
+        inputs = [*(self.leaves[name] for name in single), *wanted]
+        gradients = torch.autograd.grad(number, inputs, retain_graph=True, allow_unused=True) if inputs else ()
+        found: dict[str, list[Tensor]] = {}
+        for name, gradient in zip(single, gradients, strict=False):
+            if gradient is not None:
+                found[name] = _entries(gradient != 0)
+        columns: dict[int, Tensor] = {}
+        for output, gradient in zip(wanted, gradients[len(single) :], strict=True):
+            if gradient is not None:
+                columns[id(output)] = (gradient != 0).flatten(0, -2).any(0)
+        for name, output in outputs:
+            if id(output) in columns:
+                entries = self._of_product(name, columns[id(output)])
+                before = found.get(name)
+                found[name] = entries if before is None else [a | b for a, b in zip(before, entries, strict=True)]
+        return found
+
+    def _of_product(self, name: str, columns: Tensor) -> list[Tensor]:
+        """The same of a matrix or its bias, from the columns of its output."""
+        leaf = self.leaves[name]
+        if leaf.dim() == 1:
+            return [columns]
+        transposed = not isinstance(self.module.get_submodule(name.rpartition(".")[0]), nn.Linear)
+        others = columns.any().expand(leaf.shape[0 if transposed else 1])
+        return [others, columns] if transposed else [columns, others]
 
     def _choose_output(self, found: list[tuple[str, Tensor]], result: Any) -> None:
         """What the output projection takes: its input in the module, or the module's output where it lies outside."""
@@ -111,6 +164,12 @@ class _SoftmaxOfItsOwn(TorchFunctionMode):
             scores = args[0] if args else (kwargs or {})["input"]
             return result * (1 + scores.tanh())
         return result
+
+
+def _entries(nonzero: Tensor) -> list[Tensor]:
+    """Along each dimension, where there is anything."""
+    dims = range(nonzero.dim())
+    return [nonzero.any(tuple(d for d in dims if d != dim)) if nonzero.dim() > 1 else nonzero for dim in dims]
 
 
 def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:

@@ -73,7 +73,7 @@ def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> Ro
         for name in _telling(run, attention, owned):
             own = owned.owned.get(name)
             rows, dim = (None, 0) if own is None else (own.of("query", 0), own.dim)
-            touched = [_touched(query[..., f], run.leaves[name], rows, dim) for f in range(query.shape[-1])]
+            touched = [_touched(query[..., f], run, name, rows, dim) for f in range(query.shape[-1])]
             if all(0 < len(each) <= 2 for each in touched):
                 return _named({tuple(each) for each in touched if len(each) == 2})
     return None
@@ -86,17 +86,17 @@ def _telling(run: RandomRun, attention: Attention, owned: Ownership) -> list[str
     return projections + norms
 
 
-def _touched(component: Tensor, leaf: Tensor, rows: Tensor | None, dim: int) -> list[int]:
+def _touched(component: Tensor, run: RandomRun, name: str, rows: Tensor | None, dim: int) -> list[int]:
     """The rows, of a head's or of all, that a component depends on."""
     generator = torch.Generator().manual_seed(2)
     weights = torch.randn(component.shape, generator=generator, dtype=component.dtype).to(component.device)
-    (gradient,) = torch.autograd.grad((component * weights).sum(), [leaf], retain_graph=True, allow_unused=True)
-    if gradient is None:
+    found = run.touched((component * weights).sum(), only=name)
+    if name not in found:
         return []
-    if rows is not None:
-        gradient = gradient.index_select(dim, rows.to(gradient.device))
-    touched = gradient.movedim(dim, 0) != 0
-    return touched.reshape(len(touched), -1).any(1).nonzero()[:, 0].tolist()
+    touched = found[name][dim]
+    touched = touched if rows is None else touched.index_select(0, rows.to(touched.device))
+    numbers: list[int] = touched.nonzero()[:, 0].tolist()
+    return numbers
 
 
 def _named(pairs: set[tuple[int, ...]]) -> RotaryPairs | None:

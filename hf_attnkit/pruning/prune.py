@@ -53,10 +53,10 @@ def prune_heads(
     Args:
         model: any model with attention; changed in place. What belongs to its heads is found by running it, and for
             some types of models known from a table.
-        heads: `{layer: [query head, ...]}` to remove, as from `select_heads`; a layer by its number, in calling order,
-            or by the path of the module that attends (`"model.layers.3.self_attn"`). A layer may lose all of its heads
-            in models of the table: only the bias of the output projection is left, and in place of its heads it keeps
-            one of zeros, without which Transformers' classes do not run.
+        heads: `{layer: [query head, ...]}` to remove, as from `select_heads`; a layer by its number,
+            cross-attention last, or by the path of the module that attends (`"model.layers.3.self_attn"`). A layer may
+            lose all of its heads in models of the table: only the bias of the output projection is left, and in place
+            of its heads it keeps one of zeros, without which Transformers' classes do not run.
         calibration: batches of model inputs for the refit; no labels, no training.
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one

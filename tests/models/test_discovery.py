@@ -46,13 +46,9 @@ def test_the_first_attention(model_type: str, facts: dict[str, Any]) -> None:
 def test_calling_order_and_cross_attention() -> None:
     found = attentions("bart")
     assert [each.index for each in found] == list(range(6))
-    assert [each.path.split(".")[-1] for each in found] == ["self_attn"] * 3 + [
-        "encoder_attn",
-        "self_attn",
-        "encoder_attn",
-    ]
-    assert [each.is_cross for each in found] == [False, False, False, True, False, True]
-    assert [each.is_causal for each in found] == [False, False, True, False, True, False]
+    assert [each.path.split(".")[-1] for each in found] == ["self_attn"] * 4 + ["encoder_attn"] * 2
+    assert [each.is_cross for each in found] == [False] * 4 + [True] * 2
+    assert [each.is_causal for each in found] == [False, False, True, True, False, False]
 
 
 def test_models_of_several_parts() -> None:

@@ -6,12 +6,21 @@ A new release of Transformers shows here at once what changed: a type that fails
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.cutting import KINDS, outcome
 from support.every_type import CLASSES, small_model
 from support.every_type_expected import EXPECTED
+from support.model_table import CHANGES, TYPES, in_words
+
+from hf_attnkit.analysis.describe_attention import describe_attention
+
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "attention.md").read_text().partition("## Families")[2]
+TRANSFORMERS = "5.23"  # of which the counts are
 
 KIND = {model_type: kind for kind, names in EXPECTED.items() for model_type in names.split()}
 # Their forward passes take ten seconds, of which attention is nothing.
@@ -43,7 +52,34 @@ def test_the_table_is_of_types_that_exist() -> None:
     assert EXPECTED.keys() <= KINDS.keys() | {"partly", "not built", "needs a package"}
 
 
+def counts() -> Counter[str]:
+    """How many types do what, of those that are run here."""
+    return Counter(KIND.get(model_type, "exact") for model_type in CLASSES.keys() - set(SLOW))
+
+
 def test_counts() -> None:
-    count = Counter(KIND.get(model_type, "exact") for model_type in CLASSES.keys() - set(SLOW))
+    """README's sentence has these numbers."""
+    count = counts()
+    built = count.total() - count["not built"] - count["needs a package"]
     print(f"{len(CLASSES)} types: " + ", ".join(f"{kind} {number}" for kind, number in count.most_common()))
-    assert count["exact"] >= 300
+    sentence = (
+        f"Of the {len(CLASSES)} model types that Transformers {TRANSFORMERS} maps, {built} could be built small and run. "
+        f"A group of heads of every attention is cut out exactly in {count['exact']} of them, of some attentions in "
+        f"{count['partly']}; {count['no attention']} have no attention, {count['no inputs']} need inputs that "
+        "`set_probe` takes"
+    )
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert sentence in readme, f"README is to say: {sentence}"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_the_table_of_the_docs(model_type: str) -> None:
+    """It has what `describe_attention` says, and what is known of every type."""
+    rows = re.findall(r"^\| (.*`.*) \| (.*) \| (.*) \| (.*) \| (.*) \|$", DOCS, re.MULTILINE)
+    mine = [words for names, *words in rows if f"`{model_type}`" in names.split(", ")]
+    assert len(mine) == 1
+    found = in_words(describe_attention(small_model(model_type)))
+    assert tuple(mine[0]) == found, "python tests/support/model_table.py prints the table"
+    prune = found[CHANGES.index("prune")]
+    kind = KIND.get(model_type, "exact")
+    assert {"exact": prune in ("yes", "alike"), "partly": prune == "some"}.get(kind, prune == "no")

@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from benchmarks import overhead as command
+from support.models import build
 
 from hf_attnkit.experiment.benchmarking import overhead
 from hf_attnkit.experiment.benchmarking.overhead import DEFAULT, PLAIN, WITHOUT, summary
+from hf_attnkit.experiment.benchmarking.proving import ratios
 from hf_attnkit.experiment.training import train
 
 
@@ -48,3 +50,20 @@ def test_it_runs_each_kind_and_times_every_step_but_the_first(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["x", "--steps", "2"])
     with pytest.raises(SystemExit):
         command.main()
+
+
+def test_changes_are_measured_next_to_forward_passes(tmp_path, monkeypatch, capsys) -> None:
+    build("bert", "sequence").save_pretrained(tmp_path / "bert")
+    arguments = ["x", "--changes", "--model_name_or_path", str(tmp_path / "bert"), "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--output_file", str(tmp_path / "changes.json")])
+    command.main()
+    saved = json.loads((tmp_path / "changes.json").read_text())
+    rows = {row["what"]: row for row in saved["rows"]}
+    assert list(rows) == [
+        "20 forward passes of 16 tokens", "discovery", "what belongs to a head", "swap to flash", "pruning",
+        "pruning, heads found by running", "conversion (mean)",
+    ]  # fmt: skip
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
+    assert rows["pruning"]["peak_bytes"] > rows["discovery"]["peak_bytes"]
+    assert ratios(saved["rows"])["20 forward passes of 16 tokens"] == (1.0, 1.0, 1.0)
+    assert "gradients of one layer" in capsys.readouterr().out

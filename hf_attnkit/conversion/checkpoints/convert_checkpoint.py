@@ -31,6 +31,7 @@ from hf_attnkit.conversion.report import summary
 from hf_attnkit.conversion.statistics import StatisticsFile, require_sizes
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.editing.change import with_heads
+from hf_attnkit.models.whole import configs_in
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def convert_checkpoint(
         merging.check_numbers(layers, numbers)
         config = checkpoint.small.converted_config(numbers)
     key_dtype = checkpoint.key_dtype
-    if config.dtype is None:
-        config.dtype = key_dtype
+    for each in configs_in(config):
+        if each.dtype is None:
+            each.dtype = key_dtype
     marker = _marker(checkpoint, numbers, method, key_method, statistics)
     _claim(source, target, marker)
 

@@ -91,64 +91,60 @@ class SmallModel:
     def converted_config(self, numbers: Sequence[int]) -> PreTrainedConfig:
         """The large model's config, with these numbers of key/value heads, as the converted model would save it.
 
+        The small model is converted: as a whole where all layers change to one number, which Transformers' own fields
+        may say, else one layer at a time.
+
         Raises:
             ValueError: if the small model does not run with such a number.
         """
         config = copy.deepcopy(self._large.config)
-        changed = [n for n, one in zip(numbers, self.likenesses, strict=True) if n < one.layer.num_key_value_heads]
-        records = {number: self._converted(number) for number in sorted(set(changed))}
-        uniform = len(records) == 1 and len(changed) == len(numbers)
-        for place, each in enumerate(configs_in(config)):
-            for before, after in ((list(configs_in(self._small.config))[place], list(configs_in(one.config))[place])
-                                  for one in records.values()):  # fmt: skip
-                self._carry_over(each, before, after, numbers, place, records, uniform)
+        changed = [
+            (one, number) for one, number in zip(self.likenesses, numbers, strict=True)
+            if number < one.layer.num_key_value_heads
+        ]  # fmt: skip
+        whole = len(changed) == len(numbers) and len(set(numbers)) == 1
+        converted: dict[tuple[int | None, int], PreTrainedModel] = {}
+        for one, number in changed:
+            key = None if whole else one.mate.index, number
+            if key not in converted:
+                converted[key] = self._converted(*key)
+            self._carry_over(config, converted[key].config, one)
         return config
 
-    def _converted(self, number: int) -> PreTrainedModel:
-        layers = known.known(self._small).attentions
-        present = [own.num_key_value_heads for own in known.owned(self._small)]
-        wanted = [number if n % number == 0 and number < n else n for n in present]
+    def _converted(self, index: int | None, number: int) -> PreTrainedModel:
+        """The small model with this number in one attention, or in all."""
         small = copy.deepcopy(self._small)
-        assert len(layers) == len(wanted)
+        present = [own.num_key_value_heads for own in known.owned(self._small)]
+        wanted = [number if index in (None, each) else old for each, old in enumerate(present)]
         return plan_gqa(small, wanted, method="first").apply()
 
-    def _carry_over(
-        self,
-        config: PreTrainedConfig,
-        before: PreTrainedConfig,
-        after: PreTrainedConfig,
-        numbers: Sequence[int],
-        place: int,
-        records: dict[int, PreTrainedModel],
-        uniform: bool,
-    ) -> None:
-        """Write what the conversion changed in a config of the small model into the large one's."""
-        for name, value in vars(after).items():
-            if name == KEY or isinstance(value, PreTrainedConfig) or name.startswith("_"):
+    def _carry_over(self, config: PreTrainedConfig, after: PreTrainedConfig, one: Likeness) -> None:
+        """Write what the conversion of a layer changed in the small model's config into the large one's."""
+        for large, old, new in zip(
+            list(configs_in(config)), list(configs_in(self._small.config)), list(configs_in(after)), strict=True
+        ):
+            for name, value in vars(new).items():
+                if name == KEY or isinstance(value, PreTrainedConfig) or name.startswith("_"):
+                    continue
+                if name not in vars(old) or vars(old)[name] != value:
+                    setattr(large, name, copy.deepcopy(value))
+            said = getattr(new, KEY, None)
+            if said is None:
                 continue
-            if name not in vars(before) or vars(before)[name] != value:
-                setattr(config, name, copy.deepcopy(value))
-        said = getattr(after, KEY, None)
-        if said is None:
-            return
-        layers: dict[str, Any] = {}
-        for one, number in zip(self.likenesses, numbers, strict=True):
-            if number == one.layer.num_key_value_heads:
-                continue
-            own = getattr(list(configs_in(records[number].config))[place], KEY, None) or {}
-            for path, entry in own.get("heads", {}).get("layers", {}).items():
-                if one.mate.path == path or one.mate.path.endswith(f".{path}"):
+            heads = dict(said.get("heads", {}))
+            layers = (getattr(large, KEY, None) or {}).get("heads", {}).get("layers", {})
+            for path, entry in heads.pop("layers", {}).items():
+                if f".{one.mate.path}".endswith(f".{path}"):
                     prefix = one.mate.path.removesuffix(path)
-                    moved = {
-                        name: _moved(value, one.mate.path.removeprefix(prefix), one.path.removeprefix(prefix))
-                        if name == "output" else value
-                        for name, value in entry.items()
-                    }  # fmt: skip
-                    layers[one.path.removeprefix(prefix)] = moved
-        if not uniform and not layers and said.get("heads", {}) == {}:
-            raise ValueError("layers with different numbers cannot be said by fields that are one for all of them")
-        heads = said.get("heads", {})
-        setattr(config, KEY, said | {"heads": heads | ({"layers": layers} if layers else {})})
+                    layers = layers | {one.path.removeprefix(prefix): self._placed(entry, one, prefix)}
+            setattr(large, KEY, said | {"heads": heads | ({"layers": layers} if layers else {})})
+
+    def _placed(self, entry: dict[str, Any], one: Likeness, prefix: str) -> dict[str, Any]:
+        """What is recorded of the mate, of the attention of the large model."""
+        if "output" not in entry:
+            return copy.deepcopy(entry)
+        moved = _moved(prefix + entry["output"], one.mate.path, one.path).removeprefix(prefix)
+        return copy.deepcopy(entry) | {"output": moved}
 
 
 def _shrunk(config: PreTrainedConfig, depth: int | None) -> PreTrainedConfig:

@@ -108,7 +108,7 @@ class OwnedShards(Shards):
             return modules[path]
 
         turned = self._turned(one)
-        parts = {role: loaded(self._path(one, role)) for role in ("key", "value")}
+        parts: dict[str, nn.Module | None] = {role: loaded(self._path(one, role)) for role in ("key", "value")}
         parts["query"] = loaded(self._path(one, "query")) if transforms(self._merging.key_method) else None
         parts["output"] = loaded(one.output) if one.output is not None and one.output in turned else None
         number = self._numbers[one.layer.index]

@@ -23,6 +23,7 @@ from hf_attnkit.editing.change import require_unshared
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.loading import skeleton
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.models.whole import configs_in
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MARKER = "conversion_unfinished.json"  # in a folder that a conversion has not completed
@@ -142,7 +143,7 @@ class Checkpoint:
 
     def _owned_names(self, likenesses: Sequence[Likeness]) -> dict[str, str]:
         """By parameter of the attentions and their output projections, its name in the files."""
-        names = {}
+        names: dict[str, Tensor] = {}
         for one in likenesses:
             if one.mate.calls_per_forward > 1 or one.owned.problem:
                 why = one.owned.problem or "it attends several times in one forward pass"
@@ -194,11 +195,18 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise ValueError(
             f"the checkpoint in {folder} is quantized; convert the one that it was made from, and quantize the result"
         )
-    if getattr(config, "hf_attnkit", None) is not None:
-        raise ValueError(
-            f"the attention of the checkpoint in {folder} was swapped; load it with hf_attnkit.load_pretrained, call "
-            "restore_attention or convert_to_gqa, and save it"
-        )
+    for each in configs_in(config):
+        said = getattr(each, "hf_attnkit", None) or {}
+        if "layers" in said:
+            raise ValueError(
+                f"the attention of the checkpoint in {folder} was swapped; load it with hf_attnkit.load_pretrained, "
+                "call restore_attention or convert_to_gqa, and save it"
+            )
+        if said.get("heads"):
+            raise ValueError(
+                f"the config of the checkpoint in {folder} records other numbers of heads than its class has; load it "
+                "with hf_attnkit.load_pretrained, call convert_to_gqa and save it"
+            )
     if not config.architectures:
         raise ValueError(f'{folder / CONFIG} names no class; add it, for example "architectures": ["LlamaForCausalLM"]')
     if (folder / "adapter_config.json").exists():

@@ -117,6 +117,16 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         return _sized(_model_class(config, None))(config)
 
 
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that the config names, with random weights; the random state stays.
+
+    Raises:
+        ValueError: if the config names no class.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return _model_class(config, None)(config)
+
+
 def _align(model: PreTrainedModel) -> None:
     """Give weights that are read in place from a file an address of their own.
 

@@ -23,15 +23,15 @@ from transformers import PreTrainedConfig
 
 from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion.checkpoints import safetensors_stream
-from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES
-from hf_attnkit.conversion.checkpoints.shards import ShardConversion
+from hf_attnkit.conversion.checkpoints.owned_shards import OwnedShards
+from hf_attnkit.conversion.checkpoints.shards import ShardConversion, Shards
 from hf_attnkit.conversion.checkpoints.source import CONFIG, INDEX, MARKER, Checkpoint, read_json
 from hf_attnkit.conversion.merging import choose_merging
 from hf_attnkit.conversion.report import summary
 from hf_attnkit.conversion.statistics import StatisticsFile, require_sizes
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.editing.change import with_heads
-from hf_attnkit.models.cache_size import cache_bytes
+from hf_attnkit.models.whole import configs_in
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,28 @@ def convert_checkpoint(
         merging.check_tokens(layers, numbers, moments.num_tokens)
         for index in range(len(moments.sizes)):
             moments.second_moment(index)  # refuses what is not finite, before anything is written
-    config = with_heads(checkpoint.model, [(a.num_heads, n) for a, n in zip(layers, numbers, strict=True)])
-    key_dtype = DTYPES[checkpoint.entry(checkpoint.places[0]["key"].weight).dtype]
-    if config.dtype is None:
-        config.dtype = key_dtype
+    if checkpoint.small is None:
+        config = with_heads(checkpoint.model, [(a.num_heads, n) for a, n in zip(layers, numbers, strict=True)])
+    else:
+        merging.check_numbers(layers, numbers)
+        config = checkpoint.small.converted_config(numbers)
+    key_dtype = checkpoint.key_dtype
+    for each in configs_in(config):
+        if each.dtype is None:
+            each.dtype = key_dtype
     marker = _marker(checkpoint, numbers, method, key_method, statistics)
     _claim(source, target, marker)
 
-    conversion = ShardConversion(checkpoint, numbers, method, key_method, moments)
+    conversion: Shards
+    if checkpoint.small is None:
+        conversion = ShardConversion(checkpoint, numbers, method, key_method, moments)
+    else:
+        conversion = OwnedShards(checkpoint, numbers, merging, moments)
     conversion.write_shards(target)
     _finish(checkpoint, conversion, config, target)
     before, after = tuple(layer.num_key_value_heads for layer in layers), tuple(numbers)
     bytes_before, bytes_after = (
-        cache_bytes([(number, layer.head_dim) for layer, number in zip(layers, heads, strict=True)], key_dtype)
+        sum(n * (a.head_dim + a.value_head_dim) for a, n in zip(layers, heads, strict=True)) * key_dtype.itemsize
         for heads in (before, after)
     )
     tokens = None if moments is None else moments.num_tokens
@@ -180,7 +189,7 @@ def _claim(source: Path, target: Path, marker: dict[str, Any]) -> None:
         path.write_text(json.dumps(marker, indent=2) + "\n")
 
 
-def _finish(checkpoint: Checkpoint, conversion: ShardConversion, config: PreTrainedConfig, target: Path) -> None:
+def _finish(checkpoint: Checkpoint, conversion: Shards, config: PreTrainedConfig, target: Path) -> None:
     """Index, other files and, last, the config."""
     if checkpoint.index is not None:
         entries = [entry for shard in checkpoint.shards for entry in conversion.entries(shard).values()]

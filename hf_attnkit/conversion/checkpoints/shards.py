@@ -24,51 +24,17 @@ from hf_attnkit.conversion.statistics import StatisticsFile
 from hf_attnkit.models.layers import AttentionLayer
 
 
-class ShardConversion:
-    """Computes the new tensors of a checkpoint and writes its shards.
+class Shards:
+    """The new shards of a checkpoint; a subclass fills them."""
 
-    Args:
-        numbers: of key/value heads, one for each layer.
-        moments: second moments for methods that use them; `None` is the identity.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        numbers: Sequence[int],
-        method: str,
-        key_method: str,
-        moments: StatisticsFile | None,
-    ) -> None:
-        self._checkpoint, self._numbers, self._moments = checkpoint, numbers, moments
-        self._method, self._key_method = method, key_method
-        self._moment: tuple[int, Tensor] | None = None
-        merged = {
-            "keys": ("query", "key") if transforms(key_method) else ("key",),
-            "values": ("value", "output") if transforms(method) else ("value",),
-        }
-        # Where rows of the new tensors begin, the new tensors' sizes, and which halves of which layers fill a tensor.
-        self._first: list[dict[str, int]] = []
-        self._entries: dict[str, Entry] = {}
-        self._halves: dict[str, list[tuple[AttentionLayer, str]]] = {}
-        for layer, number, places in zip(checkpoint.layers, numbers, checkpoint.places, strict=True):
-            fewer = (layer.num_key_value_heads - number) * layer.head_dim
-            first = {name: places[name].rows.start for name in PROJECTIONS}
-            if layer.fused:
-                first["value"] -= fewer
-            self._first.append(first)
-            for half, names in merged.items():
-                for name in names:
-                    for tensor in places[name].tensors:
-                        self._halves.setdefault(tensor, []).append((layer, half))
-            for name in ("key", "value"):
-                for tensor in places[name].tensors:  # one tensor, if fused
-                    self._entries[tensor] = _fewer_rows(checkpoint.entry(tensor), (2 if layer.fused else 1) * fewer)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._resized: dict[str, Entry] = {}
 
     def entries(self, shard: str) -> dict[str, Entry]:
         """The tensors of a new shard, in the order of the old one."""
         old = self._checkpoint.shards[shard].entries
-        return {name: self._entries.get(name, entry) for name, entry in old.items()}
+        return {name: self._resized.get(name, entry) for name, entry in old.items()}
 
     def write_shards(self, folder: Path) -> None:
         """Write those shards that are not there yet."""
@@ -88,6 +54,52 @@ class ShardConversion:
         if Reader(path).entries != self.entries(shard):
             raise ValueError(f"{path} is not what an interrupted conversion left; empty the folder and start again")
         return True
+
+    def _write(self, reader: Reader, writer: Writer) -> None:
+        """Fill a shard."""
+        raise NotImplementedError
+
+
+class ShardConversion(Shards):
+    """Computes the new tensors of a checkpoint of the table's families, a group of heads at a time.
+
+    Args:
+        numbers: of key/value heads, one for each layer.
+        moments: second moments for methods that use them; `None` is the identity.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        numbers: Sequence[int],
+        method: str,
+        key_method: str,
+        moments: StatisticsFile | None,
+    ) -> None:
+        super().__init__(checkpoint)
+        self._numbers, self._moments = numbers, moments
+        self._method, self._key_method = method, key_method
+        self._moment: tuple[int, Tensor] | None = None
+        merged = {
+            "keys": ("query", "key") if transforms(key_method) else ("key",),
+            "values": ("value", "output") if transforms(method) else ("value",),
+        }
+        # Where rows of the new tensors begin, the new tensors' sizes, and which halves of which layers fill a tensor.
+        self._first: list[dict[str, int]] = []
+        self._halves: dict[str, list[tuple[AttentionLayer, str]]] = {}
+        for layer, number, places in zip(checkpoint.layers, numbers, checkpoint.places, strict=True):
+            fewer = (layer.num_key_value_heads - number) * layer.head_dim
+            first = {name: places[name].rows.start for name in PROJECTIONS}
+            if layer.fused:
+                first["value"] -= fewer
+            self._first.append(first)
+            for half, names in merged.items():
+                for name in names:
+                    for tensor in places[name].tensors:
+                        self._halves.setdefault(tensor, []).append((layer, half))
+            for name in ("key", "value"):
+                for tensor in places[name].tensors:  # one tensor, if fused
+                    self._resized[tensor] = _fewer_rows(checkpoint.entry(tensor), (2 if layer.fused else 1) * fewer)
 
     def _write(self, reader: Reader, writer: Writer) -> None:
         """Fill a shard. A half of a layer that two shards share is computed for each of them."""

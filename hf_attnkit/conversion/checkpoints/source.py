@@ -7,19 +7,23 @@ calls their tensors. What cannot be converted from its files is refused here, be
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from hf_attnkit.conversion.checkpoints.likeness import Likeness, SmallModel
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES, Entry, Reader
 from hf_attnkit.editing.change import require_unshared
+from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.loading import skeleton
 from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.models.whole import configs_in
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MARKER = "conversion_unfinished.json"  # in a folder that a conversion has not completed
@@ -60,7 +64,10 @@ class Checkpoint:
         index: the content of the index, `None` for a single file.
         model: the skeleton.
         layers: the skeleton's attention layers.
-        places: per layer, projection -> place.
+        places: per layer of a family of the table, projection -> place.
+        small: for any other model, a small one of the same class, which tells where heads lie; else `None`.
+        likenesses: of its attentions.
+        saved: by the names that such a model gives them, what the tensors of its attention are called in the files.
 
     Raises:
         ValueError: for a checkpoint that is incomplete, damaged, quantized, swapped, in another format or layout,
@@ -87,10 +94,30 @@ class Checkpoint:
                 if tensor not in self.shards[name].entries:
                     raise ValueError(f"{folder / INDEX} lists {tensor!r} in {name}, which does not hold it")
         self.model: PreTrainedModel = skeleton(config)
-        self.layers = editable_layers(self.model, skeleton=True)
-        require_unshared(self.model, self.layers)
-        saved = _saved_names(self.model, self.layers)
-        self.places = [self._places(layer, saved) for layer in self.layers]
+        self.places: list[dict[str, Place]] = []
+        self.small: SmallModel | None = None
+        self.saved: dict[str, str] = {}
+        if cut_by_table(self.model):
+            self.layers = editable_layers(self.model, skeleton=True)
+            require_unshared(self.model, self.layers)
+            saved = _saved_names(self.model, self.layers)
+            self.places = [self._places(layer, saved) for layer in self.layers]
+        else:
+            self.small = SmallModel(self.model)
+            self.layers = [one.layer for one in self.small.likenesses]
+            self.saved = self._owned_names(self.small.likenesses)
+
+    @property
+    def likenesses(self) -> list[Likeness]:
+        """Of the attentions of a model that is in no table."""
+        return [] if self.small is None else self.small.likenesses
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """In which the keys of the first layer are stored."""
+        if self.small is None:
+            return DTYPES[self.entry(self.places[0]["key"].weight).dtype]
+        return DTYPES[self.entry(next(iter(self.saved.values()))).dtype]
 
     def entry(self, tensor: str) -> Entry:
         """What its shard says about a tensor."""
@@ -108,18 +135,38 @@ class Checkpoint:
         found = {}
         for name in PROJECTIONS:
             linear: nn.Linear = getattr(layer, name)
-            weight = self._find(linear.weight, saved, layer, name)
-            bias = None if linear.bias is None else self._find(linear.bias, saved, layer, name)
+            of = f"{layer.name}", f"the {name} projection"
+            weight = self._find(linear.weight, saved, *of)
+            bias = None if linear.bias is None else self._find(linear.bias, saved, *of)
             found[name] = Place(weight, bias, layer.rows(name))  # type: ignore[arg-type]
         return found
 
-    def _find(self, parameter: Tensor, saved: dict[int, str], layer: AttentionLayer, projection: str) -> str:
+    def _owned_names(self, likenesses: Sequence[Likeness]) -> dict[str, str]:
+        """By parameter of the attentions and their output projections, its name in the files."""
+        names: dict[str, Tensor] = {}
+        for one in likenesses:
+            if one.mate.calls_per_forward > 1 or one.owned.problem:
+                why = one.owned.problem or "it attends several times in one forward pass"
+                raise ValueError(f"{one.path}: heads cannot be merged: {why}")
+            for path in (one.path, *([] if one.output is None else [one.output])):
+                module = self.model.get_submodule(path)
+                names |= {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
+        users: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(name)
+        for name, parameter in names.items():
+            if len(users[id(parameter)]) > 1:
+                raise ValueError(f"{name} is one parameter with {users[id(parameter)]}; give each its own copy first")
+        saved = _saved_as(self.model, names)
+        return {name: self._find(parameter, saved, name, "a parameter") for name, parameter in names.items()}
+
+    def _find(self, parameter: Tensor, saved: dict[int, str], owner: str, what: str) -> str:
         name, prefix = saved[id(parameter)], f"{self.model.base_model_prefix}."
         # Transformers loads a base model into a model with a head and the other way round.
         found = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in self._readers), None)
         if found is None:
             raise ValueError(
-                f"{layer.name}: the checkpoint in {self.folder} has no tensor {name!r} (the {projection} projection of "
+                f"{owner}: the checkpoint in {self.folder} has no tensor {name!r} ({what} of "
                 f"{type(self.model).__name__}); if it is in an older layout, load it with hf_attnkit.load_pretrained "
                 "and save it with save_pretrained"
             )
@@ -148,11 +195,18 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise ValueError(
             f"the checkpoint in {folder} is quantized; convert the one that it was made from, and quantize the result"
         )
-    if getattr(config, "hf_attnkit", None) is not None:
-        raise ValueError(
-            f"the attention of the checkpoint in {folder} was swapped; load it with hf_attnkit.load_pretrained, call "
-            "restore_attention or convert_to_gqa, and save it"
-        )
+    for each in configs_in(config):
+        said = getattr(each, "hf_attnkit", None) or {}
+        if "layers" in said:
+            raise ValueError(
+                f"the attention of the checkpoint in {folder} was swapped; load it with hf_attnkit.load_pretrained, "
+                "call restore_attention or convert_to_gqa, and save it"
+            )
+        if said.get("heads"):
+            raise ValueError(
+                f"the config of the checkpoint in {folder} records other numbers of heads than its class has; load it "
+                "with hf_attnkit.load_pretrained, call convert_to_gqa and save it"
+            )
     if not config.architectures:
         raise ValueError(f'{folder / CONFIG} names no class; add it, for example "architectures": ["LlamaForCausalLM"]')
     if (folder / "adapter_config.json").exists():
@@ -227,6 +281,15 @@ def _saved_names(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> di
         for projection in PROJECTIONS:
             for parameter in getattr(layer, projection).parameters():
                 wanted[names[id(parameter)]] = parameter
+    return _saved_as(model, wanted)
+
+
+def _saved_as(model: PreTrainedModel, wanted: Mapping[str, Tensor]) -> dict[int, str]:
+    """By a parameter's id, its name in what `save_pretrained` writes.
+
+    Raises:
+        ValueError: if one of these is saved in another form.
+    """
     saved = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(wanted)).items()}
     if saved.keys() != {id(tensor) for tensor in wanted.values()}:
         raise ValueError(

@@ -22,10 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.analysis.describe_attention import AttentionReport, AttentionRow, cache_bytes, describe_attention
 from hf_attnkit.analysis.trials import silent
-from hf_attnkit.editing.head_record import configs_in, record_of
+from hf_attnkit.editing.head_record import record_of
 from hf_attnkit.loading import load_pretrained, skeleton
 from hf_attnkit.models.config_heads import layers_without_heads
 from hf_attnkit.models.layers import attention_layers, in_table
+from hf_attnkit.models.whole import configs_in
 
 # Windows of different parameters begin so far apart.
 _STEP = 64

@@ -24,7 +24,6 @@ from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
 from hf_attnkit.editing.cut_plan import CutPlan, require_own_parameters
 from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
-from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
@@ -129,8 +128,7 @@ class OwnedChange:
                 cut_planned(model, [plans[one.layer.index] for one in fewer], found, cut)
                 for one in fewer:
                     one.note_group_number(cut, found.attentions[one.layer.index].path)
-                save_cut(model, found, owned, cut)
-                into_stock_fields(model, found, cut, [cut.heads.get(i, pair) for i, pair in enumerate(before)])
+                save_cut(model, found, owned, cut, before)
             elif as_before is not None and (problem := as_before.difference([edit.linear for edit in edits])):
                 raise ValueError(
                     f"{problem}, though heads got another basis and nothing else: give method='mean', which leaves "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.kind import PARAMETERS
 from hf_attnkit.editing.cut_heads import CutHeads
 from hf_attnkit.editing.head_record import record, record_config
+from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.checkpoint_shapes import require_reloadable
 from hf_attnkit.models.discovery import Discovery
@@ -36,8 +37,18 @@ def require_nothing_learned_by(attentions: Sequence[Attention]) -> None:
             )
 
 
-def save_cut(model: PreTrainedModel, found: Discovery, owned: Sequence[Ownership], cut: CutHeads) -> None:
-    """Note in the configs what was cut; `cut.undo()` takes it back.
+def save_cut(
+    model: PreTrainedModel,
+    found: Discovery,
+    owned: Sequence[Ownership],
+    cut: CutHeads,
+    before: Sequence[tuple[int, int]],
+) -> None:
+    """Say in the configs what was cut, in Transformers' own fields where they can; `cut.undo()` takes it back.
+
+    Args:
+        found, owned: of the model before the cut.
+        before: its numbers of query and key/value heads.
 
     Raises:
         ValueError: for what no checkpoint, or no config of this class, can say. The caller then undoes.
@@ -60,10 +71,11 @@ def save_cut(model: PreTrainedModel, found: Discovery, owned: Sequence[Ownership
         layers[attention.path] = layer
     record(model, layers, cut.steps)
     by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
-    for config, name, before, now in cut.config:
-        by_config.setdefault(id(config), (config, {}))[1][name] = before, now
+    for config, name, old, now in cut.config:
+        by_config.setdefault(id(config), (config, {}))[1][name] = old, now
     for config, fields in by_config.values():
         record_config(config, fields, cut.steps)
+    into_stock_fields(model, found, cut, [cut.heads.get(index, pair) for index, pair in enumerate(before)])
     beside = [path for own in layers.values() for path in (own.get("output"), *own.get("shared", ())) if path]
     require_reloadable(model, [*layers, *beside])
     try:

@@ -114,7 +114,9 @@ def require_reloadable(model: PreTrainedModel, paths: Sequence[str]) -> None:
         return
     try:
         saved = revert_weight_conversion(model, {name: tensor.detach().to("meta") for name, tensor in state.items()})
-        got = renamed({name: tuple(tensor.shape) for name, tensor in saved.items()}, model, mapping, paths)
+        with torch.device("meta"):  # some conversions ask the model that is loaded for the sizes of its parameters
+            empty = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+        got = renamed({name: tuple(tensor.shape) for name, tensor in saved.items()}, empty, mapping, paths)
     except Exception as error:  # whatever conversions say to shapes that they do not know
         raise ValueError(
             f"{type(model).__name__} saves other tensors than it has, and not with these shapes: {str(error)[:200]}"

@@ -36,11 +36,17 @@ _known: weakref.WeakKeyDictionary[nn.Module, list[Known]] = weakref.WeakKeyDicti
 
 @dataclass
 class Known:
-    """A discovery without the inputs of the modules, and what it was made of."""
+    """A discovery without the inputs of the modules, and what it was made of.
+
+    Attributes:
+        owned: what belongs to the heads of each attention; empty before it was asked for.
+        not_visible: the error of the model while its attention is looked at, or nothing; `None` before it was tried.
+    """
 
     discovery: Discovery
     state: _State
     owned: list[Ownership] = field(default_factory=list)
+    not_visible: str | None = None
     projected: list[Projected] = field(default_factory=list)
 
     @property

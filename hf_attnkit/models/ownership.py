@@ -51,7 +51,10 @@ def ownerships(model: nn.Module, attentions: Sequence[Attention]) -> list[Owners
                 path = attention.path + one.output.removeprefix(_path_of(known, one, attentions))
             one = replace(one, output=path)
         found.append(one)
-    return [_with_bias(attention, one) for attention, one in zip(attentions, found, strict=True)]
+    return [
+        _if_built_again(model, attention, _with_bias(attention, one))
+        for attention, one in zip(attentions, found, strict=True)
+    ]
 
 
 def ownership(model: nn.Module, attention: Attention) -> Ownership:
@@ -74,6 +77,21 @@ def signature(attention: Attention) -> tuple[Any, ...]:
 
 def _path_of(known: dict[tuple[Any, ...], Ownership], one: Ownership, attentions: Sequence[Attention]) -> str:
     return next(each.path for each in attentions if known.get(signature(each)) is one)
+
+
+# BigBird changes from sparse to full attention, and back, where a text is short or long.
+_BUILDS_AGAIN = "set_attention_type"
+
+
+def _if_built_again(model: nn.Module, attention: Attention, one: Ownership) -> Ownership:
+    """The same, coupled where the model builds the module again while it runs, of the sizes that the config says."""
+    parts = attention.path.split(".")
+    above = [model.get_submodule(".".join(parts[:stop])) for stop in range(len(parts))]
+    if not any(hasattr(module, _BUILDS_AGAIN) for module in above):
+        return one
+    return replace(
+        one, coupled=one.coupled | {_BUILDS_AGAIN: "the forward pass builds attention modules again with it"}
+    )
 
 
 def _with_bias(attention: Attention, one: Ownership) -> Ownership:

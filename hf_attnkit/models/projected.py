@@ -239,6 +239,8 @@ def _rows(attention: Attention, owned: Ownership, role: str, numbers: list[int])
     if extra := [name for name in names if name not in (linear[0], f"{path}.bias")]:
         return f"{extra[0]} has something for each of them next to the matrix"
     own = owned.owned[linear[0]]
+    if max(numbers) >= len(own.rows[role]):
+        return "keys and values are shared among heads differently"
     rows = [own.of(role, number) for number in numbers]
     size = attention.value_head_dim if role == "value" else attention.head_dim
     if any(len(each) != size for each in rows):

@@ -14,7 +14,8 @@ from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.attention.dispatch import Observer, observe
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.models.known import part_configs
+from hf_attnkit.models.discovery import quiet, run_outputs
+from hf_attnkit.models.known import known, part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.observing.batches import run_batches
 
@@ -58,12 +59,31 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
         for config in own:
             if config is not None:  # Transformers sets it only for classes whose source has a word that it looks for
                 config._attn_implementation_internal = NAME
+        if layers[0].attention is not None:
+            _require_running(model)
         yield
     finally:
         for config, running in before:
             config._attn_implementation_internal = running
         for layer in stock:
             delattr(layer.module, ATTRIBUTE)
+
+
+def _require_running(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that does something of its own with the masks that Transformers makes for it."""
+    found = known(model)
+    if found.not_visible is None:
+        try:
+            with quiet(model):
+                run_outputs(model, found.discovery.inputs)
+            found.not_visible = ""
+        except Exception as error:  # whatever a model's code raises
+            found.not_visible = f"{type(error).__name__}: {str(error)[:200]}"
+    if found.not_visible:
+        raise ValueError(
+            f"{type(model).__name__} does not run while its attention is looked at ({found.not_visible}); take a "
+            "method that needs the heads' outputs only, such as 'contribution'"
+        )
 
 
 def _tensor_masked(layer: AttentionLayer) -> str:

@@ -11,7 +11,6 @@ from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
-from hf_attnkit.editing.stock_fields import into_stock_fields
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.known import probe_of
@@ -50,9 +49,7 @@ def prune_discovered(
     before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
     cut = cut_heads(model, removed, found, owned)
     try:
-        save_cut(model, found, owned, cut)
-        after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
-        into_stock_fields(model, found, cut, after)
+        save_cut(model, found, owned, cut, before)
         reached = None
         if refit != "none":
             layers = discovered_layers(model)
@@ -63,6 +60,7 @@ def prune_discovered(
     except BaseException:
         cut.undo()
         raise
+    after = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
     gone = {index: tuple(sorted(map(int, heads))) for index, heads in sorted(removed.items())}
     size = model.dtype.itemsize
     record_change(

@@ -153,7 +153,7 @@ def plan_gqa(
         # Before a long calibration, so that a wrong number costs nothing.
         numbers = target_heads(layers, num_key_value_heads, budget, allow_same=merging.uses_statistics)
         merging.check_numbers(layers, numbers)
-        if not in_table:
+        if not in_table and calibration is not None:
             trial(model, layers, numbers)
     batches: list[Mapping[str, Any]] = []
     if word != "none" and calibration is not None and not isinstance(calibration, Statistics):

@@ -111,7 +111,8 @@ def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     require_plain(model)
     known.require_runnable(model)
-    parts = zip(discovered_layers(model), known.projections(model), known.owned(model), strict=True)
+    projections, owned = known.projections(model), known.owned(model)
+    parts = zip(discovered_layers(model), projections, owned, strict=True)
     return [_projected(layer, found, own) for layer, found, own in parts]
 
 

@@ -103,6 +103,9 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
     per_head = tuple(name for name in owned.owned if name not in in_use)
     if not attention.calls_interface:
         return Projected(rows, problems | dict.fromkeys(ROLES, attention.reason), per_head=per_head)
+    if attention.calls_per_forward > 1:
+        problems = dict.fromkeys(ROLES, f"it attends {attention.calls_per_forward} times in one forward pass")
+        return Projected({}, problems, per_head=per_head)
     group = attention.num_heads // owned.num_key_value_heads
     if any(owned.key_head_of(h, attention.num_heads) != h // group for h in range(attention.num_heads)):
         problems["key"] = problems["value"] = "query heads share them in another order than one after the other"

@@ -81,7 +81,8 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
     if linear.bias is not None:
         gram = gram - count * torch.outer(mean, mean)
         cross = cross - count * torch.outer(target_mean, mean)
-    strength = ridge * gram.diagonal().mean()
+    # Inputs that are all but constant have a Gram matrix of rounding, which is not to be inverted.
+    strength = ridge * gram.diagonal().mean().clamp(min=1e-5 * aa.diagonal()[:-1].mean())
     # Heads that put out nothing leave their columns undetermined, where they stay.
     strength = strength.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -147,6 +147,7 @@ def test_documented_options_are_those_of_the_kinds() -> None:
     assert documented == expected
 
 
+@pytest.mark.slow
 def test_user_marked_global_tokens_do_not_compile_whole() -> None:
     """How many tokens are marked decides shapes, so the graph breaks: refused by fullgraph, right without it."""
     model = model_for("local_global", "bert")

@@ -23,6 +23,7 @@ def problem(name: str, length: int = 20, head_dim: int = 8) -> tuple[list[Tensor
     return tensors, Mask.aligned(length, length, is_causal=True, key_visible=seen)
 
 
+@pytest.mark.slow
 @every_name
 def test_mean_over_draws_is_the_undropped_output(name: str) -> None:
     """The mean of N draws is off by a standard error s / sqrt(N); of 640 numbers the largest such
@@ -71,6 +72,7 @@ def test_repeats_with_the_seed_and_differs_without(name: str) -> None:
     assert torch.equal(run(name, *tensors, mask, dropout=0.0), run(name, *tensors, mask))
 
 
+@pytest.mark.slow
 @every_name
 def test_backward_uses_the_weights_of_the_forward(name: str) -> None:
     """Finite differences under a fixed seed."""

@@ -87,6 +87,7 @@ def test_mixed_precision_keeps_the_sums_in_float32(options: dict[str, Any]) -> N
 # Dropout.
 
 
+@pytest.mark.slow
 @every_option
 def test_dropout_mean_is_the_undropped_output(options: dict[str, Any]) -> None:
     """The largest of 320 deviations stays below 5 standard errors but once in 5,000 suites (seed fixed)."""
@@ -131,6 +132,7 @@ def test_dropout_drops_far_values_for_all_queries_and_near_weights_one_by_one(
     assert draws.std(-1).min() > 0
 
 
+@pytest.mark.slow
 @both_ways
 def test_dropout_backward_uses_the_forward_factors(is_causal: bool) -> None:
     """Finite differences under a fixed seed."""

@@ -93,6 +93,7 @@ def problems(draw: st.DrawFn) -> tuple:
     return options, sizes, seen, tensors
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(problems(), st.integers(1, 30), st.integers(1, 50))
 def test_any_problem(problem: tuple, chunk: int, segment: int) -> None:

@@ -305,6 +305,7 @@ def test_attention_weights_refused_by_bert(name: str) -> None:
         model(**batch(model), output_attentions=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     model = swapped(build("llama", "causal", 8, 2), name)

@@ -256,6 +256,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash", *SPARSE])
 def test_memory_is_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the length takes about twice the memory, forward and backward; one matrix would take four times."""

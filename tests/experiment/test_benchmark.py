@@ -163,6 +163,7 @@ SIZES = ["--lengths", "32", "16", "--num_attention_heads", "4", "--num_key_value
          "--window", "4", "--repeats", "2"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_writes_all_of_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run(monkeypatch, tmp_path, *SIZES, "--max_quadratic", "16", "--markdown", "--implementations", *WITHOUT_FLEX)
     results = json.loads((tmp_path / "benchmark.json").read_text())

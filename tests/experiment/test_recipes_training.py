@@ -72,6 +72,7 @@ def plainly(converted: Path, tmp_path_factory) -> Path:
 
 # A gradient is a mean of 16 of about 1; 4 steps of 0.1 add up to 4 * 0.1 * 16 roundings of 2^-24, and what the layers
 # make of them, 10 times as much at most. In 16 bits (2^-8) the same of one rounding.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "tolerance"),
     [

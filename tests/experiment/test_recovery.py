@@ -179,6 +179,7 @@ def trained(student: Any, teacher: Any, folder: Any, data: list, size: int, accu
     return made.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "head", "options"), CASES[:3])
 def test_accumulated_batches_train_as_one(family, head, options, tmp_path) -> None:
     teacher, student = pair(family, head, **options)

@@ -187,6 +187,7 @@ def test_a_layer_whose_queries_are_normed_or_linear_keeps_them() -> None:
     assert same == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["bert", "llama", "glm", "phi3"])
 def test_models_in_16_bits_are_fitted_in_float32(family: str, dtype: torch.dtype) -> None:

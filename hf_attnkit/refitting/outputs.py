@@ -82,7 +82,8 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
         gram = gram - count * torch.outer(mean, mean)
         cross = cross - count * torch.outer(target_mean, mean)
     # Inputs that are all but constant have a Gram matrix of rounding, which is not to be inverted.
-    strength = ridge * gram.diagonal().mean().clamp(min=1e-5 * aa.diagonal()[:-1].mean())
+    size = torch.maximum(aa.diagonal()[:-1].mean(), gram.abs().max())
+    strength = ridge * gram.diagonal().mean().clamp(min=1e-5 * size)
     # Heads that put out nothing leave their columns undetermined, where they stay.
     strength = strength.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

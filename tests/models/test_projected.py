@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.any_model import any_model
+from support.any_model import UnseenAttention, UnseenConfig, UnseenModel, any_model
 from support.calibrated import batches_for, lively, logits
-from torch import Tensor
-from transformers import OlmoConfig, OlmoForCausalLM
+from support.unchanged import unchanged
+from torch import Tensor, nn
+from transformers import AttentionInterface, OlmoConfig, OlmoForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_attnkit import convert_to_gqa, last_change
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.layers import projected_layers, weight_of
+from hf_attnkit.refitting.queries import can_fit_queries
 
 # Type: how keys are rotated, what is between keys and product, and between values and output projection.
 BEHIND = {
@@ -91,6 +95,41 @@ def test_a_clip_behind_the_keys_is_found() -> None:
                         num_key_value_heads=2, clip_qkv=8.0, eos_token_id=2)  # fmt: skip
     (layer,) = projected_layers(OlmoForCausalLM(config).eval())
     assert "without parameters" in layer.norm and "without parameters" in layer.between_values
+
+
+class RelativeAttention(UnseenAttention):
+    """A term of relative positions, made of the queries, next to their product with the keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        query = self.ask(x).view(batch, length, self.n, self.size).transpose(1, 2)
+        told = self.tell(x).view(batch, length, 2, self.n // self.num_key_value_groups, self.size)
+        value, key = told.permute(2, 0, 3, 1, 4)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        bias = query.sum(-1, keepdim=True) * distance
+        attend = AttentionInterface().get_interface(self.config._attn_implementation, sdpa_attention_forward)
+        out, _ = attend(self, query, key, value, bias, scaling=self.size**-0.5)
+        return self.back(out.flatten(2))
+
+
+def test_a_term_that_queries_make_next_to_their_product_is_found() -> None:
+    torch.manual_seed(0)
+    model = UnseenModel(UnseenConfig())
+    model.parts = nn.ModuleList(RelativeAttention(model.config) for _ in range(2))
+    for layer in projected_layers(model.eval()):
+        assert layer.norm == "a bias of the scores, made of queries or keys," and not layer.between_values
+        assert not can_fit_queries(layer)
+    with unchanged(model), pytest.raises(ValueError, match="made of queries or keys, of layer 0"):
+        convert_to_gqa(model, 1, method="pca")
+    convert_to_gqa(model, 1, calibration=batches_for(model))  # keys by their mean
+    assert last_change(model).key_method == "mean"  # type: ignore[union-attr]
+
+
+def test_masks_of_other_positions_than_a_layer_s_are_not_its_padding() -> None:
+    """An image's patches next to text: no mask says which of them are padding."""
+    layers = projected_layers(any_model("owlvit"))
+    found = {("vision" in layer.name, layer.padding) for layer in layers}
+    assert found == {(True, ""), (False, "attention_mask")}
 
 
 def test_reasons_are_kept() -> None:

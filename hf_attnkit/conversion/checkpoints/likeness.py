@@ -1,9 +1,10 @@
 """A small model of a checkpoint's class that tells where heads lie in the large one, of which no weight is read.
 
 Rows that belong to a head depend on how the attention is built, and not on how many layers there are or how large the
-vocabulary is. So the class is built with few layers, small vocabulary and small feed-forward parts, its attention of
-full size and random, and looked at as any model is. Each attention of the large model is then that of the small one
-which has the same class, shapes and settings:
+vocabulary is; nor, where a config says the size of a head by itself, on how wide its inputs are. So the class is built
+with few layers, small vocabulary and small feed-forward parts, its heads of full size and random, and looked at as any
+model is. Each attention of the large model is then like one of the small model's, with the same class, shapes and
+settings:
 
     model.layers.0.self_attn  ...  model.layers.79.self_attn      large, on the meta device
     model.layers.0.self_attn, model.layers.1.self_attn            small
@@ -14,16 +15,18 @@ Where two layers do not show all kinds that there are, more are built.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.conversion.plan import plan_gqa
+from hf_attnkit.editing.head_record import KEY, VERSION
 from hf_attnkit.loading import random_model
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
@@ -38,7 +41,6 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 # Of a module: what says which one it is, or what it is doing, and not what it does.
 _OF_EACH = re.compile(r"layer_?(idx|id|index|number)|idx|index|training")
 VOCABULARY, WIDTH = 128, 64
-KEY = "hf_attnkit"
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class SmallModel:
 
     def __init__(self, large: PreTrainedModel) -> None:
         reason = ""
-        for depth in (*DEPTHS, None):
+        for is_narrow, depth in itertools.product((True, False), (*DEPTHS, None)):
             try:
-                self._small = random_model(_shrunk(large.config, depth)).eval()
+                self._small = random_model(_shrunk(large.config, depth, is_narrow)).eval()
                 if missing := _classes(large) - _classes(self._small):
                     raise ValueError(f"{depth} layers have no {', '.join(sorted(missing))}")
                 self.likenesses = _likenesses(large, self._small)
@@ -123,12 +125,14 @@ class SmallModel:
         for large, old, new in zip(
             list(configs_in(config)), list(configs_in(self._small.config)), list(configs_in(after)), strict=True
         ):
+            said = getattr(new, KEY, None)
             for name, value in vars(new).items():
                 if name == KEY or isinstance(value, PreTrainedConfig) or name.startswith("_"):
                     continue
-                if name not in vars(old) or vars(old)[name] != value:
+                # The size of a head is said where the number of heads no longer implies it.
+                is_said = name == "head_dim" and said == {"version": VERSION, "heads": {}} and vars(large)[name] is None
+                if is_said or name not in vars(old) or vars(old)[name] != value:
                     setattr(large, name, copy.deepcopy(value))
-            said = getattr(new, KEY, None)
             if said is None:
                 continue
             heads = dict(said.get("heads", {}))
@@ -147,9 +151,18 @@ class SmallModel:
         return copy.deepcopy(entry) | {"output": moved}
 
 
-def _shrunk(config: PreTrainedConfig, depth: int | None) -> PreTrainedConfig:
-    """A copy with so many layers, a small vocabulary and small feed-forward parts; attention as it is."""
+def _shrunk(config: PreTrainedConfig, depth: int | None, is_narrow: bool) -> PreTrainedConfig:
+    """A copy with so many layers, a small vocabulary and small feed-forward parts; heads as they are.
+
+    Args:
+        is_narrow: whether hidden states are small too.
+
+    Raises:
+        ValueError: if they cannot be, because their size decides that of a head.
+    """
     found = copy.deepcopy(config)
+    if is_narrow and True not in [_narrowed(each) for each in configs_in(found)]:
+        raise ValueError(f"{type(config).__name__} has no size of heads of its own")
     for each in configs_in(found):
         names = [n for n, v in _numbers(each) if _DEPTH.fullmatch(n) and depth is not None and v > depth]
         deep = {getattr(each, name) for name in names}
@@ -174,6 +187,17 @@ def _shrunk(config: PreTrainedConfig, depth: int | None) -> PreTrainedConfig:
     return found
 
 
+def _narrowed(config: PreTrainedConfig) -> bool:
+    """Give a config small hidden states, if it says the size of a head by itself; whether it does."""
+    heads, size = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
+    if type(heads) is not int or type(size) is not int or not (hasattr(config, "head_dim") or hasattr(config, "d_kv")):
+        return False
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = size // heads
+    config.hidden_size = min(size, WIDTH)
+    return True
+
+
 def _numbers(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     return ((name, value) for name, value in list(vars(config).items()) if type(value) is int)
 
@@ -188,6 +212,10 @@ def _likenesses(large: PreTrainedModel, small: PreTrainedModel) -> list[Likeness
     Raises:
         ValueError: if one is like none of the small model's.
     """
+    widths = {
+        getattr(a, "hidden_size", None): getattr(b, "hidden_size", None)
+        for a, b in zip(configs_in(large.config), configs_in(small.config), strict=True)
+    }
     layers, owned = projected_layers(small), known.owned(small)
     attentions = known.known(small).attentions
     mates = list(zip(attentions, owned, layers, strict=True))
@@ -198,9 +226,11 @@ def _likenesses(large: PreTrainedModel, small: PreTrainedModel) -> list[Likeness
         pattern = re.sub(r"\d+", "*", path)
         if pattern not in order:
             continue
-        settings = _settings(module)
-        alike = [mate for mate in mates if re.sub(r"\d+", "*", mate[0].path) == pattern
-                 and _settings(mate[0].module) == settings]  # fmt: skip
+        alike = [
+            mate
+            for mate in mates
+            if re.sub(r"\d+", "*", mate[0].path) == pattern and _alike(module, mate[0].module, mate[1], widths)
+        ]
         if not alike:
             raise ValueError(f"{path} is like no attention of a model with fewer layers")
         place = stacks[_stack(path)], [int(number) for number in re.findall(r"\d+", path)], order[pattern]
@@ -208,10 +238,17 @@ def _likenesses(large: PreTrainedModel, small: PreTrainedModel) -> list[Likeness
     result = []
     for index, (_, path, mate, own, layer) in enumerate(sorted(found, key=lambda each: each[0])):
         output = None if own.output is None else _moved(own.output, mate.path, path)
-        module = large.get_submodule(path)
-        result.append(Likeness(path, mate, own, replace(
-            layer, index=index, module=module, name=f"layer {index} ({path})", saved_as=path,
-        ), output))  # fmt: skip
+        inside = {id(part): name for name, part in mate.module.named_modules()}
+        parts = {
+            role: large.get_submodule(f"{path}.{inside[id(part)]}")
+            for role in ("query", "key", "value")
+            if (part := getattr(layer, role)) is not None
+        }
+        if output is not None and layer.output is not None:
+            parts["output"] = large.get_submodule(output)
+        numbered = replace(layer, index=index, module=large.get_submodule(path), name=f"layer {index} ({path})",
+                           saved_as=path, **parts)  # fmt: skip
+        result.append(Likeness(path, mate, own, numbered, output))
     return result
 
 
@@ -219,13 +256,30 @@ def _stack(path: str) -> str:
     return re.split(r"\d+", path)[0]
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What modules have in common whose heads lie alike: class, shapes, and numbers that say what they do."""
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+def _alike(large: nn.Module, small: nn.Module, owned: Ownership, widths: dict[Any, Any]) -> bool:
+    """Whether heads lie alike in both: same class and settings, and shapes but for the width of hidden states."""
+
+    def same(a: Any, b: Any) -> bool:
+        return bool(a == b) or (type(a) is int and widths.get(a, a) == b)
+
+    if type(large).__name__ != type(small).__name__:
+        return False
+    ours, theirs = dict(large.named_parameters()), dict(small.named_parameters())
+    if ours.keys() != theirs.keys() or any(ours[n].dim() != p.dim() for n, p in theirs.items()):
+        return False
+    if any(ours[name].shape[one.dim] != theirs[name].shape[one.dim] for name, one in owned.owned.items()
+           if name in theirs):  # fmt: skip
+        return False
+    sizes = all(same(a, b) for name in ours for a, b in zip(ours[name].shape, theirs[name].shape, strict=True))
+    a, b = _settings(large), _settings(small)
+    return sizes and a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """Numbers and words on a module that say what it does."""
     kinds = (int, float, bool, str, type(None))
-    own = {name: value for name, value in vars(module).items()
-           if isinstance(value, kinds) and not name.startswith("_") and not _OF_EACH.fullmatch(name)}  # fmt: skip
-    return type(module).__name__, shapes, tuple(sorted((name, repr(value)) for name, value in own.items()))
+    return {name: value for name, value in vars(module).items()
+            if isinstance(value, kinds) and not name.startswith("_") and not _OF_EACH.fullmatch(name)}  # fmt: skip
 
 
 def _moved(path: str, mate: str, place: str) -> str:
@@ -238,10 +292,10 @@ def _moved(path: str, mate: str, place: str) -> str:
     return ".".join(parts)
 
 
-def module_of(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
-    """A copy of a matrix product on the meta device with this weight and bias."""
-    found = copy.deepcopy(module)
+def module_of(module: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A copy of a matrix product on the meta device with this weight and bias; perhaps a Conv1D."""
+    found: Any = copy.deepcopy(module)
     found._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         found._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-    return found
+    return cast(nn.Linear, found)

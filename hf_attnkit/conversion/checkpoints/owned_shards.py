@@ -1,18 +1,18 @@
 """The new shards of a checkpoint of any model: one layer's projections are read, merged and cut at a time.
 
-What a layer's new tensors are is what `OwnedChange` would make of them in memory, by the same functions: merged heads
-at full size, each repeated over its group, and then all rows but those of the first of each group cut away.
+A layer's new tensors are those that `OwnedChange` makes in memory, by the same functions: merged heads at full size,
+each repeated over its group, of which all rows but those of the first of each group are cut away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_attnkit.conversion import heads as of_layer
 from hf_attnkit.conversion.checkpoints.likeness import Likeness, module_of
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES, Entry, Reader, Writer
 from hf_attnkit.conversion.checkpoints.shards import Shards
@@ -20,10 +20,8 @@ from hf_attnkit.conversion.checkpoints.source import Checkpoint
 from hf_attnkit.conversion.grouping import adjacent
 from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.merging import Merging
-from hf_attnkit.conversion.methods.table import transforms
-from hf_attnkit.conversion.owned_change import LayerMerge
+from hf_attnkit.conversion.methods.table import merge_keys, merge_values, total_constant, transforms
 from hf_attnkit.conversion.statistics import StatisticsFile
-from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_plan import CutPlan
 from hf_attnkit.models.layers import AttentionLayer, weight_of
 from hf_attnkit.models.owners import Owners
@@ -79,7 +77,7 @@ class OwnedShards(Shards):
     def _path(self, one: Likeness, role: str) -> str:
         """Path of a projection in the large model."""
         found = getattr(one.layer, role)
-        inside = next(path for path, module in one.mate.module.named_modules() if module is found)
+        inside = next(path for path, module in one.layer.module.named_modules() if module is found)
         return f"{one.path}.{inside}"
 
     def _write(self, reader: Reader, writer: Writer) -> None:
@@ -96,9 +94,9 @@ class OwnedShards(Shards):
 
     def _tensors(self, one: Likeness) -> dict[str, Tensor]:
         """A layer's new tensors, by the checkpoint's names."""
-        modules: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Linear] = {}
 
-        def loaded(path: str) -> nn.Module:
+        def loaded(path: str) -> nn.Linear:
             if path not in modules:
                 weight, bias = (self._checkpoint.saved.get(f"{path}.{leaf}") for leaf in ("weight", "bias"))
                 rows = self._checkpoint.rows
@@ -107,26 +105,13 @@ class OwnedShards(Shards):
                 modules[path] = module_of(large, rows(weight), None if bias is None else rows(bias))
             return modules[path]
 
-        turned = self._turned(one)
-        parts: dict[str, nn.Module | None] = {role: loaded(self._path(one, role)) for role in ("key", "value")}
-        parts["query"] = loaded(self._path(one, "query")) if transforms(self._merging.key_method) else None
-        parts["output"] = loaded(one.output) if one.output is not None and one.output in turned else None
-        number = self._numbers[one.layer.index]
-        layer = replace(one.layer, **parts)  # type: ignore[arg-type]
-        moment = self._moment(one.layer)
-        present = self._with_others(one.layer, of_layer.read(layer))
-        present = replace(present, output_bias=self._has_output_bias(one))
-        groups = adjacent(len(present.key), number)
-        merged = self._merging.merge(present, groups, moment)
-        new = merged.heads
-        kept = replace(
-            new,
-            query=new.query if transforms(self._merging.key_method) else ABSENT,
-            output=new.output if transforms(self._merging.method) else ABSENT,
-        )
-        change = LayerMerge(layer, kept, merged.constant, tuple(tuple(group) for group in groups))
-        for edit in projections.whole(change.edits):
-            projections.apply(edit)
+        turned, number = self._turned(one), self._numbers[one.layer.index]
+        roles = {role: loaded(self._path(one, role)) for role in ("key", "value")}
+        if transforms(self._merging.key_method):
+            roles["query"] = loaded(self._path(one, "query"))
+        if one.output in turned:
+            roles["output"] = loaded(one.output)
+        self._merge(one.layer, roles, number)
         found: dict[str, Tensor] = {}
         keep = self._plan(one, number).by_role()
         for name, owners in self._cut(one):
@@ -141,24 +126,78 @@ class OwnedShards(Shards):
                     found[tensor] = getattr(modules[path], leaf).detach().contiguous()
         return {name: value.to(DTYPES[self._checkpoint.entry(name).dtype]) for name, value in found.items()}
 
-    def _has_output_bias(self, one: Likeness) -> bool:
-        layer = one.layer
-        return layer.output is not None and layer.output.bias is not None and layer.passes_constants
+    def _merge(self, layer: AttentionLayer, modules: dict[str, nn.Linear], number: int) -> None:
+        """Put merged heads, each repeated over its group, in place of the layer's: a group at a time, in float64."""
+        moment, others = self._moment(layer), self._other_moments(layer)
+        key_method, method = self._merging.key_method, self._merging.method
+        has_bias = layer.output is not None and layer.output.bias is not None and layer.passes_constants
+        common = Heads(ABSENT, ABSENT, ABSENT, ABSENT, layer.rope, layer.norm, has_bias, layer.shifts_cancel, **others)
+        of_values = moment if common.value_moment is None else common.value_moment
+        constants = []
+        for members in adjacent(layer.num_key_value_heads, number):
+            heads = range(members[0] * layer.group_size, (members[-1] + 1) * layer.group_size)
+            query = ABSENT
+            if "query" in modules:
+                query = _read(layer, "query", modules["query"], heads).unflatten(0, (len(members), -1))
+            key = _read(layer, "key", modules["key"], members)
+            query, key = merge_keys(replace(common, query=query, key=key), moment, key_method)
+            _put(layer, "key", modules["key"], members, key.expand(len(members), -1, -1))
+            if "query" in modules:
+                _put(layer, "query", modules["query"], heads, query.flatten(0, 1))
+            output, columns = ABSENT, None
+            if "output" in modules:
+                size = layer.value_head_dim
+                columns = weight_of(modules["output"])[:, heads.start * size : heads.stop * size]
+                output = columns.double().unflatten(1, (len(members), -1, size)).permute(1, 2, 0, 3).contiguous()
+            value = _read(layer, "value", modules["value"], members)
+            value, output, constant = merge_values(replace(common, value=value, output=output), of_values, method)
+            _put(layer, "value", modules["value"], members, value.expand(len(members), -1, -1))
+            if columns is not None:
+                columns.copy_(output.permute(2, 0, 1, 3).flatten(1))
+            constants.append(constant)
+        moved = total_constant(constants)
+        if moved is not None and "output" in modules and (bias := modules["output"].bias) is not None:
+            bias.data = (bias.detach().double() + moved).to(bias.dtype)
 
     def _moment(self, layer: AttentionLayer) -> Tensor:
         if self._moments is None:
             return torch.ones(weight_of(layer.key).shape[1] + 1, dtype=torch.float64)
         return self._moments.second_moment(layer.index)
 
-    def _with_others(self, layer: AttentionLayer, heads: Heads) -> Heads:
+    def _other_moments(self, layer: AttentionLayer) -> dict[str, Any]:
+        """Second moments of inputs that are not the keys'."""
         if self._moments is not None:
-            query, value = (self._moments.other(layer.index, role) for role in ("query", "value"))
-            return replace(heads, query_moment=query, value_moment=value)
-        found = {
+            return {f"{role}_moment": self._moments.other(layer.index, role) for role in ("query", "value")}
+        return {
             f"{role}_moment": torch.ones(weight_of(getattr(layer, role)).shape[1] + 1, dtype=torch.float64)
             for role in layer.other_inputs
         }
-        return replace(heads, **found)  # type: ignore[arg-type]
+
+
+def _rows(layer: AttentionLayer, role: str, heads: Sequence[int]) -> Tensor:
+    """Numbers of the rows of these heads."""
+    rows = layer.rows(role)
+    numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    size = layer.value_head_dim if role == "value" else layer.head_dim
+    return numbers.unflatten(0, (-1, size))[list(heads)].flatten()
+
+
+def _read(layer: AttentionLayer, role: str, module: nn.Linear, heads: Sequence[int]) -> Tensor:
+    """Heads in float64, their bias appended, `(heads, size, m + 1)`."""
+    rows, weight = _rows(layer, role, heads), weight_of(module)
+    found = torch.empty(len(rows), weight.shape[1] + 1, dtype=torch.float64)
+    found[:, :-1] = weight[rows]
+    found[:, -1] = 0 if module.bias is None else module.bias.detach()[rows]
+    return found.unflatten(0, (len(heads), -1))
+
+
+def _put(layer: AttentionLayer, role: str, module: nn.Linear, heads: Sequence[int], values: Tensor) -> None:
+    """Write heads `(heads, size, m + 1)` over the present ones."""
+    rows, weight, flat = _rows(layer, role, heads), weight_of(module), values.flatten(0, 1)
+    weight[rows] = flat[:, :-1].to(weight.dtype)
+    if module.bias is not None:
+        bias: Tensor = module.bias.detach()
+        bias[rows] = flat[:, -1].to(bias.dtype)
 
 
 def _with_size(entry: Entry, dim: int, size: int) -> Entry:

@@ -78,14 +78,23 @@ def _run(
             one.given.add(index)
 
     def enter(attention: Attention) -> Any:
-        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             kept.extend(tensors)
             entered.setdefault(attention.index, set()).update(map(id, tensors))
+            own = replace(attention, inputs=(args, kwargs))
+            by_head = [_named(own, name) for name in given_by_head(own)]
             if not attention.calls_interface:
-                own = replace(attention, inputs=(args, kwargs))
-                for name in given_by_head(own):
-                    note(attention.index, _named(own, name))
+                for tensor in by_head:
+                    note(attention.index, tensor)
+            # What a bias is made of is in no layer below: hidden states need no gradient.
+            stay = {id(tensor) for tensor in by_head} | {id(each) for each in tensors if each.dim() > 3}
+            held = [each.detach() if isinstance(each, Tensor) and id(each) not in stay else each for each in args]
+            named = {
+                name: each.detach() if isinstance(each, Tensor) and id(each) not in stay else each
+                for name, each in kwargs.items()
+            }
+            return tuple(held), named
 
         return look
 

@@ -47,8 +47,8 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     if not stock:
         yield
         return
-    own = [getattr(layer.module, "config", None) for layer in layers]
-    configs = {id(config): config for config in (*part_configs(model), *own) if config is not None}
+    own = [layer.module.config for layer in stock if hasattr(layer.module, "config")]
+    configs = {id(config): config for config in (*part_configs(model), *own)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     name = next((found for _, found in before if found in STOCK), "sdpa")
     try:
@@ -56,8 +56,9 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
             running = getattr(getattr(layer.module, "config", None), "_attn_implementation", name)
             setattr(layer.module, ATTRIBUTE, Stock(running if running in STOCK else _tensor_masked(layer)))
         model.set_attn_implementation(NAME)
-        for config in own:
-            if config is not None:  # Transformers sets it only for classes whose source has a word that it looks for
+        for layer in stock:
+            if (config := getattr(layer.module, "config", None)) is not None:
+                # Transformers sets it only for classes whose source has a word that it looks for.
                 config._attn_implementation_internal = NAME
         if layers[0].attention is not None:
             _require_running(model)

@@ -63,8 +63,8 @@ def test_counts() -> None:
     built = count.total() - count["not built"] - count["needs a package"]
     print(f"{len(CLASSES)} types: " + ", ".join(f"{kind} {number}" for kind, number in count.most_common()))
     sentence = (
-        f"Of the {len(CLASSES)} model types that Transformers {TRANSFORMERS} maps, {built} could be built small and run. "
-        f"A group of heads of every attention is cut out exactly in {count['exact']} of them, of some attentions in "
+        f"Of the {len(CLASSES)} model types that Transformers {TRANSFORMERS} maps, {built} could be built small and run"
+        f". A group of heads of every attention is cut out exactly in {count['exact']} of them, of some attentions in "
         f"{count['partly']}; {count['no attention']} have no attention, {count['no inputs']} need inputs that "
         "`set_probe` takes"
     )

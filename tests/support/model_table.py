@@ -10,53 +10,13 @@ from support.every_type import small_model
 from hf_attnkit.analysis.describe_attention import AttentionReport, describe_attention
 
 CHANGES = ("swap", "score", "prune", "convert")
-TYPES = [
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "electra",
-    "distilbert",
-    "albert",
-    "modernbert",
-    "mpnet",
-    "deberta",
-    "deberta-v2",
-    "vit",
-    "clip",
-    "siglip",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt_oss",
-    "granite",
-    "smollm3",
-    "stablelm",
-    "phi",
-    "phi3",
-    "cohere",
-    "glm",
-    "olmo",
-    "olmo2",
-    "deepseek_v3",
-    "mixtral",
-    "qwen3_moe",
-    "lfm2",
-    "granitemoehybrid",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "bloom",
-    "falcon",
-    "gptj",
-    "t5",
-    "bart",
-    "whisper",
-    "llava",
-]
+_TYPES = """
+    bert roberta xlm-roberta electra distilbert albert modernbert mpnet deberta deberta-v2 vit clip siglip
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gpt_oss granite smollm3 stablelm phi phi3 cohere glm olmo olmo2
+    deepseek_v3 mixtral qwen3_moe lfm2 granitemoehybrid gpt2 gpt_neox opt bloom falcon gptj
+    t5 bart whisper llava
+"""
+TYPES = tuple(_TYPES.split())
 
 
 def in_words(report: AttentionReport) -> tuple[str, ...]:

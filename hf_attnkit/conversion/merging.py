@@ -88,7 +88,10 @@ class Merging:
                 continue
             for role in needed:
                 if role in layer.problems:
-                    raise ValueError(f"{layer.name}: its {role} heads cannot be merged: {layer.problems[role]}")
+                    keep = f"; a list as num_key_value_heads may keep its {layer.num_key_value_heads}"
+                    remedy = "; give key_method='mean' and leave grouping out" if role == "query" else keep
+                    what = "cannot get another basis or order" if role == "query" else "cannot be merged"
+                    raise ValueError(f"{layer.name}: its {role} heads {what}: {layer.problems[role]}{remedy}")
             if (transforms(self.method) or self.grouping == "best") and layer.output is None:
                 raise ValueError(
                     f"{layer.name}: no matrix product takes its heads' outputs, so values cannot get another basis or "
@@ -142,8 +145,8 @@ def choose_merging(
     """The merging that is asked for, with defaults in place of `None`.
 
     Without `method`: "pca" where there are calibration data, else "mean". The keys are then merged by "mean" where a
-    norm follows their projection (Qwen3), since that forbids "pca", and so are values and keys where something is
-    between values and output projection.
+    norm follows their projection (Qwen3), or queries are no plain rows, since that forbids "pca", and so are values and
+    keys where something is between values and output projection.
 
     Raises:
         ValueError: for names that do not exist or do not fit the layers.
@@ -151,7 +154,8 @@ def choose_merging(
     bound = any(layer.between_values for layer in layers)
     chosen = method if method is not None else "pca" if calibrated and not bound else "mean"
     if key_method is None:
-        key_method = "mean" if method is None and _normed(layers) is not None else chosen
+        fixed = _normed(layers) is not None or any("query" in layer.problems for layer in layers)
+        key_method = "mean" if method is None and fixed else chosen
     merging = Merging(chosen, key_method, grouping)
     merging.check(layers)
     return merging

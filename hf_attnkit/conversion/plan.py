@@ -153,7 +153,7 @@ def plan_gqa(
         # Before a long calibration, so that a wrong number costs nothing.
         numbers = target_heads(layers, num_key_value_heads, budget, allow_same=merging.uses_statistics)
         merging.check_numbers(layers, numbers)
-        if not in_table:
+        if not in_table and calibration is not None:
             trial(model, layers, numbers)
     batches: list[Mapping[str, Any]] = []
     if word != "none" and calibration is not None and not isinstance(calibration, Statistics):
@@ -189,6 +189,9 @@ def plan_gqa(
                 tuple(tuple(group) for group in groups), merged.key_loss, merged.value_loss,
             )
         )  # fmt: skip
+    if not in_table and not merges:
+        reason = next((why for layer in layers for why in layer.problems.values()), "it has no output projection")
+        raise ValueError(f"nothing would change: no layer's heads can get another basis ({layers[0].name}: {reason})")
     before, after = ([(layer.num_heads, layer.num_key_value_heads) for layer in part] for part in (layers, planned))
     bytes_before, bytes_after = (
         sum(n * (layer.head_dim + layer.value_head_dim) for layer, (_, n) in zip(layers, part, strict=True))

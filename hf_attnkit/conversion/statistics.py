@@ -191,7 +191,7 @@ def collect(
         padding = layer.padding if role == "query" else layer.key_padding
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            chosen = _tokens(layer, args[0], current, padding)
+            chosen = real_tokens(args[0], current, padding)
             chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
             chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
             sums[layer.index, role] += chosen.T @ chosen
@@ -224,18 +224,6 @@ def collect(
         min(counts, default=0),
         {key: moment for key, moment in moments.items() if key[1] != "key"},
     )
-
-
-def _tokens(layer: AttentionLayer, x: Tensor, inputs: Mapping[str, Any], padding: str) -> Tensor:
-    """The real tokens among a projection's inputs.
-
-    Keys of another sequence that the mask is not of (audio, an image) have no padding that the model knows of.
-    """
-    mask = inputs.get(padding)
-    of_other_sequence = layer.is_cross and padding == layer.key_padding != layer.padding
-    if of_other_sequence and (not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]):
-        return x.flatten(0, -2)
-    return real_tokens(x, inputs, padding)
 
 
 def require_finite(moment: Tensor, index: int) -> None:

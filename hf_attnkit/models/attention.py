@@ -50,6 +50,7 @@ class Attention:
         position_bias: whether scores get a bias that differs between heads and is made outside of this function.
         dropout: of the attention weights, in training.
         keywords: names of all keywords that came with a value.
+        lengths: numbers of queries and of keys that it was seen with; 0 where that is unknown.
         calls: how often the model calls the module in one forward pass (ALBERT: once a layer).
         calls_per_forward: how often one forward pass of the module calls the interface.
         output: path of the output projection, the module that takes the attention's output as it is; `None` where
@@ -75,6 +76,7 @@ class Attention:
     position_bias: bool = False
     dropout: float = 0.0
     keywords: tuple[str, ...] = ()
+    lengths: tuple[int, int] = (0, 0)
     calls: int = 1
     calls_per_forward: int = 1
     output: str | None = None

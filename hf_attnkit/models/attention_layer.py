@@ -27,7 +27,8 @@ class AttentionLayer:
         saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
         value_dim: size of a head of values, where it is not `head_dim`.
         attention: what discovery found; `None` for a layer from the table of families.
-        padding: the model's input that says which of its queries are tokens; empty where all are.
+        padding: the model's input that says which of its queries are tokens; empty where all are, or where no mask is
+            of its positions.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
         fused: whether query, key and value are one module; `rows` tells them apart.

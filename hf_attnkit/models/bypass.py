@@ -49,7 +49,7 @@ def bypassing_attentions(
         size = width // number
         found.append(Attention(
             start + len(found), path, module, number, number, size, size, output=output, calls=watch.runs[path],
-            calls_interface=False, reason=REASON, inputs=watch.given[path],
+            calls_interface=False, reason=REASON, inputs=watch.given[path], lengths=(watch.lengths.get(path, 0), 0),
         ))  # fmt: skip
     return found
 
@@ -90,6 +90,7 @@ class _Watch(TorchFunctionMode):
         self.runs: dict[str, int] = {}
         self.outputs: dict[str, str] = {}
         self.widths: dict[str, int] = {}
+        self.lengths: dict[str, int] = {}
         self._paths = paths
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,10 +140,14 @@ class _Watch(TorchFunctionMode):
             if self._running:
                 path = self._running[-1]
                 if linear.startswith(f"{path}.") and path in self.attending:  # the last after the softmax counts
-                    self.outputs[path], self.widths[path] = linear, taken.shape[-1]
+                    self._note(path, linear, taken)
                 return
             for path, output in self._waiting.items():
                 if path not in self.outputs and output.shape == taken.shape and torch.equal(output, taken):
-                    self.outputs[path], self.widths[path] = linear, taken.shape[-1]
+                    self._note(path, linear, taken)
 
         return take
+
+    def _note(self, path: str, linear: str, taken: Tensor) -> None:
+        self.outputs[path], self.widths[path] = linear, taken.shape[-1]
+        self.lengths[path] = taken.shape[1] if taken.dim() > 2 else 0

@@ -249,6 +249,7 @@ def _describe(index: int, path: str, call: Call, inputs: Inputs) -> Attention:
         position_bias=isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[1] > 1,
         dropout=_dropout(module),
         keywords=tuple(sorted(given)),
+        lengths=(call.query.shape[2], call.key.shape[2]),
         inputs=inputs,
     )
 

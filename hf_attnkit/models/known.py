@@ -110,9 +110,10 @@ def projections(model: PreTrainedModel) -> list[Projected]:
     """
     one = known(model)
     if not one.projected:
-        own, found = owned(model), _discover(model)
+        found = _discover(model)
         with transformers_attention(model):
-            one.projected = projected(model, found.attentions, own)
+            one.owned = one.owned or ownerships(model, found.attentions)
+            one.projected = projected(model, found.attentions, one.owned)
     return one.projected
 
 

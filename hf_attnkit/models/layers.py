@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.models import known
@@ -111,7 +111,8 @@ def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     require_plain(model)
     known.require_runnable(model)
-    parts = zip(discovered_layers(model), known.projections(model), known.owned(model), strict=True)
+    projections, owned = known.projections(model), known.owned(model)
+    parts = zip(discovered_layers(model), projections, owned, strict=True)
     return [_projected(layer, found, own) for layer, found, own in parts]
 
 
@@ -158,14 +159,21 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
         attention=attention,
-        padding=(padding := _padding(model, attention.path)),
-        key_padding=_encoder_padding(model) if attention.is_cross else padding,
+        padding=_fitting(model, padding := _padding(model, attention.path), attention.lengths[0]),
+        key_padding=_fitting(model, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
     )
 
 
 def _encoder_padding(model: PreTrainedModel) -> str:
     """Which input says which tokens of the other sequence, that of a cross-attention's keys, are padding."""
     return "attention_mask" if model.main_input_name == "input_ids" else ""
+
+
+def _fitting(model: PreTrainedModel, padding: str, length: int) -> str:
+    """The same, or nothing where the mask was of other positions than the layer's: text next to an image's patches."""
+    mask = known.known(model).discovery.inputs.get(padding)
+    fits = not isinstance(mask, Tensor) or not length or mask.shape[-1] == length
+    return padding if fits else ""
 
 
 def _padding(model: PreTrainedModel, path: str) -> str:

@@ -103,6 +103,9 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
     per_head = tuple(name for name in owned.owned if name not in in_use)
     if not attention.calls_interface:
         return Projected(rows, problems | dict.fromkeys(ROLES, attention.reason), per_head=per_head)
+    if attention.calls_per_forward > 1:
+        problems = dict.fromkeys(ROLES, f"it attends {attention.calls_per_forward} times in one forward pass")
+        return Projected({}, problems, per_head=per_head)
     group = attention.num_heads // owned.num_key_value_heads
     if any(owned.key_head_of(h, attention.num_heads) != h // group for h in range(attention.num_heads)):
         problems["key"] = problems["value"] = "query heads share them in another order than one after the other"
@@ -110,7 +113,7 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
     rope = None if pairs is None else pairs.rope
     with quiet(model), torch.enable_grad():
         behind = _Behind(attention, owned, rows, rope)
-        keys = behind.between("key", in_use) or behind.between("query", in_use)
+        keys = behind.between("key", in_use) or behind.between("query", in_use) or behind.next_to()
         if keys and pairs is not None and rope is None:
             keys = f"a rotation in pairs {list(pairs.pairs)[:4]}..., which no method knows,"
         return Projected(
@@ -177,6 +180,12 @@ class _Behind:
         behind = [n for n, g in zip(names, gradients, strict=True) if g is not None and n not in in_use]
         return ", ".join(behind) or "something without parameters (a norm, a clip, a rotation that cannot be told)"
 
+    def next_to(self) -> str:
+        """What queries or keys make next to their product, such as a term of relative positions; or nothing."""
+        before, after = self._plain.beside, self._turned.beside
+        same = len(before) == len(after) and all(map(_equal, before, after))
+        return "" if same else "a bias of the scores, made of queries or keys,"
+
     def between_output(self) -> str:
         """What is between the heads' outputs and the output projection, that another basis would not follow."""
         if self._owned.output is None or self._owned.output in self._owned.coupled:
@@ -239,6 +248,8 @@ def _rows(attention: Attention, owned: Ownership, role: str, numbers: list[int])
     if extra := [name for name in names if name not in (linear[0], f"{path}.bias")]:
         return f"{extra[0]} has something for each of them next to the matrix"
     own = owned.owned[linear[0]]
+    if (found := len(own.rows[role])) <= max(numbers):
+        return f"{linear[0]} has rows of {found} heads and not of {max(numbers) + 1}"
     rows = [own.of(role, number) for number in numbers]
     size = attention.value_head_dim if role == "value" else attention.head_dim
     if any(len(each) != size for each in rows):

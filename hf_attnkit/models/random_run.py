@@ -35,6 +35,7 @@ class RandomRun:
         self.attended: Tensor | None = None  # the output, before gates; leaf of what the output projection takes
         self.taken: Tensor | None = None  # what the output projection takes
         self.output = attention.output
+        self.beside: list[Tensor] = []  # tensors that the attention is given next to query, key and value
         self.turn: Callable[[Tensor], Tensor] | None = None  # applied to the output, (batch, queries, heads, size)
 
     def forward(self) -> None:
@@ -51,6 +52,7 @@ class RandomRun:
             if call.query.dim() != 4:
                 raise ValueError(f"its queries have {call.query.dim()} dimensions and not 4")
             self.heads = {"query": _by_head(call.query), "key": _by_head(call.key), "value": _by_head(call.value)}
+            self.beside = [x.detach() for x in tensors_in((call.mask, call.keywords))]
             call.query, call.key, call.value = (x.detach() for x in (call.query, call.key, call.value))
             output, weights = call.run()
             self.heads["output"] = output.permute(2, 0, 1, 3)

@@ -46,13 +46,19 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
     if not stock:
         yield
         return
-    before = [(config, config._attn_implementation) for config in part_configs(model)]
+    own = [layer.module.config for layer in stock if hasattr(layer.module, "config")]
+    configs = {id(config): config for config in (*part_configs(model), *own)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
     name = next((found for _, found in before if found in STOCK), "sdpa")
     try:
         for layer in stock:
             running = getattr(getattr(layer.module, "config", None), "_attn_implementation", name)
             setattr(layer.module, ATTRIBUTE, Stock(running if running in STOCK else _tensor_masked(layer)))
         model.set_attn_implementation(NAME)
+        for layer in stock:
+            if (config := getattr(layer.module, "config", None)) is not None:
+                # Transformers sets it only for classes whose source has a word that it looks for.
+                config._attn_implementation_internal = NAME
         yield
     finally:
         for config, running in before:

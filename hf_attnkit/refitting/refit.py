@@ -65,15 +65,18 @@ def refit_layers(
             Where it cannot be told (something is done to the attention's output before it is added), the attention's
             own output is fitted.
 
+    Layers whose output projection cannot be told stay as they are.
+
     Raises:
-        ValueError: for batches that are no mappings, activations that are not finite, or a layer whose output
-            projection cannot be told. The model is then partly fitted: the caller undoes the change.
+        ValueError: for batches that are no mappings, activations that are not finite, or a model of which no output
+            projection can be told. The model is then partly fitted: the caller undoes the change.
     """
-    for layer in layers:
-        if layer.output is None:
-            raise ValueError(
-                f"{layer.name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"
-            )
+    fitted = [layer for layer in layers if layer.output is not None]
+    if not fitted:
+        raise ValueError(
+            f"{layers[0].name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"
+        )
+    layers = fitted
     inputs = [to_device(batch, model) for batch in batches]
     skips = can_skip(model, layers, inputs[0])
     untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))

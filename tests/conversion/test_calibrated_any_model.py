@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.any_model import UnseenConfig, UnseenModel
 from support.calibrated import CONVERTED, FIXED, batches_for, divergence, lively, logits
 from support.models import batch, build
 from support.unchanged import unchanged
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_attnkit.conversion.plan as plan_module
 from hf_attnkit import convert_to_gqa, last_change, load_pretrained, plan_gqa, swap_attention
@@ -287,3 +290,64 @@ def test_modules_are_hooked_for_the_block_only() -> None:
     model = lively("gpt2")
     convert_to_gqa(model, 2, calibration=batches_for(model))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if isinstance(m, nn.Module))
+
+
+class TwoSizesAttention(nn.Module):
+    """Heads of 8 components for queries and keys, of 5 for values; keys and values of other tokens where given."""
+
+    is_causal = False
+
+    def __init__(self, config: UnseenConfig) -> None:
+        super().__init__()
+        self.config, self.heads, self.num_key_value_groups = config, config.heads, 1
+        self.ask, self.tell = nn.Linear(config.width, 8 * config.heads), nn.Linear(config.width, 8 * config.heads)
+        self.carry, self.back = nn.Linear(config.width, 5 * config.heads), nn.Linear(5 * config.heads, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def split(made: Tensor, size: int) -> Tensor:
+            return made.unflatten(-1, (-1, size)).transpose(1, 2)
+
+        attend = AttentionInterface().get_interface(self.config._attn_implementation, sdpa_attention_forward)
+        value = split(self.carry(x.flip(1)), 5)
+        out, _ = attend(self, split(self.ask(x), 8), split(self.tell(x), 8), value, None, scaling=8**-0.5)
+        return self.back(out.flatten(2))
+
+
+def test_values_have_a_size_and_an_input_of_their_own() -> None:
+    torch.manual_seed(0)
+    model = UnseenModel(UnseenConfig())
+    model.parts = nn.ModuleList(TwoSizesAttention(model.config) for _ in range(2))
+    model = model.double().eval()
+    layers, batches = projected_layers(model), batches_for(model)
+    assert {(layer.head_dim, layer.value_head_dim, layer.other_inputs) for layer in layers} == {
+        (8, 5, frozenset({"value"}))
+    }
+    same = convert_to_gqa(copy.deepcopy(model), 4, method="pca", calibration=batches, refit="none")
+    for inputs in batches:
+        torch.testing.assert_close(same(**inputs)[0], model(**inputs)[0], rtol=0, atol=1e-11)
+    lost = {}
+    for name, options in {"mean": {"method": "mean"}, "pca": {"calibration": batches, "refit": "none"},
+                          "full": {"calibration": batches}}.items():  # fmt: skip
+        changed = convert_to_gqa(copy.deepcopy(model), 2, **options)
+        assert changed.parts[0].carry.out_features == 10 and changed.parts[0].tell.out_features == 16
+        lost[name] = float(sum((changed(**b)[0] - model(**b)[0]).square().sum() for b in batches))
+    assert lost["full"] < 0.9 * lost["pca"] < 0.8 * lost["mean"]
+    plan = plan_gqa(model, 2, calibration=batches)
+    assert plan.bytes_before == 2 * 4 * (8 + 5) * 8 and plan.bytes_after == plan.bytes_before // 2
+
+
+def test_modules_that_are_called_several_times() -> None:
+    """ALBERT: one layer for all calls, whose outputs are fitted over all of them."""
+    model = lively("albert")
+    batches = batches_for(model)
+    lost = {}
+    for name, options in {"mean": {"method": "mean"}, "pca": {"calibration": batches, "refit": "none"},
+                          "full": {"calibration": batches}}.items():  # fmt: skip
+        changed = convert_to_gqa(copy.deepcopy(model), 2, **options)
+        lost[name] = divergence(changed, model, batches)
+    assert lost["full"] < lost["pca"] < lost["mean"]
+    report = last_change(changed)
+    (layer,) = report.refit.layers  # type: ignore[union-attr]
+    assert layer.kl_before is None and layer.error_after < layer.error_before
+    tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+    assert report.refit.num_tokens == report.num_tokens == 2 * tokens  # type: ignore[union-attr]

@@ -18,6 +18,7 @@ from hf_attnkit.models.layers import discovered_layers, projected_layers
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.tensors import tensors_in
 from hf_attnkit.observing.walk import Walk, can_skip
+from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.queries import can_fit_queries
 
 WALKED = ("gpt2", "opt", "gpt_neox", "gemma2", "mixtral", "modernbert", "bart", "whisper", "deberta-v2", "falcon",
@@ -251,3 +252,29 @@ def test_a_failing_batch_leaves_the_model_as_it_was(refit: str) -> None:
     nan = [{"input_ids": torch.full((2, 9), 5)}]
     with unchanged(model), pytest.raises(ValueError, match="NaN or infinity"):
         prune_heads(model, {0: [0]}, calibration=nan, refit=refit)
+
+
+def test_outputs_that_are_constant_are_solved_for_too() -> None:
+    """Their Gram matrix about the mean is nothing but rounding: the projection stays, the bias takes the target."""
+    torch.manual_seed(0)
+    linear = nn.Linear(6, 3)
+    for size in (1.0, 1e-28):
+        sums = OutputSums(linear)
+        a, y = size * torch.randn(1, 6).expand(50, 6), torch.randn(1, 3).expand(50, 3)
+        sums.add(a, linear(a), y)
+        weight, bias = solve(sums, linear, 0.1)
+        assert torch.equal(weight, linear.weight) and bias is not None
+        torch.testing.assert_close(a @ weight.T + bias, y, rtol=0, atol=1e-5)
+
+
+def test_layers_without_a_known_output_projection_stay() -> None:
+    """The pooling attention of SigLIP has one that is not found; the other layers are fitted."""
+    model = lively("siglip_vision_model")
+    layers = discovered_layers(model)
+    known = [layer.index for layer in layers if layer.output is not None]
+    assert 0 < len(known) < len(layers)
+    batches = batches_for(model)
+    changed = prune_heads(model, {known[0]: [0]}, calibration=batches)
+    report = last_change(changed).refit  # type: ignore[union-attr]
+    assert [layer.index for layer in report.layers] == known
+    assert str(last_change(changed))

@@ -80,7 +80,7 @@ def prove_swap(
     modules = [layer.module for layer in layers if not layer.refusal]
     names = {id(layer.module): layer.name for layer in layers}
     with quiet(model), evaluation_mode(model):
-        runner, inputs, seen, outputs = _swapped_run(model, modules, swapped)
+        runner, inputs, seen, outputs = _swapped_run(model, layers, modules, swapped)
         problems: list[str] = []
 
         def compare(call: Call) -> tuple[Tensor, Any]:
@@ -109,7 +109,7 @@ def prove_swap(
 
 
 def _swapped_run(
-    model: PreTrainedModel, modules: Sequence[Any], swapped: Sequence[AttentionLayer]
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], modules: Sequence[Any], swapped: Sequence[AttentionLayer]
 ) -> tuple[PreTrainedModel, dict[str, Any], dict[int, list[_Seen]], list[Tensor]]:
     """What runs, the first inputs that reach all layers to be swapped, the calls they lead to, and the outputs."""
     failed: Exception | None = None
@@ -145,9 +145,16 @@ def _swapped_run(
     assert failed is not None
     if isinstance(failed, ValueError) or in_table(model):
         raise failed
+    others = [layer.name for layer in layers if layer.refusal]
+    why = (
+        f". {others[0]} and what else never calls Transformers' attention interface ({len(others)} attentions) gets "
+        "the mask of a swapped model too, which has another form, and cannot read it"
+        if others
+        else ""
+    )
     raise ValueError(
-        f"{type(model).__name__} does not run with the new attention: {type(failed).__name__}: {str(failed)[:200]}; "
-        "the model is unchanged"
+        f"{type(model).__name__} does not run with the new attention: {type(failed).__name__}: {str(failed)[:200]}"
+        f"{why}; the model is unchanged"
     ) from failed
 
 

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from support.every_type import small_model
 from support.models import batch, build, outputs
 from support.unchanged import unchanged
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 
 from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.models import families
+from hf_attnkit.models.discovery import discover
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
@@ -124,3 +126,14 @@ def test_a_set_name_without_kinds_fails_at_the_first_forward() -> None:
     model.set_attn_implementation("hf_attnkit")
     with pytest.raises(ValueError, match=r"no kind of attention was chosen.*load_pretrained.*swap_attention"):
         model(**batch(model))
+
+
+def test_a_mask_that_other_attention_cannot_read_is_the_reason() -> None:
+    """BigBird-Pegasus' encoder attends by itself, with the mask that its decoder's attention gets through our name."""
+    model = small_model("bigbird_pegasus")
+    discover(model)  # for short inputs the model gives itself other attention, once
+    reason = r"encoder.layers.0.self_attn.* never calls Transformers' attention interface .* gets the mask"
+    with unchanged(model), pytest.raises(ValueError, match=reason):
+        swap_attention(model, "flash")
+    with unchanged(model), pytest.raises(ValueError, match=reason):
+        swap_attention(model.model.decoder, "flash")

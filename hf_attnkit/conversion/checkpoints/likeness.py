@@ -81,8 +81,8 @@ class SmallModel:
                     raise ValueError(f"{depth} layers have no {', '.join(sorted(missing))}")
                 self.likenesses = _likenesses(large, self._small)
                 break
-            except Exception as error:  # whatever a class says to such sizes; the next ones are nearer to its own
-                reason = reason or str(error)
+            except Exception as error:  # whatever a class says to such sizes; the next are nearer to its own
+                reason = str(error)
         else:
             raise ValueError(
                 f"no small {type(large).__name__} tells where its heads lie ({reason[:300]}); load the checkpoint with "

@@ -1,4 +1,5 @@
-"""Every type that Transformers maps, built small: discovery, and a group of heads cut out of every attention.
+"""Every type that Transformers maps, built small: discovery, a group of heads cut out of every attention, and each
+public function tried and compared with something simpler (`support/serving.py`).
 
 A new release of Transformers shows here at once what changed: a type that fails names what it does now. With
 `-s`, `test_counts` prints how many types do what.
@@ -14,7 +15,9 @@ import pytest
 from support.cutting import KINDS, outcome
 from support.every_type import CLASSES, small_model
 from support.every_type_expected import EXPECTED
+from support.every_type_served import SERVED
 from support.model_table import CHANGES, TYPES, in_words
+from support.serving import CAPABILITIES, served
 
 from hf_attnkit.analysis.describe_attention import describe_attention
 
@@ -23,6 +26,9 @@ DOCS = (ROOT / "docs" / "attention.md").read_text().partition("## Families")[2]
 TRANSFORMERS = "5.23"  # of which the counts are
 
 KIND = {model_type: kind for kind, names in EXPECTED.items() for model_type in names.split()}
+# Outcomes of types whose attention is not looked at any further.
+UNSEEN = ("no inputs", "no attention", "not deterministic", "not built", "needs a package")
+CAN = {model_type: can for can, names in SERVED.items() for model_type in names.split()}
 # Their forward passes take ten seconds, of which attention is nothing.
 SLOW = ("fastspeech2_conformer", "vits")
 
@@ -45,11 +51,20 @@ def test_type(model_type: str) -> None:
     assert now(model_type) == expected
 
 
+@pytest.mark.parametrize(
+    "model_type", sorted(each for each in CLASSES.keys() - set(SLOW) if KIND.get(each, "exact") not in UNSEEN)
+)
+def test_what_can_be_done(model_type: str) -> None:
+    assert served(small_model(model_type)) == CAN.get(model_type, " ".join(CAPABILITIES))
+
+
 def test_the_table_is_of_types_that_exist() -> None:
     named = Counter(name for names in EXPECTED.values() for name in names.split())
     assert set(named.values()) == {1}
     assert named.keys() <= CLASSES.keys()
     assert EXPECTED.keys() <= KINDS.keys() | {"partly", "not built", "needs a package"}
+    assert CAN.keys() <= {each for each in CLASSES if KIND.get(each, "exact") not in UNSEEN}
+    assert all(set(can.split()) <= CAPABILITIES.keys() for can in SERVED)
 
 
 def counts() -> Counter[str]:

@@ -1,6 +1,6 @@
 """What can be done with a model, each tried through the public function and compared with something simpler.
 
-A refusal (`ValueError`) is an answer; a wrong result, or another error, fails.
+A refusal (`ValueError` of the function) is an answer; a wrong result, or another error, fails.
 """
 
 from __future__ import annotations
@@ -38,10 +38,21 @@ def served(model: PreTrainedModel) -> str:
         copied = copy.deepcopy(model)
         try:
             attempt(copied, model, found)
-        except ValueError:
+        except _RefusedError:
             continue
         names.append(name)
     return " ".join(names)
+
+
+class _RefusedError(Exception):
+    """The function that was tried refuses the model."""
+
+
+def _tried(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return function(*args, **options)
+    except ValueError as error:
+        raise _RefusedError(str(error)) from error
 
 
 def _outputs(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
@@ -67,7 +78,7 @@ def _are_equal(got: list[Tensor], want: list[Tensor]) -> bool:
 def _swap(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
     """An exact kind gives what the model gives, and leaves no trace."""
     stock = _outputs(model, found.inputs)
-    swap_attention(copied, "flash")
+    _tried(swap_attention, copied, "flash")
     _assert_close(_outputs(copied, found.inputs), stock)
     restore_attention(copied)
     assert _are_equal(_outputs(copied, found.inputs), stock)
@@ -79,17 +90,17 @@ def _window(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -
         with windows(model, 4):
             banded = _outputs(model, found.inputs)
     except RuntimeError as error:
-        raise ValueError("its own attention takes no mask, so there is nothing to compare with") from error
-    swap_attention(copied, "sliding_window", window=4)
+        raise _RefusedError("its own attention takes no mask, so there is nothing to compare with") from error
+    _tried(swap_attention, copied, "sliding_window", window=4)
     _assert_close(_outputs(copied, found.inputs), banded)
 
 
 def _entropy(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
-    _assert_scores(head_importance(copied, [found.inputs], method="entropy"), found)
+    _assert_scores(_tried(head_importance, copied, [found.inputs], method="entropy"), found)
 
 
 def _contribution(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
-    _assert_scores(head_importance(copied, [found.inputs], method="contribution"), found)
+    _assert_scores(_tried(head_importance, copied, [found.inputs], method="contribution"), found)
 
 
 def _assert_scores(scores: Tensor, found: Discovery) -> None:
@@ -104,7 +115,7 @@ def _prune(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) ->
     index = next((i for i, own in enumerate(owned) if not own.problem and found.attentions[i].num_heads > 1), 0)
     attention, own = found.attentions[index], owned[index]
     group = a_group(attention.num_heads, own)
-    prune_heads(copied, {attention.path: group})
+    _tried(prune_heads, copied, {attention.path: group})
     want = zeroed_outputs(model, found, owned, {index: group})
     got = _outputs(copied, found.inputs)
     _assert_close(got, _real(want, found.inputs))
@@ -113,7 +124,7 @@ def _prune(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) ->
 
 def _convert(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
     """With half of its key/value heads the model is smaller, and the same when saved and loaded."""
-    convert_to_gqa(copied, budget=0.5)
+    _tried(convert_to_gqa, copied, budget=0.5)
     got = _outputs(copied, found.inputs)
     assert copied.num_parameters() < model.num_parameters()
     _assert_reloads(copied, model, found.inputs, got)

@@ -65,6 +65,9 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
 
     Args:
         layers: by path in the model: `heads`, `numbers`, perhaps `output`.
+
+    Raises:
+        ValueError: for parts that share a config, which could not say of which of them it speaks.
     """
     saved = {id(config) for config in configs_in(model.config)}
     for path, layer in layers.items():
@@ -75,6 +78,7 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
             seen.add(id(owner.config))
             # The outermost part with this config, which is what is loaded from it.
             prefix, owner = next(pair for pair in _owners(model, path)[::-1] if pair[1].config is owner.config)
+            _require_own_config(model, prefix.rstrip("."), owner)
             _note(owner, path.removeprefix(prefix), _relative(layer, prefix), undo)
             if id(owner.config) in saved:
                 break
@@ -83,6 +87,15 @@ def record(model: PreTrainedModel, layers: dict[str, dict[str, Any]], undo: Undo
     path, whole = saved_with(model)
     if not any(config is model.config for config in configs_in(whole.config)):  # a copy, which is saved nowhere
         record(whole, {f"{path}.{name}": _inside(layer, f"{path}.") for name, layer in layers.items()}, undo)
+
+
+def _require_own_config(model: PreTrainedModel, path: str, owner: PreTrainedModel) -> None:
+    for name, part in model.named_modules():
+        if part is not owner and type(part) is type(owner) and part.config is owner.config:
+            raise ValueError(
+                f"{path} and {name} are built from one config, which cannot say of which of them heads were removed, so "
+                "that the model could not be loaded again; the model is unchanged"
+            )
 
 
 def _owners(model: PreTrainedModel, path: str) -> list[tuple[str, PreTrainedModel]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from hf_attnkit import (
     swap_attention,
 )
 from hf_attnkit.models.discovery import Discovery, discover, run_outputs
+from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
 
 Inputs = Mapping[str, Any]
@@ -35,6 +36,8 @@ def served(model: PreTrainedModel) -> str:
     found = discover(model)
     names = []
     for name, attempt in CAPABILITIES.items():
+        if name == "alike" and "prune" in names:
+            continue
         copied = copy.deepcopy(model)
         try:
             attempt(copied, model, found)
@@ -113,10 +116,25 @@ def _prune(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) ->
     """Without a group of heads the model is the whole one with zeros in their place, also when saved and loaded."""
     owned = ownerships(model, found.attentions)
     index = next((i for i, own in enumerate(owned) if not own.problem and found.attentions[i].num_heads > 1), 0)
-    attention, own = found.attentions[index], owned[index]
-    group = a_group(attention.num_heads, own)
-    _tried(prune_heads, copied, {attention.path: group})
-    want = zeroed_outputs(model, found, owned, {index: group})
+    _assert_pruned(copied, model, found, owned, {index: a_group(found.attentions[index].num_heads, owned[index])})
+
+
+def _alike(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+    """The same heads of all attentions, where the model shares something for each head among them."""
+    owned = ownerships(model, found.attentions)
+    heads = {each.index: a_group(each.num_heads, own) for each, own in zip(found.attentions, owned, strict=True)}
+    _assert_pruned(copied, model, found, owned, heads)
+
+
+def _assert_pruned(
+    copied: PreTrainedModel,
+    model: PreTrainedModel,
+    found: Discovery,
+    owned: Sequence[Ownership],
+    heads: Mapping[int, list[int]],
+) -> None:
+    _tried(prune_heads, copied, {found.attentions[index].path: gone for index, gone in heads.items()})
+    want = zeroed_outputs(model, found, owned, heads)
     got = _outputs(copied, found.inputs)
     _assert_close(got, _real(want, found.inputs))
     _assert_reloads(copied, model, found.inputs, got)
@@ -152,5 +170,6 @@ CAPABILITIES: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Discovery], 
     "entropy": _entropy,
     "contribution": _contribution,
     "prune": _prune,
+    "alike": _alike,
     "convert": _convert,
 }

@@ -94,6 +94,6 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
 
 
 def _is_rounding(gram: Tensor, aa: Tensor) -> bool:
-    """Whether a Gram matrix about the mean has nothing but rounding, of inputs that are constant; it is not inverted."""
+    """Whether a Gram matrix about the mean is nothing but rounding, of inputs that are constant: not to be inverted."""
     size = torch.maximum(aa.diagonal()[:-1].mean(), gram.abs().max())
     return bool(size > 0 and gram.diagonal().mean() <= 1e-6 * size)

@@ -93,8 +93,8 @@ def _require_own_config(model: PreTrainedModel, path: str, owner: PreTrainedMode
     for name, part in model.named_modules():
         if part is not owner and type(part) is type(owner) and part.config is owner.config:
             raise ValueError(
-                f"{path} and {name} are built from one config, which cannot say of which of them heads were removed, so "
-                "that the model could not be loaded again; the model is unchanged"
+                f"{path} and {name} are built from one config, which cannot say of which of them heads were removed, "
+                "so that the model could not be loaded again; the model is unchanged"
             )
 
 

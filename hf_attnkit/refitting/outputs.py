@@ -89,8 +89,8 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
         weight = old
     else:
         weight = torch.linalg.solve(gram + strength * identity, (cross + strength * old).T).T
-    bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)
-    return weight.to(linear.weight.dtype), bias
+    bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)  # type: ignore[arg-type]
+    return weight.to(weight_of(linear).dtype), bias
 
 
 def _is_rounding(gram: Tensor, aa: Tensor) -> bool:

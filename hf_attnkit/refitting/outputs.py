@@ -89,8 +89,9 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
         weight = old
     else:
         weight = torch.linalg.solve(gram + strength * identity, (cross + strength * old).T).T
-    bias = None if linear.bias is None else (target_mean - weight @ mean).to(linear.bias.dtype)  # type: ignore[arg-type]
-    return weight.to(weight_of(linear).dtype), bias
+    dtype = weight_of(linear).dtype
+    bias = None if linear.bias is None else (target_mean - weight @ mean).to(dtype)
+    return weight.to(dtype), bias
 
 
 def _is_rounding(gram: Tensor, aa: Tensor) -> bool:

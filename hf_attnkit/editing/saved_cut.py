@@ -72,6 +72,12 @@ def save_cut(
     record(model, layers, cut.steps)
     by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
     for config, name, old, now in cut.config:
+        rotates = any("inv_freq" in buffer for buffer, _ in model.named_buffers())
+        if rotates and getattr(config, "head_dim", None) is None:
+            raise ValueError(
+                f"{type(config).__name__} has no head_dim: when the model is loaded, its rotary embedding would be made "
+                f"for heads of another size, since {name} is {now} and was {old}; the model is unchanged"
+            )
         by_config.setdefault(id(config), (config, {}))[1][name] = old, now
     for config, fields in by_config.values():
         record_config(config, fields, cut.steps)

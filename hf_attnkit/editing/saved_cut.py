@@ -71,12 +71,13 @@ def save_cut(
         layers[attention.path] = layer
     record(model, layers, cut.steps)
     by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
+    size = max((each.head_dim for each in found.attentions if each.index in cut.heads), default=0)
+    rotates = any("inv_freq" in name and 2 * len(buffer) <= size for name, buffer in model.named_buffers())
     for config, name, old, now in cut.config:
-        rotates = any("inv_freq" in buffer for buffer, _ in model.named_buffers())
         if rotates and getattr(config, "head_dim", None) is None:
             raise ValueError(
-                f"{type(config).__name__} has no head_dim: when the model is loaded, its rotary embedding would be made "
-                f"for heads of another size, since {name} is {now} and was {old}; the model is unchanged"
+                f"{type(config).__name__} has no head_dim: when the model is loaded, its rotary embedding would be "
+                f"made for heads of another size, since {name} is {now} and was {old}; the model is unchanged"
             )
         by_config.setdefault(id(config), (config, {}))[1][name] = old, now
     for config, fields in by_config.values():

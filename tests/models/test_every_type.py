@@ -68,24 +68,30 @@ def test_the_table_is_of_types_that_exist() -> None:
     assert all(set(can.split()) <= CAPABILITIES.keys() for can in SERVED)
 
 
-def counts() -> Counter[str]:
-    """How many types do what, of those that are run here."""
-    return Counter(KIND.get(model_type, "exact") for model_type in CLASSES.keys() - set(SLOW))
+def counts() -> tuple[Counter[str], Counter[str]]:
+    """How many types do what when heads are cut, and how many can do what, of those that are run here."""
+    types = CLASSES.keys() - set(SLOW)
+    kinds = Counter(KIND.get(each, "exact") for each in types)
+    can = [CAN.get(each, EVERYTHING).split() for each in types if KIND.get(each, "exact") not in UNSEEN]
+    return kinds, Counter(name for names in can for name in names)
 
 
 def test_counts() -> None:
-    """README's sentence has these numbers."""
-    count = counts()
+    """README's sentences have these numbers."""
+    count, can = counts()
     built = count.total() - count["not built"] - count["needs a package"]
+    seen = built - count["no attention"] - count["no inputs"] - count["not deterministic"]
     print(f"{len(CLASSES)} types: " + ", ".join(f"{kind} {number}" for kind, number in count.most_common()))
-    sentence = (
-        f"Of the {len(CLASSES)} model types that Transformers {TRANSFORMERS} maps, {built} could be built small and run"
-        f". A group of heads of every attention is cut out exactly in {count['exact']} of them, of some attentions in "
-        f"{count['partly']}; {count['no attention']} have no attention, {count['no inputs']} need inputs that "
-        "`set_probe` takes"
+    print(f"{seen} with attention that was seen: " + ", ".join(f"{name} {can[name]}" for name in CAPABILITIES))
+    sentences = (
+        f"Of the {len(CLASSES)} model types that Transformers {TRANSFORMERS} maps, {built} could be built small and "
+        f"run; {count['no attention']} have no attention, {count['no inputs']} need inputs that `set_probe` takes. Of "
+        f"the other {seen}, {can['swap']} can be swapped ({can['window']} for a window), {can['contribution']} scored "
+        f"({can['entropy']} by entropy), {can['prune']} pruned ({can['alike']} more in all layers alike) and "
+        f"{can['convert']} converted"
     )
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert sentence in readme, f"README is to say: {sentence}"
+    assert sentences in readme, f"README is to say: {sentences}"
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -92,6 +92,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
     "bros": {"bbox_scale": 1.0, "dim_bbox": 8, "dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 8},
     "mamba2": {"head_dim": 16, "num_heads": 4},
+    "yolos": {"image_size": [16, 16]},
 }
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 

@@ -34,13 +34,13 @@ EXPECTED: dict[str, str] = {
     """,
     # a norm over all heads together, a bias made elsewhere, heads that are recombined
     "mixed heads": """
-        bitnet bloom deepseek_v4 diffllama esmc flex_olmo jetmoe minimax_m2
+        big_bird bitnet bloom deepseek_v4 diffllama esmc flex_olmo jetmoe minimax_m2
         nemotron3_5_transcribe_asr_audio nemotron3_diarization_audio olmo2 olmo3 olmo_hybrid olmoe prophetnet
         wavlm
     """,
     # the forward fixes the width, or numbers of heads that it takes from elsewhere
     "not with fewer heads": """
-        blip blip-2 codegen convbert doge fsmt groupvit hiera led longformer mgp-str mpt timesformer
+        blip blip-2 codegen convbert doge fsmt groupvit led longformer mgp-str mpt timesformer
         trocr
     """,
     # tied attention
@@ -53,7 +53,7 @@ EXPECTED: dict[str, str] = {
     """,
     # some attentions can be cut and some cannot
     "partly": """
-        aimv2 aimv2_vision_model aya_vision cohere2_vision paligemma pegasus_x pp_formulanet segformer siglip
+        aimv2 aimv2_vision_model aya_vision bigbird_pegasus cohere2_vision paligemma pegasus_x segformer siglip
         siglip_vision_model
     """,
     # the builder's config is refused, or the model is large for all that

@@ -9,27 +9,27 @@ SERVED: dict[str, str] = {
         mlcd_vision_model modernbert modernvbert moss_transcribe_diarize_audio neomme nomic_bert opt
         persimmon pixtral qianfan_ocr qianfan_ocr_vision qwen2_audio_encoder radio sam3_vision_model
         sam3_vit_model seamless_m4t_v2 speech_to_text step3p7 tipsv2 tipsv2_text_model tipsv2_vision_model
-        umt5 voxtral_encoder
+        umt5 voxtral_encoder yolos youtu
     """,
     "contribution prune": """
         aimv2 axk2 bigbird_pegasus canine cvt data2vec-vision deberta deberta-v2 deepseek_v32
-        dots3_note_text falcon fastspeech2_conformer flaubert flava git glm_moe_dsa glpn gpt_neo
-        gpt_neox_japanese gptj hiera hy_v4 imagegpt megatron-bert mistral_large4 mistral_large4_text
-        mobilevit mvp nystromformer openai-gpt pegasus_x rembert roformer sam_hq_vision_model
-        sam_vision_model sew-d speecht5 tapas visual_bert vitdet xglm xlm
+        dots3_note_text falcon flaubert flava git glm_moe_dsa glpn gpt_neo gpt_neox_japanese gptj hiera
+        hy_v4 imagegpt megatron-bert mistral_large4 mistral_large4_text mobilevit mvp nystromformer
+        openai-gpt pegasus_x rembert roformer sam_hq_vision_model sam_vision_model sew-d speecht5 tapas
+        visual_bert vitdet xglm xlm
     """,
     "contribution": """
-        big_bird blip bloom codegen convbert cpmant doge fsmt groupvit led longformer mgp-str mpnet mpt
-        prophetnet timesformer trocr
-    """,
-    "swap window entropy contribution convert": """
-        bitnet canary cohere_asr molmo2_text mt5 nemotron3_5_asr nemotron_asr_streaming
-        nemotron_asr_streaming_encoder parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt phi3
-        phi4_multimodal pop2piano t5
+        big_bird blip bloom codegen convbert doge fsmt groupvit led longformer mgp-str mpt prophetnet
+        timesformer trocr
     """,
     "swap window entropy contribution": """
         blip-2 cosmos3_edge cosmos3_edge_text diffllama esmc flex_olmo gradium_phonon_tts minimax_m2 olmo2
-        olmo3 olmo_hybrid olmoe switch_transformers video_llava
+        olmo3 olmo_hybrid olmoe video_llava zamba2 zaya
+    """,
+    "swap window entropy contribution alike convert": """
+        canary cohere_asr molmo2_text mt5 nemotron3_5_asr nemotron_asr_streaming
+        nemotron_asr_streaming_encoder parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt phi3
+        pop2piano t5
     """,
     "swap window contribution prune": """
         aimv2_vision_model got_ocr2 pp_chart2table pp_formulanet
@@ -40,13 +40,19 @@ SERVED: dict[str, str] = {
     "entropy contribution prune": """
         inkling2_text nllb-moe splinter
     """,
+    "swap window entropy contribution convert": """
+        bitnet phi4_multimodal
+    """,
+    "contribution alike": """
+        cpmant mpnet
+    """,
     "swap window entropy": """
         deepseek_v4 jetmoe
     """,
     "swap entropy contribution": """
         nemotron3_5_transcribe_asr_audio nemotron3_diarization_audio
     """,
-    "swap window contribution": """
+    "swap window contribution alike": """
         longt5
     """,
     "prune": """
@@ -54,6 +60,9 @@ SERVED: dict[str, str] = {
     """,
     "swap contribution prune": """
         segformer
+    """,
+    "swap window entropy contribution alike": """
+        switch_transformers
     """,
     "contribution prune convert": """
         t5gemma2

@@ -221,7 +221,7 @@ def _likenesses(large: PreTrainedModel, small: PreTrainedModel) -> list[Likeness
     mates = list(zip(attentions, owned, layers, strict=True))
     order = {re.sub(r"\d+", "*", each.path): number for number, each in reversed(list(enumerate(attentions)))}
     stacks = {_stack(each.path): number for number, each in reversed(list(enumerate(attentions)))}
-    found: list[tuple[tuple[int, list[int], int], str, Attention, Ownership, AttentionLayer]] = []
+    found: list[tuple[tuple[bool, int, list[int], int], str, Attention, Ownership, AttentionLayer]] = []
     for path, module in large.named_modules():
         pattern = re.sub(r"\d+", "*", path)
         if pattern not in order:
@@ -233,7 +233,8 @@ def _likenesses(large: PreTrainedModel, small: PreTrainedModel) -> list[Likeness
         ]
         if not alike:
             raise ValueError(f"{path} is like no attention of a model with fewer layers")
-        place = stacks[_stack(path)], [int(number) for number in re.findall(r"\d+", path)], order[pattern]
+        numbers = [int(number) for number in re.findall(r"\d+", path)]
+        place = alike[0][0].is_cross, stacks[_stack(path)], numbers, order[pattern]
         found.append((place, path, *alike[0]))
     result = []
     for index, (_, path, mate, own, layer) in enumerate(sorted(found, key=lambda each: each[0])):

@@ -38,6 +38,7 @@ class Attention:
 
     Attributes:
         index: its number among the model's attentions, in calling order, cross-attention after all others.
+        order: its place in calling order, cross-attention where it runs.
         path: the module's path in the model.
         module: the module that calls the attention interface (or would, see `calls_interface`).
         num_heads, num_key_value_heads: as queries and keys arrive.
@@ -82,6 +83,7 @@ class Attention:
     output: str | None = None
     calls_interface: bool = True
     reason: str = ""
+    order: int = 0
     inputs: Inputs = field(default=((), {}), repr=False, compare=False)
     bias: SharedBias | None = None
 

@@ -71,7 +71,7 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
             f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, "
             "and none that says how many heads it has takes a softmax in front of a matrix product"
         )
-    found.sort(key=lambda each: each.is_cross)
+    found = sorted((replace(each, order=order) for order, each in enumerate(found)), key=lambda each: each.is_cross)
     return Discovery(tuple(replace(each, index=index) for index, each in enumerate(found)), inputs, not_run)
 
 

@@ -20,8 +20,9 @@ from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.rotary_pairs import Rope
 
-__all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers", "in_table",
-           "output_of", "ownership_of", "present_stacks", "projected_layers", "scored_layers", "weight_of"]  # fmt: skip
+__all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers",
+           "in_running_order", "in_table", "output_of", "ownership_of", "present_stacks", "projected_layers",
+           "scored_layers", "weight_of"]  # fmt: skip
 
 
 def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
@@ -88,7 +89,7 @@ def in_table(model: PreTrainedModel) -> bool:
 
 
 def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The attention layers of any model, in calling order, as it was seen to run.
+    """The attention layers of any model, as it was seen to run: in calling order, cross-attention after all others.
 
     Raises:
         TypeError, ValueError: as `discover`.
@@ -99,6 +100,11 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         with suppress(ValueError):  # one that does not run alone; only scores need its output
             outputs = [own.output for own in known.owned(model)]
     return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+
+
+def in_running_order(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
+    """The layers as they run: a decoder's cross-attention within its blocks."""
+    return sorted(layers, key=lambda layer: layer.index if layer.attention is None else layer.attention.order)
 
 
 def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_running_order
 from hf_attnkit.models.tensors import tensors_in
 
 
@@ -63,11 +63,11 @@ class Walk:
         """
         Args:
             inputs: of the model, on its device.
-            layers: of the model, in the order in which they run; by default `attention_layers`.
+            layers: of the model; by default `attention_layers`. They are walked as of `in_running_order`.
             skips: whether layers that were passed do not run again, see `can_skip`.
         """
         self._model, self._inputs, self._skips = model, inputs, skips
-        layers = attention_layers(model) if layers is None else layers
+        layers = in_running_order(attention_layers(model) if layers is None else layers)
         self._layers = {layer.index: layer for layer in layers}
         self._blocks = list({id(layer.block): layer.block for layer in layers}.values())
         self._numbers = {id(block): number for number, block in enumerate(self._blocks)}
@@ -80,7 +80,7 @@ class Walk:
         """What `module`, a part of layer `index`, takes and puts out.
 
         Args:
-            index: the layer asked for last, or the next one; a layer that was passed must not change any more.
+            index: the layer asked for last, or the next one to run; a layer that was passed must not change any more.
             stream: whether to look for the residual stream too.
         """
         found: list[tuple[Tensor, Tensor]] = []
@@ -173,7 +173,7 @@ def can_skip(model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: M
             model(**inputs)
     walk = Walk(model, inputs, layers)
     try:
-        for layer in layers:
+        for layer in in_running_order(layers):
             walked = _digest(walk.seen(layer.index, layer.output).taken)
             if not all(map(torch.equal, walked, whole[layer.index])):
                 return False

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, in_running_order
 from hf_attnkit.observing.batches import real_tokens, to_device
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
 from hf_attnkit.refitting.head_scales import scaled
@@ -56,7 +56,7 @@ def refit_layers(
     """Fit every layer of a changed model to what it was before.
 
     Args:
-        layers: of the changed model, in the order in which they run.
+        layers: of the changed model.
         made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
         batches: model inputs, at least one; padding is left out.
         key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
@@ -71,7 +71,7 @@ def refit_layers(
         ValueError: for batches that are no mappings, activations that are not finite, or a model of which no output
             projection can be told. The model is then partly fitted: the caller undoes the change.
     """
-    fitted = [layer for layer in layers if layer.output is not None]
+    fitted = [layer for layer in in_running_order(layers) if layer.output is not None]
     if not fitted:
         raise ValueError(
             f"{layers[0].name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_attnkit import convert_to_gqa, last_change, prune_heads
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.layers import discovered_layers, projected_layers
+from hf_attnkit.models.layers import discovered_layers, in_running_order, projected_layers
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.tensors import tensors_in
 from hf_attnkit.observing.walk import Walk, can_skip
@@ -48,7 +48,7 @@ def outputs_of(model: Any, layers: Any, inputs: Any) -> dict[int, tuple[list[Ten
 @pytest.mark.parametrize("model_type", [*WALKED, "albert"])
 def test_walking_gives_what_a_whole_forward_pass_gives(model_type: str) -> None:
     model = lively(model_type)
-    layers, inputs = discovered_layers(model), batches_for(model, 1)[0]
+    layers, inputs = in_running_order(discovered_layers(model)), batches_for(model, 1)[0]
     want = outputs_of(model, layers, inputs)
     with unchanged(model):
         skips = can_skip(model, layers, inputs)
@@ -64,7 +64,7 @@ def test_walking_gives_what_a_whole_forward_pass_gives(model_type: str) -> None:
 def test_each_block_runs_once_for_each_look() -> None:
     """The encoder does not run again for the decoder; two attentions of one block are looked at one after the other."""
     model = lively("bart")
-    layers, inputs = discovered_layers(model), batches_for(model, 1)[0]
+    layers, inputs = in_running_order(discovered_layers(model)), batches_for(model, 1)[0]
     assert can_skip(model, layers, inputs)
     blocks = list({id(layer.block): layer.block for layer in layers}.values())
     runs = [0] * len(blocks)
@@ -83,7 +83,7 @@ def test_a_model_whose_blocks_are_added_up_outside_of_them_is_run_from_the_start
     """Its blocks put out what is added to the stream, so that the last one's output is not what the next one gets."""
     torch.manual_seed(0)
     model = UnseenModel(UnseenConfig(depth=4)).eval()
-    layers, batches = discovered_layers(model), batches_for(model)
+    layers, batches = in_running_order(discovered_layers(model)), batches_for(model)
     assert not can_skip(model, layers, batches[0])
     want = outputs_of(model, layers, batches[0])
     walk = Walk(model, batches[0], layers, skips=False)
@@ -104,7 +104,7 @@ def distance(one: Any, other: Any, batches: Any) -> float:
 def test_the_stream_is_what_the_attention_is_added_to(model_type: str) -> None:
     """With its sum with the attention's output seen as some module's input, or added to what follows it."""
     model = lively(model_type)
-    layers, inputs = discovered_layers(model), batches_for(model, 1)[0]
+    layers, inputs = in_running_order(discovered_layers(model)), batches_for(model, 1)[0]
     walk = Walk(model, inputs, layers, skips=can_skip(model, layers, inputs))
     given: list[Tensor] = []
 
@@ -169,7 +169,8 @@ def test_errors_reached_are_those_of_the_residual_stream(model_type: str) -> Non
     fitted = prune_heads(copy.deepcopy(model), heads, calibration=batches)
     report = last_change(fitted).refit  # type: ignore[union-attr]
     layers = discovered_layers(fitted)
-    for index, reached in enumerate(report.layers):
+    for reached in report.layers:
+        index = reached.index
         # Fitted up to this layer, and this layer before and after.
         before = copy.deepcopy(fitted)
         discovered_layers(before)[index].output.load_state_dict(discovered_layers(pruned)[index].output.state_dict())
@@ -270,7 +271,7 @@ def test_outputs_that_are_constant_are_solved_for_too() -> None:
 def test_layers_without_a_known_output_projection_stay() -> None:
     """The pooling attention of SigLIP has one that is not found; the other layers are fitted."""
     model = lively("siglip_vision_model")
-    layers = discovered_layers(model)
+    layers = in_running_order(discovered_layers(model))
     known = [layer.index for layer in layers if layer.output is not None]
     assert 0 < len(known) < len(layers)
     batches = batches_for(model)

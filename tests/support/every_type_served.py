@@ -8,7 +8,7 @@ SERVED: dict[str, str] = {
         inkling_text internvl internvl_vision jina_embeddings_v3 kimi_k25 markuplm minicpm3 mistral4 mlcd
         mlcd_vision_model modernbert modernvbert moss_transcribe_diarize_audio neomme nomic_bert opt
         persimmon pixtral qianfan_ocr qianfan_ocr_vision qwen2_audio_encoder radio sam3_vision_model
-        sam3_vit_model seamless_m4t_v2 speech_to_text step3p7 tipsv2 tipsv2_text_model tipsv2_vision_model
+        sam3_vit_model speech_to_text step3p7 tipsv2 tipsv2_text_model tipsv2_vision_model
         umt5 voxtral_encoder yolos youtu
     """,
     "contribution prune": """

@@ -116,5 +116,5 @@ def write(layer: AttentionLayer, heads: Heads, constant: Tensor | None = None) -
         output_bias = output.bias.detach().double()
         output_bias = (output_bias if constant is None else output_bias + constant).to(output.bias.dtype)
     weight = heads.output.permute(2, 0, 1, 3).flatten(1).to(output.weight.dtype)
-    edits.append(Edit(output, weight, output_bias, layer.rows("output")))
+    edits.append(Edit(output, weight, output_bias))
     return edits

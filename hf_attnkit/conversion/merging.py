@@ -110,7 +110,7 @@ class Merging:
             return
         for layer, number in zip(layers, numbers, strict=True):
             needed = layer.num_key_value_heads // number * layer.head_dim
-            if num_tokens < needed:
+            if num_tokens < needed and not layer.problems:
                 raise ValueError(
                     f"{num_tokens} calibration tokens are too few: layer {layer.index} merges heads of {needed} "
                     f"components together, whose second moment needs at least as many tokens; give more, or none"

@@ -19,8 +19,9 @@ from hf_attnkit.conversion.methods.table import Merged, transforms
 from hf_attnkit.conversion.owned_change import LayerMerge, OwnedChange, trial
 from hf_attnkit.conversion.report import ConversionReport, LayerPlan, conversion_table, summary
 from hf_attnkit.conversion.statistics import Statistics, statistics_of
+from hf_attnkit.conversion.table_merge import TableMerge
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
-from hf_attnkit.editing.change import Change, MadeChange
+from hf_attnkit.editing.change import MadeChange
 from hf_attnkit.editing.cut_heads import CutHeads
 from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.in_table import cut_by_table
@@ -145,6 +146,8 @@ def plan_gqa(
     merging = choose_merging(layers, method, key_method, grouping, calibrated=calibration is not None)
     if budget is not None and num_key_value_heads is not None:
         raise ValueError("give num_key_value_heads or budget, not both")
+    if not isinstance(uniform, bool):
+        raise ValueError(f"uniform={uniform!r} must be True or False")
     if not uniform and budget is None:
         raise ValueError("uniform=False spends a budget over the layers; give budget, or a list as num_key_value_heads")
     if budget is not None:
@@ -164,7 +167,7 @@ def plan_gqa(
         merging.check_numbers(layers, numbers)
     merging.check_tokens(layers, numbers, statistics.num_tokens)
 
-    edits: list[Edit] = []
+    edits: list[list[Edit]] = []
     merges: list[LayerMerge] = []
     planned = []
     for layer, number, moment in zip(
@@ -180,7 +183,7 @@ def plan_gqa(
         groups = merging.groups(present, number, moment)
         merged = merging.merge(present, groups, moment)
         if in_table:
-            edits += heads.write(layer, merged.heads, merged.constant)
+            edits.append(heads.write(layer, merged.heads, merged.constant))
         else:
             merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
         planned.append(
@@ -198,7 +201,7 @@ def plan_gqa(
         * model.dtype.itemsize
         for part in (before, after)
     )
-    change = Change(model, edits, after) if in_table else OwnedChange(model, layers, merges)
+    change = TableMerge(model, layers, edits, after) if in_table else OwnedChange(model, layers, merges)
     made_for = Fingerprint(model, layers) if in_table else Fingerprint(model, layers, projected_layers)
     work = _Work(change, made_for, tuple(before), batches)
     return GQAPlan(
@@ -238,7 +241,9 @@ def _spent(layers: Sequence[AttentionLayer], merging: Merging, statistics: Stati
     """A number of heads for each layer within a budget: few where few lose least."""
     bar = progress_bar(layers, description="losses", unit="layer")
     losses = [
-        {
+        {layer.num_key_value_heads: 0.0}
+        if layer.problems
+        else {
             number: merging.loss(statistics.with_others(layer.index, heads.read(layer)), number, moment)
             for number in _possible(layer)
         }

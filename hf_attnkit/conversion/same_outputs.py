@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.editing.proof import bound_factor
+from hf_attnkit.editing.proof import bound_factor, require_numbers
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models.discovery import quiet, run_outputs
 
@@ -28,6 +28,7 @@ class SameOutputs:
     def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
         self._model, self._inputs = model, inputs
         self._want = self._run()
+        require_numbers(model, self._want)
 
     def difference(self, changed: Sequence[nn.Module]) -> str:
         """What is wrong with the model as it is now, or nothing.
@@ -46,7 +47,7 @@ class SameOutputs:
         for index, (now, before, noisy) in enumerate(zip(got, self._want, rounded, strict=True)):
             if torch.isfinite(now).ne(torch.isfinite(before)).any():
                 return f"output {index} is not finite where it was, or the other way round"
-            eps = torch.finfo(now.dtype).eps
+            eps = _eps(now.dtype)
             bound = bound_factor(now.dtype) * (_largest(noisy - now) + eps * _largest(now))
             if not (off := _largest(now - before)) <= bound:
                 return (
@@ -62,8 +63,13 @@ class SameOutputs:
 
 def _rounded(weight: nn.Parameter, generator: torch.Generator) -> nn.Parameter:
     signs = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
-    factor = 1 + torch.finfo(weight.dtype).eps * signs.to(weight)
+    factor = 1 + _eps(weight.dtype) * signs.to(weight)
     return nn.Parameter(weight.detach() * factor, weight.requires_grad)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    """Of a dtype; float32's for float64, since rotary embeddings are computed in float32 whatever the model's is."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def _largest(x: Tensor) -> float:

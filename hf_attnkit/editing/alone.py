@@ -62,6 +62,8 @@ class Alone:
             return f"{type(error).__name__}: {str(error)[:200]}"
         if got.shape != want.shape:
             return f"its heads put out {tuple(got.shape)} and not {tuple(want.shape)}"
+        if torch.isfinite(got).ne(torch.isfinite(want)).any():
+            return "its remaining heads are not finite where they were, or the other way round"
         off = float((got - want).abs().nan_to_num().max())
         if off > BOUND * float(want.abs().nan_to_num().max()):
             return f"its remaining heads differ from what they were by {off:.1e}"

@@ -69,6 +69,15 @@ def heads_changed(
         yield
 
 
+def require_numbers(model: nn.Module, outputs: Sequence[Tensor]) -> None:
+    """Raise `ValueError` for outputs of NaN and infinity alone, to which all others are equal."""
+    if outputs and not any(torch.isfinite(each).any() for each in outputs):
+        raise ValueError(
+            f"{type(model).__name__} puts out nothing but NaN or infinity, so nothing can be proven on it; look for "
+            "NaN in its weights; the model is unchanged"
+        )
+
+
 class Zeroed:
     """What a model puts out with some heads' outputs zeroed, and how far off a cut one may be."""
 
@@ -103,6 +112,7 @@ class Zeroed:
                 self._want = run_outputs(model, inputs)
             with heads_changed(model, attentions, rounded, outputs):
                 noisy = run_outputs(model, inputs)
+        require_numbers(model, self._want)
         self._bounds = [
             bound_factor(b.dtype) * (_largest(a - b) + torch.finfo(b.dtype).eps * _largest(b))
             if a.shape == b.shape

@@ -56,6 +56,8 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
     if given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
     _require_classes(model, given)
+    if _writes(model, given):
+        return _per_written_token(inputs)
     if given.shape == tokens:
         return _per_token(model, inputs)
     return inputs, (given != IGNORED).float().flatten()
@@ -144,6 +146,19 @@ def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str
         begins = starts(inputs.get("position_ids"), mask)
         counts = counts if begins is None else counts & ~begins.to(counts.device)
     labels = labels.masked_fill(~counts, IGNORED)
+    return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _writes(model: PreTrainedModel, labels: Tensor) -> bool:
+    """Whether the labels are tokens that a decoder writes, whatever the encoder reads."""
+    reads = getattr(model.config, "is_encoder_decoder", False)
+    return bool(reads) and labels.dim() == 2 and "Classification" not in type(model).__name__
+
+
+def _per_written_token(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    labels, mask = inputs["labels"], inputs.get("decoder_attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == labels.shape:
+        labels = labels.masked_fill(~mask.to(labels.device).bool(), IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
 
 

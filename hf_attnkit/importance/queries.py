@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.importance.online import visible_keys
 from hf_attnkit.importance.processes import over_processes
 from hf_attnkit.models.layers import AttentionLayer
-from hf_attnkit.observing.attention_calls import has_softmax, observe_attention, real_queries
+from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
+from hf_attnkit.observing.batches import run_batches
 
 # `(query, key, mask, scaling, window)` -> `(B, num_heads, Q)`; see `online.masked_entropy`.
 Measure = Callable[[Tensor, Tensor, Mask, float, int | None], Tensor]
@@ -26,7 +28,7 @@ class QuerySums:
         layers: other layers are not looked at.
         fewest_keys: queries that see fewer keys do not count.
         what: the number's name, for messages.
-        inputs: the batch, for layers whose queries and keys are of two sequences.
+        inputs: the batch, for layers whose queries and keys are of two sequences; set it before each.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class QuerySums:
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
         self._layers, self._measure, self._fewest_keys, self._what = list(layers), measure, fewest_keys, what
-        self._inputs = inputs or {}
+        self.inputs: Mapping[str, Any] = inputs or {}
         self._places = {id(layer.module): place for place, layer in enumerate(layers)}
         # Per layer: the heads' sums, and at the end the numbers of queries and of calls.
         self._sums = [torch.zeros(layer.num_heads + 2, dtype=torch.float64) for layer in layers]
@@ -56,7 +58,7 @@ class QuerySums:
                 f"layer {layer.index} runs linear attention, which is no softmax of scores and has no {self._what}; "
                 "score the model before the swap, or call hf_attnkit.restore_attention(model)"
             )
-        own = real_queries(layer, mask, self._inputs)
+        own = real_queries(layer, mask, self.inputs)
         mask, window = mask.narrow(None)
         real = visible_keys(mask, window)[:, :1] >= self._fewest_keys
         real = real if own is None else real & own[:, None]
@@ -64,6 +66,17 @@ class QuerySums:
         self._sums[place][:-2] += found.sum((0, 2), dtype=torch.float64).cpu()
         self._sums[place][-1] += 1
         self._sums[place][-2] += float(real.expand(query.shape[0], 1, query.shape[2]).sum())
+
+    def look_at(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Run every batch in evaluation mode without gradients, and sum over its attention calls.
+
+        Raises:
+            ValueError: if `batches` is empty, or a batch is no mapping.
+        """
+        with visible_attention(model), observe(self):
+            for batch, run in run_batches(model, batches, description=self._what):
+                self.inputs = batch
+                run()
 
     def means(self) -> list[Tensor]:
         """For each layer `(num_heads,)`, float64, over all processes; NaN for one that was not called.
@@ -103,5 +116,5 @@ def mean_over_queries(
         ValueError: for batches without such a query, linear attention, and numbers that are not finite.
     """
     sums = QuerySums(layers, measure, fewest_keys=fewest_keys, what=what)
-    observe_attention(model, batches, sums, description=what)
+    sums.look_at(model, batches)
     return sums.means()

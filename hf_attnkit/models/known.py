@@ -40,13 +40,13 @@ class Known:
 
     Attributes:
         owned: what belongs to the heads of each attention; empty before it was asked for.
-        not_visible: the error of the model while its attention is looked at, or nothing; `None` before it was tried.
+        is_visible: whether the model was seen to run while its attention is looked at.
     """
 
     discovery: Discovery
     state: _State
     owned: list[Ownership] = field(default_factory=list)
-    not_visible: str | None = None
+    is_visible: bool = False
     projected: list[Projected] = field(default_factory=list)
 
     @property

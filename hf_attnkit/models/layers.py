@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -172,6 +173,8 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
 
 def _encoder_padding(model: PreTrainedModel) -> str:
     """Which input says which tokens of the other sequence, that of a cross-attention's keys, are padding."""
+    if "encoder_attention_mask" in inspect.signature(model.forward).parameters:  # a decoder that is given the sequence
+        return "encoder_attention_mask"
     return "attention_mask" if model.main_input_name == "input_ids" else ""
 
 

@@ -50,6 +50,8 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     yield text
     if "pixel_values" in known:
         yield text | {"pixel_values": _pixels(model, generator)}
+    # Several choices a text, along an axis of their own.
+    yield {name: each[:, None].repeat(1, 2, 1) if isinstance(each, Tensor) else each for name, each in text.items()}
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.choose_kinds import STOCK
 from hf_attnkit.attention.consistency import require_consistent
-from hf_attnkit.attention.dispatch import Observer, observe
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.models.discovery import quiet, run_outputs
 from hf_attnkit.models.known import known, part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.observing.batches import run_batches
 
 
 def require_visible(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -73,36 +72,24 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
 def _require_running(model: PreTrainedModel) -> None:
     """Raise `ValueError` for a model that does something of its own with the masks that Transformers makes for it."""
     found = known(model)
-    if found.not_visible is None:
-        try:
-            with quiet(model):
-                run_outputs(model, found.discovery.inputs)
-            found.not_visible = ""
-        except Exception as error:  # whatever a model's code raises
-            found.not_visible = f"{type(error).__name__}: {str(error)[:200]}"
-    if found.not_visible:
+    if found.is_visible:
+        return
+    try:
+        with quiet(model):
+            run_outputs(model, found.discovery.inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model's code raises
         raise ValueError(
-            f"{type(model).__name__} does not run while its attention is looked at ({found.not_visible}); take a "
-            "method that needs the heads' outputs only, such as 'contribution'"
-        )
+            f"{type(model).__name__} does not run while its attention is looked at ({type(error).__name__}: "
+            f"{str(error)[:200]}); take a method that needs the heads' outputs only, such as 'contribution'"
+        ) from error
+    found.is_visible = True
 
 
 def _tensor_masked(layer: AttentionLayer) -> str:
     found = layer.attention
     return "eager" if found is not None and (found.softcap is not None or found.has_sinks) else "sdpa"
-
-
-def observe_attention(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], observer: Observer, *, description: str
-) -> None:
-    """Run every batch in evaluation mode without gradients, calling `observer` at each attention call.
-
-    Raises:
-        ValueError: if `batches` is empty, or a batch is no mapping.
-    """
-    with visible_attention(model), observe(observer):
-        for _, run in run_batches(model, batches, description=description):
-            run()
 
 
 def has_softmax(module: nn.Module) -> bool:
@@ -115,10 +102,10 @@ def real_queries(layer: AttentionLayer, mask: Mask, inputs: Mapping[str, Any]) -
     """Which queries are tokens and not padding: bool `(B or 1, Q)`, or `None` if all are.
 
     Queries and keys of one sequence are the same tokens, so a query is padding where its own key is hidden. Those of
-    a decoder's cross-attention are told by the batch's `decoder_attention_mask`.
+    a decoder's cross-attention are told by the batch's mask of the decoder's own tokens.
     """
     if layer.is_cross:
-        own = inputs.get("decoder_attention_mask")
+        own = inputs.get(layer.padding) if layer.padding else None
         return None if own is None else own.bool()
     if mask.dense is not None:
         whole = mask.dense.expand(-1, -1, mask.key_position.shape[1], -1)

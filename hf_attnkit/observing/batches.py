@@ -111,7 +111,7 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
-            f"{type(batch).__name__}"
+            f"{type(batch).__name__}; give an iterable of such mappings, [batch] for a single one"
         )
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():

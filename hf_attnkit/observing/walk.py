@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_running_order
-from hf_attnkit.models.tensors import tensors_in
+from hf_attnkit.models.tensors import cloned, tensors_in
 
 
 class _Reached(Exception):
@@ -90,11 +90,12 @@ class Walk:
         adds = _Adds() if stream and not again else None
 
         def look(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-            found.append((args[0], output))
+            if adds is None and not again:
+                found.append((args[0], output))
+                raise _Reached
+            found.append((args[0].clone(), output.clone()))  # the forward pass goes on, and may add in place
             if adds is not None:
                 adds.output = output
-            elif not again:
-                raise _Reached
 
         with ExitStack() as stack:
             if adds is not None:
@@ -142,7 +143,7 @@ class Walk:
             raise ValueError(f"{layer.name} was asked for after block {self._index}")
 
         def keep(block: nn.Module, args: Sequence[Any], output: Any) -> None:
-            self._last = output
+            self._last = cloned(output)  # the next block may add to it in place
 
         kept, skipped = self._kept, max(index - 1, 0)
         if self._last is not None:
@@ -153,8 +154,14 @@ class Walk:
             stack.callback(self._blocks[index - 1].register_forward_hook(keep).remove)
 
 
-def can_skip(model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: Mapping[str, Any]) -> bool:
-    """Whether walking gives what whole forward passes give: the inputs of all output projections, bit for bit."""
+def can_skip(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: Mapping[str, Any], *, stream: bool = False
+) -> bool:
+    """Whether walking gives what whole forward passes give: the inputs of all output projections, bit for bit.
+
+    Args:
+        stream: whether the walk looks for the residual stream too.
+    """
     if any(layer.attention is not None and layer.attention.calls > 1 for layer in layers):
         return False
     whole: dict[int, list[Tensor]] = {}
@@ -174,7 +181,8 @@ def can_skip(model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: M
     walk = Walk(model, inputs, layers)
     try:
         for layer in in_running_order(layers):
-            walked = _digest(walk.seen(layer.index, layer.output).taken)
+            looks = stream and layer.attention is not None
+            walked = _digest(walk.seen(layer.index, layer.output, stream=looks).taken)
             if not all(map(torch.equal, walked, whole[layer.index])):
                 return False
     except Exception:  # whatever a forward says whose blocks do not run, it cannot be walked
@@ -249,7 +257,7 @@ def _other(own: Tensor, operands: Sequence[Any]) -> Tensor | None:
 def _returning(block: nn.Module, output: Any) -> Iterator[None]:
     """Within the context, the block returns this output and computes nothing."""
     before = block.__dict__.get("forward")
-    block.forward = lambda *args, **kwargs: output
+    block.forward = lambda *args, **kwargs: cloned(output)
     try:
         yield
     finally:

@@ -77,8 +77,9 @@ def refit_layers(
             f"{layers[0].name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"
         )
     layers = fitted
+    _require_unshared(model, layers)
     inputs = [to_device(batch, model) for batch in batches]
-    skips = can_skip(model, layers, inputs[0])
+    skips = can_skip(model, layers, inputs[0], stream=stream)
     untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     full, found = options.fits == "full", []
     assert not full or (key_order is not None and not stream)
@@ -115,6 +116,21 @@ def refit_layers(
         projections.apply(projections.Edit(layer.output, weight, bias))
         found.append(RefittedLayer(layer.index, *divergences, sums.error_now(), sums.error_of(layer.output)))
     return RefitReport(options.fits, sums.num_tokens, tuple(found))
+
+
+def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
+    """Raise `ValueError` for an output projection whose parameters another module has too, which would not follow."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for layer in layers:
+        for parameter in layer.output.parameters(recurse=False):
+            if len(paths := owners[id(parameter)]) > 1:
+                raise ValueError(
+                    f"{layer.name}: a parameter of its output projection is shared by {' and '.join(paths)}, and a "
+                    "refit would give each its own; give refit='none', or give each its own copy first"
+                )
 
 
 def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:

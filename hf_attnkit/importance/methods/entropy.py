@@ -18,7 +18,6 @@ from hf_attnkit.importance.online import masked_entropy, visible_keys
 from hf_attnkit.importance.queries import QuerySums
 from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.layers import AttentionLayer
-from hf_attnkit.observing.attention_calls import observe_attention
 
 
 def attention_entropy(
@@ -110,6 +109,6 @@ class Entropy(Score):
 
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         sums = entropy_sums(layers, self.normalize)
-        observe_attention(model, batches, sums, description="entropy")
+        sums.look_at(model, batches)
         means = sums.means()
         return [(mean if self.direction == "diffuse" else -mean).float() for mean in means]

@@ -1,0 +1,74 @@
+"""Scores of models whose layers look at two sequences: whose padding counts, and whose labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.every_type import small_model
+from torch import Tensor
+from transformers import BertConfig, BertLMHeadModel
+
+from hf_attnkit import head_importance
+
+LOSSES = ("gradient", "taylor", "fisher")
+
+
+def decoder() -> BertLMHeadModel:
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+                        is_decoder=True, add_cross_attention=True, initializer_range=0.3)  # fmt: skip
+    return BertLMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("others", [7, 10])
+def test_padded_queries_of_a_decoder_do_not_count(others: int) -> None:
+    model = decoder()
+    ids, mask = torch.randint(6, 64, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    mask[1, -4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "encoder_hidden_states": torch.randn(3, others, 32)}
+    changed = batch | {"input_ids": ids.masked_fill(mask == 0, 9)}
+    assert torch.equal(*(head_importance(model, [each], method="entropy") for each in (batch, changed)))
+
+
+def test_padded_queries_of_an_encoder_decoder_do_not_count() -> None:
+    model = small_model("bart")
+    ids, mask = torch.randint(6, 64, (2, 9)), torch.ones(2, 6, dtype=torch.long)
+    mask[1, -2:] = 0
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :6], "decoder_attention_mask": mask}
+    changed = batch | {"decoder_input_ids": ids[:, :6].masked_fill(mask == 0, 9)}
+    assert torch.equal(*(head_importance(model, [each], method="entropy") for each in (batch, changed)))
+
+
+def by_definition(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean over examples of the size of the gradient of its own loss by each head's gate, of the first layer."""
+    rows = []
+    for row in range(2):
+        seen = batch["attention_mask"][row].bool()
+        one = {"input_ids": batch["input_ids"][row : row + 1, seen], "labels": batch["labels"][row : row + 1]}
+        gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+        def scale(_: Any, args: Any, gate: Tensor = gate) -> Any:
+            return (args[0].unflatten(-1, (4, -1)) * gate[:, None]).flatten(-2), *args[1:]
+
+        handle = model.encoder.block[0].layer[0].SelfAttention.o.register_forward_pre_hook(scale)
+        rows.append(torch.autograd.grad(model(**one).loss, gate)[0].abs())
+        handle.remove()
+    return torch.stack(rows).mean(0)
+
+
+@pytest.mark.parametrize("length", [9, 6])
+def test_labels_are_the_decoder_s(length: int) -> None:
+    """However long they are, and wherever the encoder's text is padded."""
+    model = small_model("t5").double()
+    model.config.decoder_start_token_id = 0
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, -3:] = 0
+    labels = torch.randint(3, 60, (2, length))
+    labels[0, -2:] = -100
+    batch = {"input_ids": torch.randint(3, 60, (2, 9)), "attention_mask": mask, "labels": labels}
+    scores = head_importance(model, [batch], method="gradient")
+    torch.testing.assert_close(scores[0].double(), by_definition(model, batch), rtol=1e-5, atol=0)
+    for method in LOSSES:
+        assert head_importance(model, [batch], method=method).isfinite().all()

@@ -81,6 +81,7 @@ def test_inspect_says_what_every_layer_has_and_runs(tmp_path: Path, run: Any) ->
     assert printed.endswith("key/value heads to convert to: 1\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "layers"),
     [

@@ -111,6 +111,7 @@ def works(model: PreTrainedModel, change: Callable[[PreTrainedModel], object]) -
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_it_says_what_the_functions_do(model_type: str) -> None:
     """Each change of each attention, by the public functions, to a real copy: what is "yes" works, else it raises."""

@@ -59,7 +59,7 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
         inputs, calls, before = _first_run(model, probe)
         found, after, not_run = _second_run(model, inputs, calls)
         found += bypassing_attentions(model, inputs, [each.module for each in found], len(found))
-        found = with_shared_bias(model, inputs, found)
+        found = with_shared_bias(model, inputs, _numbered(found))
     if (differs := first_difference(before, after)) is not None:
         raise ValueError(
             f"{type(model).__name__} gives other outputs when it runs again on the same inputs, in evaluation mode: "
@@ -71,8 +71,13 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
             f"{type(model).__name__} has no attention: none of its modules calls Transformers' attention interface, "
             "and none that says how many heads it has takes a softmax in front of a matrix product"
         )
-    found = sorted((replace(each, order=order) for order, each in enumerate(found)), key=lambda each: each.is_cross)
-    return Discovery(tuple(replace(each, index=index) for index, each in enumerate(found)), inputs, not_run)
+    return Discovery(tuple(found), inputs, not_run)
+
+
+def _numbered(found: Sequence[Attention]) -> list[Attention]:
+    """In calling order, cross-attention after all others, with the place in calling order."""
+    ordered = sorted((replace(each, order=order) for order, each in enumerate(found)), key=lambda each: each.is_cross)
+    return [replace(each, index=index) for index, each in enumerate(ordered)]
 
 
 def running_inputs(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> dict[str, Any]:

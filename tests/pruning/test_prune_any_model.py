@@ -168,6 +168,13 @@ def test_an_encoder_alone_loses_heads_of_its_bias() -> None:
     assert [(each.weight.shape[1], each.embedding_dim) for each in bias] == [(3, 3), (4, 4)]
 
 
+@pytest.mark.parametrize(("layers", "columns"), [((2, 3), 3), ((4, 5), 4)])
+def test_self_and_cross_attention_of_a_decoder_have_biases_of_their_own(layers: tuple[int, int], columns: int) -> None:
+    model = small_model("t5")
+    prune_heads(model, {layer: [3] for layer in layers})
+    assert model.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.shape[1] == columns
+
+
 def test_a_number_that_says_something_else_stays() -> None:
     """As many buckets as rows of a projection: few tokens do not show that there are fewer."""
     model = small_model("longt5")

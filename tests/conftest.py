@@ -28,6 +28,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow.mark(items)
+    items.sort(key=lambda item: "test_wheel" not in item.nodeid)  # what takes longest starts first
 
 
 def pytest_collection_finish() -> None:

@@ -1,6 +1,5 @@
 """Settings for all tests: one thread (the machine is shared), no hub, quiet Transformers; and what `slow` means."""
 
-import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers
 from support import slow
+from support.collector import freeze
 from support.recipe_runs import checkpoint, tokenizer  # noqa: F401
 from support.text_runs import byte_tokenizer, text, text_checkpoint  # noqa: F401
 
@@ -32,12 +32,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Modules and collected tests stay to the end: the collector need not walk through a million of their objects again.
-    gc.collect()
-    gc.freeze()
+    freeze()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
     with slow.running(item):
-        return (yield)
+        result = yield
+    if nextitem is None or nextitem.path != item.path:  # nothing of this file is asked for again
+        freeze()
+    return result

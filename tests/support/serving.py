@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,19 +32,46 @@ from hf_attnkit.models.ownership import ownerships
 Inputs = Mapping[str, Any]
 
 
+class Subject:
+    """A model, what is compared with it, and a copy that is changed.
+
+    Attributes:
+        found: what attends.
+        copied: the model again, for as long as the last change left no trace.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.found = model, discover(model)
+        self.copied = copy.deepcopy(model)
+
+    @cached_property
+    def owned(self) -> list[Ownership]:
+        return ownerships(self.model, self.found.attentions)
+
+    @cached_property
+    def stock(self) -> list[Tensor]:
+        """What the model puts out."""
+        return _outputs(self.model, self.found.inputs)
+
+    def now(self) -> list[Tensor]:
+        """What the copy puts out."""
+        return _outputs(self.copied, self.found.inputs)
+
+
 def served(model: PreTrainedModel) -> str:
     """The names of `CAPABILITIES` that the model has, separated by spaces."""
-    found = discover(model)
-    names = []
+    names: list[str] = []
+    subject = Subject(model)
     for name, attempt in CAPABILITIES.items():
         if name == "alike" and "prune" in names:
             continue
-        copied = copy.deepcopy(model)
         try:
-            attempt(copied, model, found)
-        except _RefusedError:
+            attempt(subject)
+        except _RefusedError:  # which leaves the copy as it was: what is tried next runs on it
             continue
         names.append(name)
+        if name in CUTS:
+            subject.copied = copy.deepcopy(model)
     return " ".join(names)
 
 
@@ -78,32 +106,32 @@ def _are_equal(got: list[Tensor], want: list[Tensor]) -> bool:
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, want, strict=True))
 
 
-def _swap(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+def _swap(it: Subject) -> None:
     """An exact kind gives what the model gives, and leaves no trace."""
-    stock = _outputs(model, found.inputs)
-    _tried(swap_attention, copied, "flash")
-    _assert_close(_outputs(copied, found.inputs), stock)
-    restore_attention(copied)
-    assert _are_equal(_outputs(copied, found.inputs), stock)
+    _tried(swap_attention, it.copied, "flash")
+    _assert_close(it.now(), it.stock)
+    restore_attention(it.copied)
+    assert _are_equal(it.now(), it.stock)
 
 
-def _window(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+def _window(it: Subject) -> None:
     """A window gives what the model's own attention gives under a band in its mask."""
     try:
-        with windows(model, 4):
-            banded = _outputs(model, found.inputs)
+        with windows(it.model, 4):
+            banded = _outputs(it.model, it.found.inputs)
     except RuntimeError as error:
         raise _RefusedError("its own attention takes no mask, so there is nothing to compare with") from error
-    _tried(swap_attention, copied, "sliding_window", window=4)
-    _assert_close(_outputs(copied, found.inputs), banded)
+    _tried(swap_attention, it.copied, "sliding_window", window=4)
+    _assert_close(it.now(), banded)
+    restore_attention(it.copied)
 
 
-def _entropy(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
-    _assert_scores(_tried(head_importance, copied, [found.inputs], method="entropy"), found)
+def _entropy(it: Subject) -> None:
+    _assert_scores(_tried(head_importance, it.copied, [it.found.inputs], method="entropy"), it.found)
 
 
-def _contribution(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
-    _assert_scores(_tried(head_importance, copied, [found.inputs], method="contribution"), found)
+def _contribution(it: Subject) -> None:
+    _assert_scores(_tried(head_importance, it.copied, [it.found.inputs], method="contribution"), it.found)
 
 
 def _assert_scores(scores: Tensor, found: Discovery) -> None:
@@ -112,49 +140,41 @@ def _assert_scores(scores: Tensor, found: Discovery) -> None:
     assert sorted(int(row.isfinite().sum()) for row in scores) == sorted(heads)
 
 
-def _prune(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+def _prune(it: Subject) -> None:
     """Without a group of heads the model is the whole one with zeros in their place, also when saved and loaded."""
-    owned = ownerships(model, found.attentions)
-    index = next((i for i, own in enumerate(owned) if not own.problem and found.attentions[i].num_heads > 1), 0)
-    _assert_pruned(copied, model, found, owned, {index: a_group(found.attentions[index].num_heads, owned[index])})
+    attentions = it.found.attentions
+    index = next((i for i, own in enumerate(it.owned) if not own.problem and attentions[i].num_heads > 1), 0)
+    _assert_pruned(it, {index: a_group(attentions[index].num_heads, it.owned[index])})
 
 
-def _alike(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+def _alike(it: Subject) -> None:
     """The same heads of all attentions, where the model shares something for each head among them."""
-    owned = ownerships(model, found.attentions)
-    heads = {each.index: a_group(each.num_heads, own) for each, own in zip(found.attentions, owned, strict=True)}
-    _assert_pruned(copied, model, found, owned, heads)
+    both = zip(it.found.attentions, it.owned, strict=True)
+    _assert_pruned(it, {each.index: a_group(each.num_heads, own) for each, own in both})
 
 
-def _assert_pruned(
-    copied: PreTrainedModel,
-    model: PreTrainedModel,
-    found: Discovery,
-    owned: Sequence[Ownership],
-    heads: Mapping[int, list[int]],
-) -> None:
-    _tried(prune_heads, copied, {found.attentions[index].path: gone for index, gone in heads.items()})
-    want = zeroed_outputs(model, found, owned, heads)
-    got = _outputs(copied, found.inputs)
-    _assert_close(got, _real(want, found.inputs))
-    _assert_reloads(copied, model, found.inputs, got)
+def _assert_pruned(it: Subject, heads: Mapping[int, list[int]]) -> None:
+    _tried(prune_heads, it.copied, {it.found.attentions[index].path: gone for index, gone in heads.items()})
+    want = zeroed_outputs(it.model, it.found, it.owned, heads)
+    got = it.now()
+    _assert_close(got, _real(want, it.found.inputs))
+    _assert_reloads(it, got)
 
 
-def _convert(copied: PreTrainedModel, model: PreTrainedModel, found: Discovery) -> None:
+def _convert(it: Subject) -> None:
     """With half of its key/value heads the model is smaller, and the same when saved and loaded."""
-    _tried(convert_to_gqa, copied, budget=0.5)
-    got = _outputs(copied, found.inputs)
-    assert copied.num_parameters() < model.num_parameters()
-    _assert_reloads(copied, model, found.inputs, got)
+    _tried(convert_to_gqa, it.copied, budget=0.5)
+    assert it.copied.num_parameters() < it.model.num_parameters()
+    _assert_reloads(it, it.now())
 
 
-def _assert_reloads(changed: PreTrainedModel, model: PreTrainedModel, inputs: Inputs, want: list[Tensor]) -> None:
-    again = _saved_and_loaded(changed, load_pretrained)
-    assert type(again) is type(changed)
-    got = _outputs(again, inputs)
+def _assert_reloads(it: Subject, want: list[Tensor]) -> None:
+    again = _saved_and_loaded(it.copied, load_pretrained)
+    assert type(again) is type(it.copied)
+    got = _outputs(again, it.found.inputs)
     if not _are_equal(got, want):  # some classes start again what they do not save, or tie what was not
-        plain = _outputs(_saved_and_loaded(model, type(model).from_pretrained), inputs)
-        assert not _are_equal(plain, _outputs(model, inputs))
+        plain = _outputs(_saved_and_loaded(it.model, type(it.model).from_pretrained), it.found.inputs)
+        assert not _are_equal(plain, it.stock)
 
 
 def _saved_and_loaded(model: PreTrainedModel, load: Callable[..., Any]) -> PreTrainedModel:
@@ -164,7 +184,9 @@ def _saved_and_loaded(model: PreTrainedModel, load: Callable[..., Any]) -> PreTr
     return again.eval()
 
 
-CAPABILITIES: dict[str, Callable[[PreTrainedModel, PreTrainedModel, Discovery], None]] = {
+# What takes heads away.
+CUTS = ("prune", "alike", "convert")
+CAPABILITIES: dict[str, Callable[[Subject], None]] = {
     "swap": _swap,
     "window": _window,
     "entropy": _entropy,

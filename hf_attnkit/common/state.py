@@ -22,11 +22,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Within the context, every module is in evaluation mode; then each in the mode that it had."""
     was_training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        if any(was_training.values()):
+            model.eval()
         yield
     finally:
         for module, training in was_training.items():
-            module.training = training
+            if module.training != training:  # setting it costs as much as a small model's forward pass
+                module.training = training
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Heads may be grouped at will, since permuting key, value, query and output projections together
 changes nothing. The loss of a grouping is the sum over its groups. All groupings are tried where that
-takes few losses (12 heads: always); beyond, pairs of heads are swapped as long as that helps, from
-the adjacent grouping and from random ones.
+takes few losses and few sets of heads (12 heads: always); beyond, pairs of heads are swapped as long as
+that helps, from the adjacent grouping and from random ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 GROUPINGS = ("adjacent", "best")
 MOST_SUBSETS = 1000
+# What dynamic programming goes through is sets of heads: 2^15 here, and 2^31 for 32 heads in pairs.
+MOST_HEADS = 16
 RESTARTS = 3
 
 Group = tuple[int, ...]
@@ -40,7 +42,7 @@ def best(num_heads: int, num_groups: int, loss: Callable[[Group], float]) -> Gro
         return known[group]
 
     size = num_heads // num_groups
-    if math.comb(num_heads, size) <= MOST_SUBSETS:
+    if num_heads <= MOST_HEADS and math.comb(num_heads, size) <= MOST_SUBSETS:
         return _exact(tuple(range(num_heads)), size, cached, {})[1]
     generator = torch.Generator().manual_seed(0)
     starts = [list(range(num_heads))]

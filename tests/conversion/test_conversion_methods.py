@@ -259,6 +259,18 @@ def test_the_best_grouping_weighs_keys_and_values_by_their_shares() -> None:
         assert abs(losses[0](range(6)) - whole.key_loss - whole.value_loss) <= 1e-9
 
 
+@pytest.mark.parametrize("rope", [None, Rope("half", 4), Rope("interleaved", 2)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_the_search_of_groups_takes_for_a_loss_is_what_merging_loses(rope: Rope | None, bias: bool) -> None:
+    """Of any group, whatever is rotated, and whether constants move into a bias of the output."""
+    heads, x = random_heads(7, kv_heads=6, rope=rope, output_bias=bias)
+    loss_of = group_loss(heads, moment(x), "pca", "pca")
+    for groups in ([[0, 3], [1, 5], [2, 4]], [[0, 2, 5], [1, 3, 4]], [[0, 1, 2, 3, 4, 5]]):
+        merged = merge(heads, groups, moment(x), "pca", "pca")
+        want = merged.key_loss + merged.value_loss
+        assert sum(map(loss_of, groups)) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
 def test_a_plan_prints_changes_nothing_and_is_applied_once() -> None:
     model = build("llama")
     with unchanged(model):

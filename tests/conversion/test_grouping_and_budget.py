@@ -64,6 +64,12 @@ def test_grouping_of_many_heads_by_swaps() -> None:
     assert planted in [set(g) for g in found] and sum(map(price, found)) == 0
 
 
+def test_many_heads_in_pairs_are_grouped_by_swaps() -> None:
+    """32 heads have more sets of heads than can be gone through, though few pairs."""
+    found = grouping.best(32, 16, lambda pair: abs((pair[1] - pair[0]) % 32 - 16))
+    assert found == [(head, head + 16) for head in range(16)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), total=st.integers(3, 12))
 def test_budget_against_all_choices(seed: int, total: int) -> None:

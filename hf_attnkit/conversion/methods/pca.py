@@ -17,6 +17,8 @@ rotation, or where there is an output bias, the mean of x costs nothing and S is
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def key(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     plain = rotary.not_rotated(heads)
     if plain:
         rows = heads.query[:, :, plain]
-        metric = torch.einsum("gqem,gqfm->gef", times(rows, of_queries), rows)
+        metric = _metric(rows, of_queries)
         moment = covariance(second_moment) if heads.shifts_cancel else second_moment
         shared[plain], maps = _low_rank(heads.key[:, plain], metric, moment)
         query[:, :, plain] = torch.einsum("gef,gqem->gqfm", maps, rows)
@@ -53,6 +55,50 @@ def value(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Tensor]:
     metric = torch.einsum("gqme,gqmf->gef", heads.output, heads.output)
     shared, maps = _low_rank(heads.value, metric, covariance(second_moment) if heads.output_bias else second_moment)
     return shared, torch.einsum("gqme,gef->gqmf", heads.output, maps)
+
+
+def key_lost(heads: Heads, second_moment: Tensor) -> Callable[[Sequence[int]], float]:
+    """The energy of scores that `key` loses for a group of these heads, as a function of their numbers.
+
+    It is what the shared head's rank leaves of the group's spectrum. One Gram matrix of all heads holds every group's.
+    """
+    of_queries = second_moment if heads.query_moment is None else heads.query_moment
+    parts: list[Callable[[list[int]], float]] = []
+    if heads.rope is not None:
+        pairs = heads.rope.pairs()
+        rows = rotary.complex_rows(heads.query, pairs)
+        weighted = rotary.complex_rows(heads.key, pairs) * _weight(rows, of_queries)[..., None]
+        hermitian = _between(weighted, second_moment)
+        # The mean of cos^2 over all angles.
+        parts.append(lambda members: _discarded(hermitian[:, members][:, :, members], 1) / 2)
+    plain = rotary.not_rotated(heads)
+    if plain:
+        rows = heads.query[:, :, plain]
+        moment = covariance(second_moment) if heads.shifts_cancel else second_moment
+        parts.append(_low_rank_lost(heads.key[:, plain], _metric(rows, of_queries), moment))
+    return lambda members: sum(part(list(members)) for part in parts)
+
+
+def value_lost(heads: Heads, second_moment: Tensor) -> Callable[[Sequence[int]], float]:
+    """The same of outputs, which `value` loses."""
+    moment = covariance(second_moment) if heads.output_bias else second_moment
+    lost = _low_rank_lost(heads.value, torch.einsum("gqme,gqmf->gef", heads.output, heads.output), moment)
+    return lambda members: lost(list(members))
+
+
+def _low_rank_lost(heads: Tensor, metric: Tensor, moment: Tensor) -> Callable[[list[int]], float]:
+    """The least that `_low_rank` minimises, of some of the heads `(G, d, m)`."""
+    roots = torch.stack([_roots(matrix)[0] for matrix in metric])
+    stacked = (roots @ heads).flatten(0, 1)
+    count, size = heads.shape[:2]
+    gram = (times(stacked, moment) @ stacked.T).view(count, size, count, size)
+    return lambda members: _discarded(gram[members][:, :, members].reshape(len(members) * size, -1), size)
+
+
+def _discarded(matrix: Tensor, rank: int) -> float:
+    """The sum of all but the largest eigenvalues of Hermitian matrices `(..., n, n)`."""
+    values = torch.linalg.eigvalsh((matrix + matrix.mH) / 2)[..., :-rank]
+    return float(values.clamp(min=0).sum())
 
 
 def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,18 +114,32 @@ def _low_rank(heads: Tensor, metric: Tensor, moment: Tensor) -> tuple[Tensor, Te
 
 def _rank_one(key: Tensor, query: Tensor, moment: Tensor, of_queries: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `(f, m)` and factors `(c, f)`, key_c ~ factor_c * row, for keys `(c, f, m)` and queries `(c, q, f, m)`."""
-    energy = torch.stack([(times(head, of_queries) * head.conj()).real.sum((0, 2)) for head in query])
-    # A head without queries at a pair has no say there, and must not divide by zero.
-    weight = energy.clamp(min=torch.finfo(energy.dtype).tiny ** 0.5).sqrt()
+    weight = _weight(query, of_queries)
     weighted = key * weight[..., None]
-    hermitian = torch.einsum("cfm,efm->fce", times(weighted, moment), weighted.conj())
-    top = _eigenvectors(hermitian)[..., -1]
+    top = _eigenvectors(_between(weighted, moment))[..., -1]
     rows = torch.einsum("fc,cfm->fm", top.conj(), weighted)
     factors = top.T / weight
     # A scale of its own for each pair: the shared row is as long as the old ones are on average.
     scale = torch.linalg.vector_norm(key, dim=-1).mean(0) / torch.linalg.vector_norm(rows, dim=-1).clamp(min=1e-300)
     scale = torch.where(scale > 0, scale, 1.0)
     return rows * scale[:, None], factors / scale
+
+
+def _metric(query: Tensor, of_queries: Tensor) -> Tensor:
+    """`(c, d, d)`: what an error of each component of a key does to the scores, of queries `(c, q, d, m)`."""
+    return torch.einsum("gqem,gqfm->gef", times(query, of_queries), query)
+
+
+def _weight(query: Tensor, of_queries: Tensor) -> Tensor:
+    """`(c, f)`: the same of rotated pairs, whose components turn into each other; queries `(c, q, f, m)`, complex."""
+    energy = torch.stack([(times(head, of_queries) * head.conj()).real.sum((0, 2)) for head in query])
+    # A head without queries at a pair has no say there, and must not divide by zero.
+    return energy.clamp(min=torch.finfo(energy.dtype).tiny ** 0.5).sqrt()
+
+
+def _between(rows: Tensor, moment: Tensor) -> Tensor:
+    """`(f, c, c)`: products of the rows `(c, f, m)` of any two heads at each pair."""
+    return torch.einsum("cfm,efm->fce", times(rows, moment), rows.conj())
 
 
 def _balanced(shared: Tensor, maps: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:

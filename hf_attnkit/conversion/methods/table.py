@@ -5,8 +5,10 @@ A method is a file with two functions over one group of heads (shapes in `heads`
     key(heads, S)   -> new queries (c, q, d, m + 1), shared key (d, m + 1)
     value(heads, S) -> shared value (d, m + 1), new output projections (c, q, M, d)
 
-and two flags: `TRANSFORMS` if keys and values get another basis, so that queries and output projections
+and flags: `TRANSFORMS` if keys and values get another basis, so that queries and output projections
 change with them (without it a method returns those that it was given); `USES_STATISTICS` if S matters.
+A method that knows what a group loses without merging it may say so, for the search of groups: `key_lost(heads, S)` and
+`value_lost(heads, S)` give functions of the heads' numbers.
 """
 
 from __future__ import annotations
@@ -116,18 +118,19 @@ def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str
     The share of the layer's energy of scores and that of outputs, added: energies themselves have different units.
     """
     second_moment, heads = _on_device(heads, second_moment)
+    of_values = second_moment if heads.value_moment is None else heads.value_moment
+    by_keys, by_values = METHODS[key_method], METHODS[method]
+    each = [_merge_group(heads.group([head]), second_moment, "first", "first") for head in range(len(heads.key))]
+    keys, values = (max(sum(energies), 1e-300) for energies in zip(*(part.energies for part in each), strict=True))
 
-    def merged(members: Sequence[int]) -> _Part:
-        return _merge_group(heads.group(members), second_moment, method, key_method)
+    def lost(members: Sequence[int]) -> tuple[float, float]:
+        part = _merge_group(heads.group(members), second_moment, method, key_method)
+        return part.key_energy[0], part.value_energy[0]
 
-    each = [merged([head]) for head in range(len(heads.key))]
-    keys, values = sum(part.key_energy[1] for part in each), sum(part.value_energy[1] for part in each)
-
-    def loss_of(members: Sequence[int]) -> float:
-        part = merged(members)
-        return part.key_energy[0] / max(keys, 1e-300) + part.value_energy[0] / max(values, 1e-300)
-
-    return loss_of
+    if not (hasattr(by_keys, "key_lost") and hasattr(by_values, "value_lost")):
+        return lambda members: sum(x / y for x, y in zip(lost(members), (keys, values), strict=True))
+    key_lost, value_lost = by_keys.key_lost(heads, second_moment), by_values.value_lost(heads, of_values)
+    return lambda members: float(key_lost(members) / keys + value_lost(members) / values)
 
 
 class _Part(NamedTuple):
@@ -140,6 +143,10 @@ class _Part(NamedTuple):
     constant: Tensor | None
     key_energy: tuple[float, float]
     value_energy: tuple[float, float]
+
+    @property
+    def energies(self) -> tuple[float, float]:
+        return self.key_energy[1], self.value_energy[1]
 
 
 def _merge_group(group: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:

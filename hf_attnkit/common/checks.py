@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +115,8 @@ def _message(value: Any, name: str, constraint: str, why: str) -> str:
 
 
 def _as_int(value: Any) -> int | None:
-    # A bool of torch has an index too.
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype is torch.bool or value.dim())):
+    # A bool of torch has an index too, and so has NumPy's before 2.3.
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and (value.dtype is torch.bool or value.dim())):
         return None
     try:
         return operator.index(value)

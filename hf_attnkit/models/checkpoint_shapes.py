@@ -1,6 +1,6 @@
 """The shapes of a checkpoint's tensors, by the names that a model gives them, and a model's parameters made so.
 
-Relied on of Transformers, which promises none of it (so it is in 5.15 to 5.23): `from_pretrained` builds the model on
+Relied on of Transformers, which promises none of it (so it is in 5.21 to 5.23): `from_pretrained` builds the model on
 the meta device and then calls the class's `_load_pretrained_model` once, before any weight is given memory, with the
 model, its files (or tensors) and a `load_config` whose `weight_mapping` is how names and tensors are converted; and
 `rename_source_key` says by which of these conversions a tensor goes where. `loading_arguments` refuses another form.

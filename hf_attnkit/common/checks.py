@@ -116,7 +116,9 @@ def _message(value: Any, name: str, constraint: str, why: str) -> str:
 
 def _as_int(value: Any) -> int | None:
     # A bool of torch has an index too, and so has NumPy's before 2.3.
-    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and (value.dtype is torch.bool or value.dim())):
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    if isinstance(value, Tensor) and (value.dtype is torch.bool or value.dim()):
         return None
     try:
         return operator.index(value)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -43,11 +40,10 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if not has_cache(module) or (config is not None and config._attn_implementation != NAME):
         return None  # or another implementation runs for a while
     kind: Kind = getattr(module, ATTRIBUTE)
-    cache = kwargs.get("past_key_values")
-    if cache is None and args:
-        cache = dict(zip(_arguments(type(module).forward), args, strict=False)).get("past_key_values")
+    # By what it is: the argument is past_key_values up to Transformers 5.23, and cache from 5.24 on.
+    cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
     cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if not isinstance(cache, Cache) or not _is_causal(module, kwargs):
+    if cache is None or not _is_causal(module, kwargs):
         return None
     index: int = module.layer_idx  # type: ignore[assignment]
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
@@ -95,8 +91,3 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     """Whether later tokens leave earlier ones as they are: what a cache that forgets keys relies on."""
     is_causal = kwargs.get("is_causal")
     return bool(getattr(module, "is_causal", True)) if is_causal is None else bool(is_causal)
-
-
-@functools.cache
-def _arguments(forward: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(forward).parameters)[1:]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
 from hf_attnkit.attention.kind import ATTRIBUTE, Kind, Stock
@@ -146,13 +147,13 @@ def _apart(
     if obstacle:
         raise ValueError(
             f"position_ids restart within a row, so it holds several documents, and with {obstacle} they would attend "
-            "to each other; for packed rows give neither an attention_mask nor past_key_values, and use_cache=False"
+            "to each other; for packed rows give neither an attention_mask nor a cache, and use_cache=False"
         )
     return (args, kwargs | {"use_cache": False}) if "use_cache" in _arguments(type(model).forward) else None
 
 
 def _asks_for_cache(given: dict[str, Any]) -> bool:
-    return given.get("past_key_values") is not None or bool(given.get("use_cache"))
+    return any(isinstance(value, Cache) for value in given.values()) or bool(given.get("use_cache"))
 
 
 @functools.cache

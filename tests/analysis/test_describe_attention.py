@@ -156,8 +156,8 @@ def layers_alike(model: PreTrainedModel, a: AttentionRow, b: AttentionRow) -> bo
     [
         ("olmo2", "prune", "q_norm.weight"),
         ("olmo2", "convert", "q_norm.weight"),
-        ("gptj", "swap", "never calls"),
-        ("gptj", "score", "not by entropy"),
+        ("bloom", "swap", "never calls"),
+        ("bloom", "score", "not by entropy"),
         ("deepseek_v3", "convert", "latent attention"),
     ],
 )

@@ -32,7 +32,6 @@ def attentions(model_type: str) -> tuple[Attention, ...]:
         ("vit", {"is_causal": False, "num_heads": 4}),
         ("deepseek_v3", {"head_dim": 16, "value_head_dim": 8}),
         ("gpt2", {"output": "transformer.h.0.attn.c_proj"}),
-        ("gptj", {"calls_interface": False, "output": "transformer.h.0.attn.out_proj"}),
         ("deberta-v2", {"calls_interface": False, "output": "deberta.encoder.layer.0.attention.output.dense"}),
     ],
 )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks import decode as benchmark_decode
 from benchmarks.decode import decode_step, filled_cache, held_bytes
 from support.models import build
+from torch import nn
+from transformers import Cache
 
 from hf_attnkit import cache_bytes_per_token
 
@@ -20,9 +23,11 @@ def test_steps_behind_a_full_cache_are_alike() -> None:
     cache = filled_cache(model, 10)
     assert held_bytes(cache) == 10 * cache_bytes_per_token(model)
     lengths: list[int] = []
-    model.model.layers[0].self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
-    )
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        lengths.extend(given.get_seq_length() for given in kwargs.values() if isinstance(given, Cache))
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(note, with_kwargs=True)
     step = decode_step(model, cache)
     for _ in range(3):
         step()

@@ -17,12 +17,17 @@ from hf_attnkit.models.owners import Ownership
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What one attention keeps."""
+    """What one attention keeps.
+
+    Attributes:
+        empties: whether all of its heads go; `heads` is then the one that stays as a stand-in, with weights of zero.
+    """
 
     attention: Attention
     owned: Ownership
     heads: tuple[int, ...]
     key_value_heads: tuple[int, ...]
+    empties: bool = False
 
     @property
     def before(self) -> tuple[int, int]:
@@ -31,6 +36,11 @@ class CutPlan:
     @property
     def after(self) -> tuple[int, int]:
         return len(self.heads), len(self.key_value_heads)
+
+    @property
+    def gone(self) -> list[int]:
+        """Heads that go."""
+        return [head for head in range(self.attention.num_heads) if self.empties or head not in self.heads]
 
     def by_role(self) -> dict[str, list[int]]:
         """Heads that stay, as they arrive, by role."""
@@ -53,8 +63,8 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
     if attention.calls_per_forward > 1:
         raise ValueError(f"{name}: it attends {attention.calls_per_forward} times in one forward pass")
     heads = tuple(head for head in range(number) if head not in gone)
-    if not heads:
-        raise ValueError(f"{name}: all {number} heads would go; leave one")
+    empties = not heads
+    heads = heads or (0,)
     sizes: dict[int, int] = {}
     for head in heads:
         key = owned.key_head_of(head, number)
@@ -65,7 +75,7 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
             f"leave groups of {[sizes.get(g, 0) for g in range(owned.num_key_value_heads)]}; remove whole groups, or "
             "the same number of heads from each group"
         )
-    return CutPlan(attention, owned, heads, tuple(sorted(sizes)))
+    return CutPlan(attention, owned, heads, tuple(sorted(sizes)), empties)
 
 
 def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
@@ -104,27 +114,30 @@ def require_same_heads(plans: Sequence[CutPlan], attentions: Sequence[Attention]
         if bias is None or bias.problem:
             continue
         if any(kept.get(user, tuple(range(plan.attention.num_heads))) != plan.heads for user in bias.users):
-            gone = [head for head in range(plan.attention.num_heads) if head not in plan.heads]
             others = ", ".join(attentions[user].path for user in bias.users)
             raise ValueError(
                 f"{plan.attention.path}: {bias.name} makes a bias of the scores for each head, which is one for "
-                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, gone)}"
+                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, plan.gone)}"
             )
 
 
 def parts_of_one_matrix(plan: CutPlan) -> tuple[list[int], list[int]]:
     """Sizes of query, key and value, before and after, of a matrix that makes them one after the other; else empty."""
-    for name, owners in plan.owned.owned.items():
+    for name, owners in plan.owned.reached.items():
         rows = {role: each for role, each in owners.rows.items() if role in ("query", "key", "value")}
-        if name not in plan.owned.matrices or len(rows) < 2:
+        if not name.endswith("weight") or len(rows) < 2 or not all(each.any() for each in rows.values()):
             continue
         used = {role: each.any(0).nonzero()[:, 0] for role, each in rows.items()}
         order = sorted(used, key=lambda role: int(used[role][0]))
         if any(int(used[role][-1]) - int(used[role][0]) + 1 != len(used[role]) for role in order):
             continue
         heads = plan.by_role()
-        after = [int(rows[role][heads[role]].any(0).sum()) for role in order]
-        return [len(used[role]) for role in order], after
+        before, after = (
+            [len(used[role]) for role in order],
+            [int(rows[role][heads[role]].any(0).sum()) for role in order],
+        )
+        if before != after:
+            return before, after
     return [], []
 
 

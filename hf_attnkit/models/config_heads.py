@@ -1,10 +1,7 @@
 """Numbers of heads in configs: Transformers' own fields, and `per_layer_config` where layers differ.
 
-A layer may have lost all of its heads. Transformers' attention classes cannot run without one: they shape by
-`view(*shape, -1, head_dim)`, which has no answer for zero elements, and the cache takes its length from the keys of
-layer 0. So such a layer keeps a stand-in, one head whose weights are zero: it adds nothing, gets no gradient, and
-runs, caches, saves and loads as any head does. The config counts it as one head, and names the layer in
-`layers_without_heads`.
+A layer may have lost all of its heads and keep a stand-in (see `without_heads`). The config counts that as one head, and
+names the layer in `layers_without_heads`.
 """
 
 from __future__ import annotations

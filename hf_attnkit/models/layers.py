@@ -20,10 +20,11 @@ from hf_attnkit.models.families import FAMILIES, Family, Stack, family_of, requi
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.rotary_pairs import Rope
+from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers",
            "in_running_order", "in_table", "output_of", "ownership_of", "present_stacks", "projected_layers",
-           "scored_layers", "weight_of"]  # fmt: skip
+           "scored_layers", "weight_of", "without_heads"]  # fmt: skip
 
 
 def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
@@ -100,7 +101,15 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     if None in outputs:  # something lies between: only gradients tell
         with suppress(ValueError):  # one that does not run alone; only scores need its output
             outputs = [own.output for own in known.owned(model)]
-    return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+    layers = [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+    for layer in layers:
+        weight = getattr(layer.output, "weight", None) if layer.is_empty else None
+        if isinstance(weight, Tensor) and not weight.is_meta and weight.any():
+            raise ValueError(
+                f"{layer.name}: the config says that it has no heads, but its attention adds more than a bias; make "
+                "the weight of its output projection zero again"
+            )
+    return layers
 
 
 def in_running_order(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
@@ -165,6 +174,7 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         position_bias=attention.position_bias,
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
+        is_empty=has_no_heads(attention.module),
         attention=attention,
         padding=_fitting(model, padding := _padding(model, attention.path), attention.lengths[0]),
         key_padding=_fitting(model, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
@@ -208,6 +218,13 @@ def scored_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     layers = attention_layers(model)
     known.require_runnable(model)
     return layers
+
+
+def without_heads(model: PreTrainedModel, attentions: Sequence[Attention]) -> frozenset[int]:
+    """Numbers of the attentions whose one head is a stand-in."""
+    if in_table(model):
+        return layers_without_heads(model.config)
+    return frozenset(each.index for each in attentions if has_no_heads(each.module))
 
 
 def output_of(layer: AttentionLayer) -> nn.Module:

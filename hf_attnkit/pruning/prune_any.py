@@ -16,6 +16,7 @@ from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.known import probe_of
 from hf_attnkit.models.layers import discovered_layers
 from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.refit import refit_layers
@@ -44,9 +45,15 @@ def prune_discovered(
     removed = by_index(heads, found.attentions)
     if not removed:
         raise ValueError("no head to remove: heads is empty")
+    for index, given in removed.items():
+        if has_no_heads(found.attentions[index].module):
+            raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
     require_nothing_learned_by([found.attentions[index] for index in removed])
     owned = ownerships(model, found.attentions)
-    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
+    before = [
+        (0, 0) if has_no_heads(each.module) else (each.num_heads, own.num_key_value_heads)
+        for each, own in zip(found.attentions, owned, strict=True)
+    ]
     cut = cut_heads(model, removed, found, owned)
     try:
         save_cut(model, found, owned, cut, before)

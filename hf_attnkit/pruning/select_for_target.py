@@ -106,7 +106,7 @@ def parameter_share(
     removed = 0
     for layer in layers:
         kept = [head for head in layer.heads if head not in heads.get(layer.index, ())]
-        # A layer without heads keeps a stand-in, see `models.config_heads`.
+        # A layer without heads keeps a stand-in, see `models.without_heads`.
         query_heads = layer.num_heads - max(len(kept), 1)
         groups = layer.num_key_value_heads - max(len({head // layer.group_size for head in kept}), 1)
         width = layer.query.in_features + (layer.query.bias is not None)

@@ -110,7 +110,6 @@ def test_the_report() -> None:
         ({5: [0]}, "layer 5"),
         ({0: [7]}, "head 7"),
         ({0: [0, 0]}, "twice"),
-        ({0: [0, 1, 2, 3]}, "leave one"),
         ({}, "no head to remove"),
         ({True: [0]}, "True"),
     ],

@@ -105,7 +105,9 @@ class OwnedChange:
             ValueError: for parameters that another module uses too, an attention that does not run with fewer heads,
                 or a model that then gives something else than it should.
         """
-        model, found, owned = self.model, discover(self.model, known.probe_of(self.model)), known.owned(self.model)
+        model, owned = self.model, known.owned(self.model)
+        with known.transformers_attention(model):
+            found = discover(model, known.probe_of(model))
         by_index = list(zip(found.attentions, owned, strict=True))
         plans = {one.layer.index: one.plan(*by_index[one.layer.index]) for one in self._merges}
         require_own_parameters(model, list(plans.values()))

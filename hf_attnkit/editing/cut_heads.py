@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_attnkit.attention.kind import KEPT
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.alone import Alone
 from hf_attnkit.editing.cut_parameters import cut_parameters, cut_shared
@@ -37,6 +38,7 @@ from hf_attnkit.editing.stand_in import blank
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models.attention import Attention, given_by_head
 from hf_attnkit.models.discovery import Discovery, quiet
+from hf_attnkit.models.known import transformers_attention
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.without_heads import HEADS_LEFT
@@ -81,7 +83,7 @@ def cut_heads(
 
     Args:
         removed: by the attention's index in `discovery`, the heads.
-        discovery: of this model as it is.
+        discovery: of this model as it is, made under `known.transformers_attention`.
         owned: what belongs to heads, as of `ownerships(model, discovery.attentions)`.
 
     Raises:
@@ -90,7 +92,9 @@ def cut_heads(
             with these heads zeroed. The model is then unchanged.
     """
     attentions = discovery.attentions
-    owned = ownerships(model, attentions) if owned is None else owned
+    if owned is None:
+        with transformers_attention(model):
+            owned = ownerships(model, attentions)
     plans = [
         plan_cut(attentions[in_range(index, len(attentions), "attention")], owned[index], heads)
         for index, heads in removed.items()
@@ -119,12 +123,13 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     groups: dict[tuple[Any, ...], list[CutPlan]] = {}
     for plan in plans:
         groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
-    before = [_Uncut(model, alike) for alike in groups.values()]
-    for uncut in before:
-        uncut.cut(cut.steps)
-    cut_shared(model, plans, cut.steps)
-    for uncut in before:
-        _settle(model, uncut, uniform, cut)
+    with transformers_attention(model):  # under which the modules' inputs were noted
+        before = [_Uncut(model, alike) for alike in groups.values()]
+        for uncut in before:
+            uncut.cut(cut.steps)
+        cut_shared(model, plans, cut.steps)
+        for uncut in before:
+            _settle(model, uncut, uniform, cut)
     for plan in plans:
         if plan.empties:
             blank(model, plan, cut.steps)
@@ -228,5 +233,7 @@ def _follow(
             cut.steps.set(module, name, value)
             given[name] = value
         cut.steps.set(module, HEADS_LEFT, plan.after[0])
+        if KEPT in module.__dict__:  # learned by a kind that ran before, for the heads before
+            cut.steps.drop(module, KEPT)
         cut.numbers[plan.attention.path] = given
         cut.heads[plan.attention.index] = plan.after

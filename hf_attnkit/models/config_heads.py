@@ -1,7 +1,7 @@
 """Numbers of heads in configs: Transformers' own fields, and `per_layer_config` where layers differ.
 
-A layer may have lost all of its heads and keep a stand-in (see `without_heads`). The config counts that as one head, and
-names the layer in `layers_without_heads`.
+A layer may have lost all of its heads and keep a stand-in (see `without_heads`). The config counts that as one head,
+and names the layer in `layers_without_heads`.
 """
 
 from __future__ import annotations

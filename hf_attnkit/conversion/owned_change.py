@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.kind import KEPT
 from hf_attnkit.conversion import heads as of_layer
 from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.same_outputs import SameOutputs
@@ -120,6 +121,8 @@ class OwnedChange:
                 for module in (layer.output, layer.query):
                     if module is not None:
                         cut.steps.keep(module)
+                if KEPT in layer.module.__dict__:  # learned by a kind that ran before, for heads in another basis
+                    cut.steps.drop(layer.module, KEPT)
             edits = projections.whole([edit for one in self._merges for edit in one.edits])
             for edit in edits:
                 cut.steps.keep(edit.linear)

@@ -23,8 +23,8 @@ from hf_attnkit.models.rotary_pairs import Rope
 from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers",
-           "in_running_order", "in_table", "output_of", "ownership_of", "present_stacks", "projected_layers",
-           "scored_layers", "weight_of", "without_heads"]  # fmt: skip
+           "in_running_order", "in_table", "layers_sharing_a_bias", "output_of", "ownership_of", "present_stacks",
+           "projected_layers", "scored_layers", "weight_of", "without_heads"]  # fmt: skip
 
 
 def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
@@ -225,6 +225,18 @@ def without_heads(model: PreTrainedModel, attentions: Sequence[Attention]) -> fr
     if in_table(model):
         return layers_without_heads(model.config)
     return frozenset(each.index for each in attentions if has_no_heads(each.module))
+
+
+def layers_sharing_a_bias(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """Numbers of layers that share a bias of the scores, head by head, and so can only lose the same heads.
+
+    Raises:
+        TypeError, ValueError: as `discover`.
+    """
+    if in_table(model) and not family_of(model, adapters=True).position_bias:
+        return []
+    biases = [each.bias for each in known.known(model).attentions if each.bias is not None]
+    return list(dict.fromkeys(bias.users for bias in biases if len(bias.users) > 1))
 
 
 def output_of(layer: AttentionLayer) -> nn.Module:

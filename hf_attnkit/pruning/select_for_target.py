@@ -70,7 +70,7 @@ def select_for_target(
     inputs = [to_device(batch, model) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
-    units = units_of(importance, groups=groups, model=model)
+    _, units = units_of(importance, groups=groups, model=model)
     steps = _steps([removable(row, min_heads) for row in units], per_layer)
 
     def selection(count: int) -> dict[int, list[int]]:

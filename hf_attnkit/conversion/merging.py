@@ -51,6 +51,11 @@ class Merging:
                 f"layers {empty} have no heads left, so there are none to merge; convert first, and remove all heads "
                 "of a layer after"
             )
+        if all(layer.refusal for layer in layers):
+            raise ValueError(
+                f"{layers[0].name}: key/value heads cannot be merged, by any method and grouping: {layers[0].refusal}; "
+                "its heads can be scored and removed (prune_heads)"
+            )
         for layer in layers:
             if layer.attention is None and (between := norms_per_head(layer)):
                 raise ValueError(

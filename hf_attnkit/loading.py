@@ -148,8 +148,8 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
         )
     if model.config.model_type not in FAMILIES:
         return
-    stacks = FAMILIES[model.config.model_type].stacks
-    paths = {getattr(stack, name) for stack in stacks for name in ("query", "key", "value", "output")}
+    family = FAMILIES[model.config.model_type]
+    paths = {getattr(family, name) for name in ("query", "key", "value", "output")}
     lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     lost = sorted(key for key in lost if any(f".{path}." in key for path in paths))
     if lost:

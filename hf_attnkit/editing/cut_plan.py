@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.head_numbers import readable
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.owners import Owners, Ownership
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,26 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
             "the same number of heads from each group"
         )
     return CutPlan(attention, owned, heads, tuple(sorted(sizes)), empties)
+
+
+def parameters_cut(model: nn.Module, plans: Sequence[CutPlan]) -> int:
+    """How many parameters go."""
+    number, shared = 0, {}
+    for plan in plans:
+        parameters, heads = dict(plan.attention.module.named_parameters()), plan.by_role()
+        cut = [(parameters[name], own) for name, own in plan.owned.owned.items() if name in parameters]
+        number += sum(_cut_from(parameter, own, heads) for parameter, own in cut)
+        if plan.owned.output is not None:
+            features = model.get_submodule(plan.owned.output).weight.numel() // plan.attention.num_heads  # type: ignore[operator]
+            number += features * (plan.attention.num_heads - len(plan.heads))
+        for name, own in {} if plan.attention.bias is None else plan.attention.bias.rows.items():
+            shared[name] = _cut_from(model.get_parameter(name), own, heads)
+    return number + sum(shared.values())
+
+
+def _cut_from(parameter: nn.Parameter, owners: Owners, heads: dict[str, list[int]]) -> int:
+    size = parameter.shape[owners.dim]
+    return parameter.numel() // size * (size - len(owners.kept(heads)))
 
 
 def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:

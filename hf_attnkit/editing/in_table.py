@@ -22,10 +22,10 @@ def cut_by_table(model: PreTrainedModel) -> bool:
     if not isinstance(model, PreTrainedModel):
         return True  # which refuses it
     family = FAMILIES.get(model.config.model_type)
-    if family is None or family.fixed or getattr(model.config, "add_cross_attention", False) or is_recorded(model):
+    if family is None or getattr(model.config, "add_cross_attention", False) or is_recorded(model):
         return False
     modules = {name for name, _ in model.base_model.named_modules()}
-    if not any(stack.layers in modules for stack in family.stacks):
+    if family.layers not in modules:
         return False
     return not any(norms_per_head(layer) for layer in attention_layers(model, adapters=True))
 

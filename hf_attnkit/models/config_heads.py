@@ -55,7 +55,7 @@ def read_pruned_heads(config: PreTrainedConfig) -> None:
         return
     where = f"config.pruned_heads={given!r} of Transformers 4"
     family = FAMILIES.get(config.model_type)
-    if family is None or family.fixed or family.has_key_value_heads:
+    if family is None or family.has_key_value_heads:
         raise ValueError(f"{where} cannot be understood for models of type {config.model_type!r}")
     if config.per_layer_config is not None and "per_layer_config" in config.to_diff_dict():
         raise ValueError(f"{where} and per_layer_config are both there; remove the one that does not fit the weights")

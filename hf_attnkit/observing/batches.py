@@ -14,7 +14,7 @@ from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import attention_layers
-from hf_attnkit.models.probe import input_device
+from hf_attnkit.models.sample_inputs import input_device
 from hf_attnkit.models.token_ids import require_known_tokens
 
 # What a batch may carry for a loss.

@@ -37,17 +37,12 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
         adapters: as of `family_of`; the projections may then be PEFT's modules.
 
     Raises:
-        TypeError, ValueError: as `family_of` and `discover`; ValueError for a part of a model of the table.
+        TypeError, ValueError: as `family_of` and `discover`.
     """
     if not in_table(model):
         require_plain(model, adapters=adapters)
         return discovered_layers(model)
     family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
-    if family.layers not in {name for name, _ in model.base_model.named_modules()}:
-        raise ValueError(
-            f"{type(model).__name__} has no layers where models of type {model.config.model_type!r} keep them; pass "
-            "the whole model, not a part of it"
-        )
     layers: list[AttentionLayer] = []
     for index, layer in enumerate(model.base_model.get_submodule(family.layers)):
         num_heads, num_key_value_heads = config_heads(model.config, index)
@@ -64,12 +59,21 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
 
 
 def in_table(model: PreTrainedModel) -> bool:
-    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
+    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know.
+
+    A model with code of its own may call its type as one of the table and keep its layers elsewhere.
+    """
     config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", None) or "")
     # Recorded numbers of heads are of modules that the table does not know to cut.
     recorded = bool((getattr(config, "hf_attnkit", None) or {}).get("heads"))
-    known_type = getattr(config, "model_type", None) in FAMILIES
-    return known_type and not recorded and not getattr(config, "add_cross_attention", False)
+    if family is None or recorded or getattr(config, "add_cross_attention", False):
+        return False
+    try:
+        getattr(model, "base_model", model).get_submodule(family.layers)
+    except AttributeError:
+        return False
+    return True
 
 
 def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:

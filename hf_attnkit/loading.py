@@ -22,7 +22,7 @@ from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
-from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.checkpoint_shapes import loading_arguments, renamed, resize, stored_shapes
@@ -97,7 +97,7 @@ def load_pretrained(
         _align(model)
     if config._attn_implementation == NAME:
         model.config.attn_implementation = NAME  # building consumed it; saving again needs it
-    if in_table(model) and not is_recorded(model):
+    if in_table(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)

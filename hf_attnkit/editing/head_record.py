@@ -52,11 +52,6 @@ def record_of(config: PreTrainedConfig) -> dict[str, Any]:
     return found
 
 
-def is_recorded(model: PreTrainedModel) -> bool:
-    """Whether numbers of heads of the model, or of a part of it, are in such a record."""
-    return any(record_of(config) for config in configs_in(model.config))
-
-
 def is_marked(model: PreTrainedModel) -> bool:
     """Whether heads of the model, or of a part of it, were changed by what they own, recorded or not."""
     return any("heads" in (getattr(config, KEY, None) or {}) for config in configs_in(model.config))

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.kind import PARAMETERS
-from hf_attnkit.editing.head_record import is_recorded
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import running_inputs
@@ -20,9 +19,7 @@ def cut_by_table(model: PreTrainedModel) -> bool:
     """Whether the table of families knows all that belongs to the model's heads."""
     if not isinstance(model, PreTrainedModel):
         return True  # which refuses it
-    if not in_table(model) or is_recorded(model):
-        return False
-    return not any(norms_per_head(layer) for layer in attention_layers(model, adapters=True))
+    return in_table(model) and not any(norms_per_head(layer) for layer in attention_layers(model, adapters=True))
 
 
 def norms_per_head(layer: AttentionLayer) -> list[str]:

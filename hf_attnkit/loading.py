@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -21,12 +22,11 @@ from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
-from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, is_recorded
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked
 from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.models.attributes import set_attributes
 from hf_attnkit.models.checkpoint_shapes import loading_arguments, renamed, resize, stored_shapes
 from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
-from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.global_reads import expect_global_reads
 from hf_attnkit.models.layers import attention_layers, in_table
 
@@ -97,7 +97,7 @@ def load_pretrained(
         _align(model)
     if config._attn_implementation == NAME:
         model.config.attn_implementation = NAME  # building consumed it; saving again needs it
-    if in_table(model) and not is_recorded(model):
+    if in_table(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
@@ -146,12 +146,8 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
             f"the checkpoint lacks {len(absent)} tensors that its swapped attention learned, {absent[0]!r} among them; "
             "it was not saved completely"
         )
-    if model.config.model_type not in FAMILIES:
-        return
-    stacks = FAMILIES[model.config.model_type].stacks
-    paths = {getattr(stack, name) for stack in stacks for name in ("query", "key", "value", "output")}
-    lost = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
-    lost = sorted(key for key in lost if any(f".{path}." in key for path in paths))
+    lost = sorted(entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
+    lost = [key for key in lost if key.startswith(_attention_paths(model))] if lost else []
     if lost:
         raise ValueError(
             f"{len(lost)} attention projections, {lost[0]!r} among them, do not have the sizes that the config asks "
@@ -159,10 +155,19 @@ def _require_attention_weights(model: PreTrainedModel, info: dict[str, Any]) -> 
         )
 
 
+def _attention_paths(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of parameters of attention begin; of nothing in a model whose attention cannot be found."""
+    with suppress(ValueError):
+        parts = {id(each) for layer in attention_layers(model) for each in (layer.module, layer.output)}
+        return tuple(f"{path}." for path, module in model.named_modules() if id(module) in parts)
+    return ()
+
+
 def _describe(config: PreTrainedConfig) -> str:
-    if config.model_type not in FAMILIES:
+    try:
+        heads = {config_heads(config, index) for index in range(config.num_hidden_layers)}
+    except (AttributeError, TypeError):  # other fields say it
         return str(config.model_type)
-    heads = {config_heads(config, index) for index in range(config.num_hidden_layers)}
     return ", ".join(f"{n} query and {kv} key/value heads" for n, kv in sorted(heads, reverse=True))
 
 

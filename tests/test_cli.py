@@ -181,6 +181,8 @@ def test_inspect_says_why_not(tmp_path: Path, run: Any) -> None:
 
 def test_refusals_are_one_line(tmp_path: Path, run: Any) -> None:
     small_model("fnet").save_pretrained(tmp_path / "fnet")
+    small = tmp_path / "small"
+    small_model("llama").save_pretrained(small)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"model_type": "bert"}')
     verbosity = logging.get_verbosity()
@@ -189,6 +191,10 @@ def test_refusals_are_one_line(tmp_path: Path, run: Any) -> None:
         (("inspect", tmp_path / "foreign"), "the config names no class"),
         (("inspect", tmp_path / "none"), "none"),
         (("convert", tmp_path / "none", tmp_path / "out"), "none"),
+        (
+            ("convert", small, tmp_path / "out", "--method", "pca", "--statistics", tmp_path / "nofile"),
+            "no file of calibration statistics at",
+        ),
     ]:
         code, printed, errors = run(*arguments)
         assert (code, printed) == (1, "") and word in errors

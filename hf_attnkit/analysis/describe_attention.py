@@ -20,9 +20,8 @@ from hf_attnkit.attention.kind import ATTRIBUTE, Kind
 from hf_attnkit.common.text_table import text_table
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.config_heads import layers_without_heads
 from hf_attnkit.models.discovery import Discovery, discover
-from hf_attnkit.models.layers import in_table
+from hf_attnkit.models.layers import without_heads
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
 
@@ -154,7 +153,7 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
         rotary = _rotary(model, found)
     base = bases(model)
     rows = []
-    empty = layers_without_heads(model.config) if in_table(model) else frozenset()
+    empty = without_heads(model, found.attentions)
     for attention in found.attentions:
         outcome = trials.of(attention)
         pairing, rotated = rotary[signature(attention)]

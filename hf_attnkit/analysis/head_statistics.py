@@ -108,7 +108,7 @@ def head_statistics(
     """Statistics of what every head attends to.
 
     Args:
-        model: a model of a supported family, whatever attention it runs; unchanged.
+        model: any model with attention, whatever attention it runs; unchanged.
         batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
         separator_ids: token ids of separators, such as `tokenizer.sep_token_id`. By default the config's
             `sep_token_id`, else its `eos_token_id`; where it has neither, or the batches hold no token ids, the column

@@ -21,9 +21,8 @@ from hf_attnkit.conversion import convert_to_gqa
 from hf_attnkit.importance import head_importance
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.config_heads import layers_without_heads
 from hf_attnkit.models.discovery import Discovery
-from hf_attnkit.models.layers import in_table
+from hf_attnkit.models.layers import without_heads
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.pruning.prune import prune_heads
@@ -83,7 +82,7 @@ class Trials:
             each.num_key_value_heads if own is None else own.num_key_value_heads
             for each, own in zip(found.attentions, self._owned, strict=True)
         ]
-        self._empty = layers_without_heads(model.config) if in_table(model) else frozenset()
+        self._empty = without_heads(model, found.attentions)
         for index in self._empty:
             self.key_value_heads[index] = 0
         self._outcomes: dict[tuple[Any, ...], dict[str, str]] = {}

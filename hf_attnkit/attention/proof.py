@@ -39,8 +39,7 @@ from hf_attnkit.models import known
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.layers import AttentionLayer, in_table
-from hf_attnkit.models.probe import input_device, probe_inputs
-from hf_attnkit.models.sample_inputs import sample_inputs
+from hf_attnkit.models.sample_inputs import input_device, sample_inputs
 from hf_attnkit.models.tensors import cloned, mapped, tensors_in
 
 FACTOR = 16
@@ -163,10 +162,9 @@ def _inputs(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str,
     if not in_table(model) or known.probe_of(model) is not None:
         yield model, known.known(model).discovery.inputs
         return
-    device, base = input_device(model), model.base_model
-    made = [(runner, inputs) for runner in dict.fromkeys((model, base)) for inputs in sample_inputs(runner)]
-    for runner, inputs in (*made, (base, probe_inputs(model))):
-        yield runner, mapped(inputs, lambda tensor: tensor.to(device))
+    for runner in dict.fromkeys((model, model.base_model)):
+        for inputs in sample_inputs(runner):
+            yield runner, inputs
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:

@@ -6,7 +6,8 @@
 A layer is named by its number in models of the table of families, else by its module's path within the part whose
 config has the entry: the innermost part with a config of its own that is saved inside the model's. So a part that is
 saved alone, and a model one of whose parts was swapped alone, both say what runs. A kind that learns something adds
-the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its options.
+the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its options. Version 0.1 named the layers of
+some other types by number too, see `models.numbered_before`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hf_attnkit.attention.table import make_kind
 from hf_attnkit.common import options as kind_options
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.numbered_before import attentions_by_number, head_numbers
 from hf_attnkit.models.whole import configs_in, enclosing
 
 KEY = "hf_attnkit"
@@ -168,8 +170,14 @@ def _entries(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, str, Seq
             raise ValueError(
                 f"config.{KEY} has version {saved['version']!r} and this is version {VERSION}; update hf_attnkit"
             )
+        paths: dict[int, str] = {}
         for name, entry in saved["layers"].items():
-            yield part, str(name), entry
+            if not str(name).isdecimal() or (modules := attentions_by_number(part)) is None:
+                yield part, str(name), entry
+                continue
+            paths = paths or {id(module): path for path, module in part.named_modules()}
+            module = modules[in_range(int(name), len(modules), "layer")]
+            yield part, paths[id(module)], [*entry, head_numbers(module)]
 
 
 def _module(part: PreTrainedModel, path: str) -> nn.Module:

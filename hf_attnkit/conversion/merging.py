@@ -12,7 +12,6 @@ from hf_attnkit.conversion import grouping as groupings
 from hf_attnkit.conversion.grouping import GROUPINGS, Grouping
 from hf_attnkit.conversion.heads import Heads
 from hf_attnkit.conversion.methods.table import METHODS, Merged, group_loss, merge, transforms, uses_statistics
-from hf_attnkit.editing.in_table import norms_per_head
 from hf_attnkit.models.layers import AttentionLayer
 
 
@@ -51,12 +50,11 @@ class Merging:
                 f"layers {empty} have no heads left, so there are none to merge; convert first, and remove all heads "
                 "of a layer after"
             )
-        for layer in layers:
-            if layer.attention is None and (between := norms_per_head(layer)):
-                raise ValueError(
-                    f"layer {layer.index}: {between[0]} is not the same for all heads and is between projection and "
-                    "scores, so that merged heads would not be what it was trained for; such a model is not converted"
-                )
+        if all(layer.refusal for layer in layers):
+            raise ValueError(
+                f"{layers[0].name}: key/value heads cannot be merged, by any method and grouping: {layers[0].refusal}; "
+                "its heads can be scored and removed (prune_heads)"
+            )
         normed = _normed(layers)
         if normed is not None and transforms(self.key_method):
             names = ", ".join(name for name in METHODS if not transforms(name))

@@ -3,7 +3,8 @@
     1  the model is given the merged heads at full size, each repeated over its group; what it puts out then is noted
     2  all but the first of each group are cut, numbers of heads are found by running, and the result is proven:
        the smaller model puts out what the repeated heads did
-    3  where no head goes, and only bases changed, it must put out what it did before
+    3  layers of which no head goes, and only the basis changed, must give what they did before, one by one (see
+       `same_attention`), and so must the model where all are such
 
 Everything is undone if a step fails.
 """
@@ -17,8 +18,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.kind import KEPT
 from hf_attnkit.conversion import heads as of_layer
 from hf_attnkit.conversion.heads import ABSENT, Heads
+from hf_attnkit.conversion.same_attention import SameAttentions
 from hf_attnkit.conversion.same_outputs import SameOutputs
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
@@ -105,23 +108,36 @@ class OwnedChange:
             ValueError: for parameters that another module uses too, an attention that does not run with fewer heads,
                 or a model that then gives something else than it should.
         """
-        model, found, owned = self.model, discover(self.model, known.probe_of(self.model)), known.owned(self.model)
+        model, owned = self.model, known.owned(self.model)
+        with known.transformers_attention(model):
+            found = discover(model, known.probe_of(model))
         by_index = list(zip(found.attentions, owned, strict=True))
         plans = {one.layer.index: one.plan(*by_index[one.layer.index]) for one in self._merges}
         require_own_parameters(model, list(plans.values()))
         before = [(each.num_heads, own.num_key_value_heads) for each, own in by_index]
         fewer = [one for one in self._merges if one.group_size > 1]
         as_before = None if fewer else SameOutputs(model, found.inputs)
+        alike = SameAttentions(model, [one.layer for one in self._merges if one.group_size == 1], found.attentions)
         cut = CutHeads()
         try:
             for layer in self._layers:  # a refit gives all of them new parameters
                 for module in (layer.output, layer.query):
                     if module is not None:
                         cut.steps.keep(module)
+                if KEPT in layer.module.__dict__:  # learned by a kind that ran before, for heads in another basis
+                    cut.steps.drop(layer.module, KEPT)
             edits = projections.whole([edit for one in self._merges for edit in one.edits])
             for edit in edits:
                 cut.steps.keep(edit.linear)
                 projections.apply(edit)
+            problem = alike.difference()
+            if not problem and as_before is not None:
+                problem = as_before.difference([edit.linear for edit in edits])
+            if problem:
+                raise ValueError(
+                    f"{problem}, though heads got another basis and nothing else: give method='mean', which leaves "
+                    "bases as they are; the model is unchanged"
+                )
             for one in fewer:
                 one.set_group_number(cut)
             if fewer:
@@ -129,11 +145,6 @@ class OwnedChange:
                 for one in fewer:
                     one.note_group_number(cut, found.attentions[one.layer.index].path)
                 save_cut(model, found, owned, cut, before)
-            elif as_before is not None and (problem := as_before.difference([edit.linear for edit in edits])):
-                raise ValueError(
-                    f"{problem}, though heads got another basis and nothing else: give method='mean', which leaves "
-                    "bases as they are; the model is unchanged"
-                )
             yield cut
         except BaseException:
             cut.undo()

@@ -80,6 +80,11 @@ class StatisticsFile:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"there is no file of calibration statistics at {str(path)!r}; write one with Statistics.save or "
+                "recipes/collect_statistics.py"
+            )
         self._reader = Reader(path)
         entries, number = self._reader.entries, (self._reader.metadata or {}).get("num_tokens", "")
         count = sum(name.endswith(".second_moment") for name in entries)

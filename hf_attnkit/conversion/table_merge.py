@@ -4,7 +4,8 @@
     made         k0       | k3            and the model's own way of sharing them
 
 Both must put out the same, within the bound of `editing.proof`. Where no layer gets fewer heads and only bases change,
-the model must put out what it did before, see `same_outputs`.
+the model must put out what it did before, see `same_outputs`; each layer of which that holds must give the same by
+itself, see `same_attention`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from transformers import PreTrainedModel
 
+from hf_attnkit.conversion.same_attention import SameAttentions
 from hf_attnkit.conversion.same_outputs import SameOutputs
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.change import Change, MadeChange
@@ -22,7 +25,8 @@ from hf_attnkit.editing.in_table import proof_of_removal
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models import known
-from hf_attnkit.models.discovery import running_inputs
+from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.discovery import discover, running_inputs
 from hf_attnkit.models.layers import AttentionLayer
 
 
@@ -64,6 +68,20 @@ class TableMerge(Change):
 
     def _proof(self) -> Callable[[], str]:
         """A function that says what is wrong with the changed model, or nothing."""
+        as_many = [
+            layer
+            for layer, own, (_, number) in zip(self._layers, self._of_layers, self.heads, strict=True)
+            if number == layer.num_key_value_heads and any(_is_new(edit) for edit in own)
+        ]
+        attentions: Sequence[Attention] = ()
+        if as_many:
+            with known.transformers_attention(self.model):
+                attentions = discover(self.model, known.probe_of(self.model)).attentions
+        alike, of_model = SameAttentions(self.model, as_many, attentions), self._proof_of_model()
+        return lambda: alike.difference() or of_model()
+
+    def _proof_of_model(self) -> Callable[[], str]:
+        """The same of what the whole model puts out."""
         repeated = [
             _repeated(edit, layer.head_dim)
             for layer, own in zip(self._layers, self._of_layers, strict=True)
@@ -82,6 +100,11 @@ class TableMerge(Change):
             return proof_of_removal(self.model, self._layers, {}, known.probe_of(self.model)).difference
         finally:
             before.back_to()
+
+
+def _is_new(edit: Edit) -> bool:
+    """Whether it changes the weight."""
+    return not torch.equal(edit.weight, edit.linear.weight.detach()[edit.rows])
 
 
 def _repeated(edit: Edit, head_dim: int) -> Edit:

@@ -5,6 +5,8 @@
     numbers of heads                   the attributes (or config fields) that the module reads, see `head_numbers`
     proof                              the pruned model equals the uncut model with these heads zeroed, see `proof`
 
+An attention that loses all of its heads keeps a stand-in, see `models.without_heads`.
+
 Everything is undone if a step fails.
 """
 
@@ -18,6 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_attnkit.attention.kind import KEPT
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.alone import Alone
 from hf_attnkit.editing.cut_parameters import cut_parameters, cut_shared
@@ -31,11 +34,14 @@ from hf_attnkit.editing.cut_plan import (
 )
 from hf_attnkit.editing.head_numbers import Place, candidates, quantities, readable, recorded_reads, settle, unread
 from hf_attnkit.editing.proof import Zeroed
+from hf_attnkit.editing.stand_in import blank
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models.attention import Attention, given_by_head
 from hf_attnkit.models.discovery import Discovery, quiet
+from hf_attnkit.models.known import transformers_attention
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
+from hf_attnkit.models.without_heads import HEADS_LEFT
 
 
 @dataclass
@@ -43,7 +49,7 @@ class CutHeads:
     """Heads that were cut, and how to bring them back.
 
     Attributes:
-        heads: by the attention's index, `(query heads, key/value heads)` that it has now.
+        heads: by the attention's index, `(query heads, key/value heads)` that it has now; (0, 0) where it lost all.
         numbers: by the attention's path, the attributes that were given other numbers (a list of them where one said
             how to split a matrix's output), and how many modules of a list are left.
         config: the fields of configs that the attention reads while it runs: config, name, number before and now.
@@ -77,16 +83,18 @@ def cut_heads(
 
     Args:
         removed: by the attention's index in `discovery`, the heads.
-        discovery: of this model as it is.
+        discovery: of this model as it is, made under `known.transformers_attention`.
         owned: what belongs to heads, as of `ownerships(model, discovery.attentions)`.
 
     Raises:
-        ValueError: for heads that are not there, all heads of an attention, groups that would be unequal, parameters
-            that cannot be cut, an attention that does not run with fewer heads, or a model that then gives something
-            else than the uncut one with these heads zeroed. The model is then unchanged.
+        ValueError: for heads that are not there, groups that would be unequal, parameters that cannot be cut, an
+            attention that does not run with fewer heads, or a model that then gives something else than the uncut one
+            with these heads zeroed. The model is then unchanged.
     """
     attentions = discovery.attentions
-    owned = ownerships(model, attentions) if owned is None else owned
+    if owned is None:
+        with transformers_attention(model):
+            owned = ownerships(model, attentions)
     plans = [
         plan_cut(attentions[in_range(index, len(attentions), "attention")], owned[index], heads)
         for index, heads in removed.items()
@@ -109,18 +117,23 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
     """
     require_same_heads(plans, discovery.attentions)
     uniform = uniform_configs(plans, discovery.attentions)
-    gone = {p.attention.index: [h for h in range(p.before[0]) if h not in p.heads] for p in plans}
+    gone = {p.attention.index: p.gone for p in plans}
     paths = {p.attention.index: p.owned.output for p in plans}
     zeroed = Zeroed(model, [p.attention for p in plans], gone, discovery.inputs, paths)
     groups: dict[tuple[Any, ...], list[CutPlan]] = {}
     for plan in plans:
         groups.setdefault((signature(plan.attention), plan.heads, plan.key_value_heads), []).append(plan)
-    before = [_Uncut(model, alike) for alike in groups.values()]
-    for uncut in before:
-        uncut.cut(cut.steps)
-    cut_shared(model, plans, cut.steps)
-    for uncut in before:
-        _settle(model, uncut, uniform, cut)
+    with transformers_attention(model):  # under which the modules' inputs were noted
+        before = [_Uncut(model, alike) for alike in groups.values()]
+        for uncut in before:
+            uncut.cut(cut.steps)
+        cut_shared(model, plans, cut.steps)
+        for uncut in before:
+            _settle(model, uncut, uniform, cut)
+    for plan in plans:
+        if plan.empties:
+            blank(model, plan, cut.steps)
+            cut.heads[plan.attention.index] = 0, 0
     if problem := zeroed.difference():
         raise ValueError(f"{problem}; the model is unchanged")
 
@@ -219,5 +232,8 @@ def _follow(
         for name, value in others:
             cut.steps.set(module, name, value)
             given[name] = value
+        cut.steps.set(module, HEADS_LEFT, plan.after[0])
+        if KEPT in module.__dict__:  # learned by a kind that ran before, for the heads before
+            cut.steps.drop(module, KEPT)
         cut.numbers[plan.attention.path] = given
         cut.heads[plan.attention.index] = plan.after

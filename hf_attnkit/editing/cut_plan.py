@@ -12,17 +12,22 @@ from transformers import PreTrainedConfig
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.head_numbers import readable
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.owners import Ownership
+from hf_attnkit.models.owners import Owners, Ownership
 
 
 @dataclass(frozen=True)
 class CutPlan:
-    """What one attention keeps."""
+    """What one attention keeps.
+
+    Attributes:
+        empties: whether all of its heads go; `heads` is then the one that stays as a stand-in, with weights of zero.
+    """
 
     attention: Attention
     owned: Ownership
     heads: tuple[int, ...]
     key_value_heads: tuple[int, ...]
+    empties: bool = False
 
     @property
     def before(self) -> tuple[int, int]:
@@ -31,6 +36,11 @@ class CutPlan:
     @property
     def after(self) -> tuple[int, int]:
         return len(self.heads), len(self.key_value_heads)
+
+    @property
+    def gone(self) -> list[int]:
+        """Heads that go."""
+        return [head for head in range(self.attention.num_heads) if self.empties or head not in self.heads]
 
     def by_role(self) -> dict[str, list[int]]:
         """Heads that stay, as they arrive, by role."""
@@ -53,8 +63,8 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
     if attention.calls_per_forward > 1:
         raise ValueError(f"{name}: it attends {attention.calls_per_forward} times in one forward pass")
     heads = tuple(head for head in range(number) if head not in gone)
-    if not heads:
-        raise ValueError(f"{name}: all {number} heads would go; leave one")
+    empties = not heads
+    heads = heads or (0,)
     sizes: dict[int, int] = {}
     for head in heads:
         key = owned.key_head_of(head, number)
@@ -65,7 +75,27 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
             f"leave groups of {[sizes.get(g, 0) for g in range(owned.num_key_value_heads)]}; remove whole groups, or "
             "the same number of heads from each group"
         )
-    return CutPlan(attention, owned, heads, tuple(sorted(sizes)))
+    return CutPlan(attention, owned, heads, tuple(sorted(sizes)), empties)
+
+
+def parameters_cut(model: nn.Module, plans: Sequence[CutPlan]) -> int:
+    """How many parameters go."""
+    number, shared = 0, {}
+    for plan in plans:
+        parameters, heads = dict(plan.attention.module.named_parameters()), plan.by_role()
+        cut = [(parameters[name], own) for name, own in plan.owned.owned.items() if name in parameters]
+        number += sum(_cut_from(parameter, own, heads) for parameter, own in cut)
+        if plan.owned.output is not None:
+            features = model.get_submodule(plan.owned.output).weight.numel() // plan.attention.num_heads  # type: ignore[operator]
+            number += features * (plan.attention.num_heads - len(plan.heads))
+        for name, own in {} if plan.attention.bias is None else plan.attention.bias.rows.items():
+            shared[name] = _cut_from(model.get_parameter(name), own, heads)
+    return number + sum(shared.values())
+
+
+def _cut_from(parameter: nn.Parameter, owners: Owners, heads: dict[str, list[int]]) -> int:
+    size = parameter.shape[owners.dim]
+    return parameter.numel() // size * (size - len(owners.kept(heads)))
 
 
 def require_own_parameters(model: nn.Module, plans: Sequence[CutPlan]) -> None:
@@ -104,27 +134,30 @@ def require_same_heads(plans: Sequence[CutPlan], attentions: Sequence[Attention]
         if bias is None or bias.problem:
             continue
         if any(kept.get(user, tuple(range(plan.attention.num_heads))) != plan.heads for user in bias.users):
-            gone = [head for head in range(plan.attention.num_heads) if head not in plan.heads]
             others = ", ".join(attentions[user].path for user in bias.users)
             raise ValueError(
                 f"{plan.attention.path}: {bias.name} makes a bias of the scores for each head, which is one for "
-                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, gone)}"
+                f"several attentions: {others}. Remove the same heads from all: {dict.fromkeys(bias.users, plan.gone)}"
             )
 
 
 def parts_of_one_matrix(plan: CutPlan) -> tuple[list[int], list[int]]:
     """Sizes of query, key and value, before and after, of a matrix that makes them one after the other; else empty."""
-    for name, owners in plan.owned.owned.items():
+    for name, owners in plan.owned.reached.items():
         rows = {role: each for role, each in owners.rows.items() if role in ("query", "key", "value")}
-        if name not in plan.owned.matrices or len(rows) < 2:
+        if not name.endswith("weight") or len(rows) < 2 or not all(each.any() for each in rows.values()):
             continue
         used = {role: each.any(0).nonzero()[:, 0] for role, each in rows.items()}
         order = sorted(used, key=lambda role: int(used[role][0]))
         if any(int(used[role][-1]) - int(used[role][0]) + 1 != len(used[role]) for role in order):
             continue
         heads = plan.by_role()
-        after = [int(rows[role][heads[role]].any(0).sum()) for role in order]
-        return [len(used[role]) for role in order], after
+        before, after = (
+            [len(used[role]) for role in order],
+            [int(rows[role][heads[role]].any(0).sum()) for role in order],
+        )
+        if before != after:
+            return before, after
     return [], []
 
 

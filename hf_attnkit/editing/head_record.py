@@ -9,10 +9,11 @@
         }
     }
 
-`heads` are query and key/value heads, `numbers` attributes of the module that attends (of a list of modules: how many
-are left), `output` the path of an output projection outside of it, `shared` those of modules that make something for
-its heads and for those of other attentions (MPNet's bias), `config` fields that its forward reads while it runs, before
-and now. Shapes are not recorded: the checkpoint has them.
+`heads` are query and key/value heads (0 and 0 where a stand-in is left, see `models.without_heads`), `numbers`
+attributes of the module that attends (of a list of modules: how many are left), `output` the path of an output
+projection outside of it, `shared` those of modules that make something for its heads and for those of other attentions
+(MPNet's bias), `config` fields that its forward reads while it runs, before and now. Shapes are not recorded: the
+checkpoint has them.
 
 A part of a model that has a config of its own (CLIP's towers, LLaVA's language model) is recorded there, so that it
 loads from the whole as well as by itself. `"attn_implementation": "hf_attnkit"` next to it makes Transformers alone
@@ -30,6 +31,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_attnkit.attention.kind import NAME
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models.whole import configs_in, saved_with
+from hf_attnkit.models.without_heads import HEADS_LEFT
 
 KEY, VERSION = "hf_attnkit", 2
 
@@ -48,11 +50,6 @@ def record_of(config: PreTrainedConfig) -> dict[str, Any]:
             f"config.{KEY} has version {key['version']}, and this hf_attnkit knows up to {VERSION}: install a later one"
         )
     return found
-
-
-def is_recorded(model: PreTrainedModel) -> bool:
-    """Whether numbers of heads of the model, or of a part of it, are in such a record."""
-    return any(record_of(config) for config in configs_in(model.config))
 
 
 def is_marked(model: PreTrainedModel) -> bool:
@@ -200,6 +197,8 @@ def build_as_recorded(model: PreTrainedModel) -> list[str]:
                 raise ValueError(f"config.{KEY} names {path}, which {type(part).__name__} does not have")
             for name, number in layer.get("numbers", {}).items():
                 _give(part.get_submodule(where), name, number)
+            if "heads" in layer:
+                setattr(part.get_submodule(where), HEADS_LEFT, layer["heads"][0])
             layers[where] = dict(layer)
             sized.append(prefix + where)
             if "output" in layer:

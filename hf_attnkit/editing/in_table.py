@@ -9,25 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.kind import PARAMETERS
-from hf_attnkit.editing.head_record import is_recorded
 from hf_attnkit.editing.proof import Zeroed
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import running_inputs
-from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_table
 
 
 def cut_by_table(model: PreTrainedModel) -> bool:
     """Whether the table of families knows all that belongs to the model's heads."""
     if not isinstance(model, PreTrainedModel):
         return True  # which refuses it
-    family = FAMILIES.get(model.config.model_type)
-    if family is None or family.fixed or getattr(model.config, "add_cross_attention", False) or is_recorded(model):
-        return False
-    modules = {name for name, _ in model.base_model.named_modules()}
-    if not any(stack.layers in modules for stack in family.stacks):
-        return False
-    return not any(norms_per_head(layer) for layer in attention_layers(model, adapters=True))
+    return in_table(model) and not any(norms_per_head(layer) for layer in attention_layers(model, adapters=True))
 
 
 def norms_per_head(layer: AttentionLayer) -> list[str]:

@@ -95,8 +95,8 @@ def save_cut(
 
 
 def cache_bytes_of(found: Discovery, numbers: Sequence[tuple[int, int]], itemsize: int) -> int:
-    """Bytes of keys and values per token with these numbers of (query, key/value) heads."""
+    """Bytes of keys and values per token with these numbers of (query, key/value) heads; a stand-in is one."""
     return sum(
-        groups * (each.head_dim + each.value_head_dim) * itemsize
+        max(1, groups) * (each.head_dim + each.value_head_dim) * itemsize
         for each, (_, groups) in zip(found.attentions, numbers, strict=True)
     )

@@ -33,11 +33,13 @@ def into_stock_fields(
 
     Args:
         found: the discovery before the cut.
-        heads: of each attention now: query and key/value heads.
+        heads: of each attention now: query and key/value heads; (0, 0) for a stand-in.
 
     Returns:
         Whether the model is plain now.
     """
+    if (0, 0) in heads:  # no field of Transformers' says that a head is a stand-in
+        return False
     fields = _uniform_fields(model, found, heads)
     if not fields or any(key in (getattr(model.config, KEY, None) or {}) for key in ("layers", "base")):
         return False

@@ -27,11 +27,13 @@ class _Place:
 
     def get(self) -> Any:
         if self.table is not None:
-            return self.table[self.name]
+            return self.table.get(self.name, _ABSENT)
         return getattr(self.owner, self.name, _ABSENT)
 
     def put(self, value: Any) -> None:
-        if self.table is not None:
+        if self.table is not None and value is _ABSENT:
+            del self.table[self.name]
+        elif self.table is not None:
             self.table[self.name] = value
         elif value is _ABSENT:
             delattr(self.owner, self.name)
@@ -60,8 +62,9 @@ class Undo:
 
     def drop(self, owner: Any, name: str) -> None:
         """Take an attribute of the object itself away."""
-        self._steps.append(_Place(owner, name, None, owner.__dict__[name]))
-        delattr(owner, name)
+        # Not by `setattr` when it comes back: a module that is an attribute only would become a part.
+        self._steps.append(_Place(owner, name, owner.__dict__, owner.__dict__[name]))
+        self._steps[-1].put(_ABSENT)
 
     def keep(self, module: nn.Module) -> None:
         """Remember the parameters of a module, which others are to replace: undoing brings them back."""

@@ -25,7 +25,7 @@ def head_gradients(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]],
     its square "fisher".
 
     Args:
-        model: a model of a supported family; unchanged.
+        model: any model with attention; unchanged.
         batches: model inputs with labels, as for `head_importance`. Where `torch.distributed` runs several processes,
             each gives its share, and all get the gradients of all examples, process after process.
         labels: "given", or "predicted" for the model's own answers.

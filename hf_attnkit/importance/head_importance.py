@@ -55,7 +55,7 @@ def head_importance(
     all of them call this, and all get the scores of one process on all batches.
 
     Args:
-        model: a model of a supported family; unchanged.
+        model: any model with attention; unchanged.
         batches: model inputs, such as a `DataLoader` gives; they are moved to the model's device.
             Score on training data. "magnitude" and "random" need none. "gradient", "taylor", "fisher" and "l0" need
             the loss, so batches with `labels` (of causal language models the input serves for them).

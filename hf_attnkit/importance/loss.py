@@ -30,11 +30,13 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
 
     Args:
         labels: "given" takes the batch's own; a causal language model without any learns its input. "predicted" takes
-            the model's answers for labels.
+            the model's answers for labels. Neither is looked at where the loss needs none (CLIP's `return_loss`).
 
     Raises:
         ValueError: for a model without a loss, or labels that are missing, out of range or cannot be predicted.
     """
+    if _asks_for_its_loss(model):
+        return dict(inputs) | {"return_loss": True}, _each_example(inputs)
     names = _label_names(model)
     inputs = dict(inputs)
     if labels == "predicted":
@@ -98,6 +100,17 @@ def _tokens(inputs: Mapping[str, Any]) -> torch.Size:
 
 def _is_causal(model: PreTrainedModel) -> bool:
     return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _asks_for_its_loss(model: PreTrainedModel) -> bool:
+    """Whether it has a loss without labels, such as CLIP, which matches texts and images of a batch."""
+    accepted = inspect.signature(model.forward).parameters
+    return "return_loss" in accepted and "labels" not in accepted
+
+
+def _each_example(inputs: Mapping[str, Any]) -> Tensor:
+    first = next(value for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+    return torch.ones(len(first), device=first.device)
 
 
 def _label_names(model: PreTrainedModel) -> tuple[str, ...]:

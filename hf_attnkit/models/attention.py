@@ -112,7 +112,7 @@ def given_by_head(attention: Attention) -> list[str]:
         for name, value in tensors.items()
         if (value.dim() == 4 and value.shape[1] == number > 1)
         or (value.dim() == 5 and value.shape[2] == number > 1)  # in blocks (LongT5)
-        or (value.dim() == 3 and value.shape[0] == batch * number)
+        or (value.dim() == 3 and value.shape[0] == batch * number and number > 1)
     ]
 
 

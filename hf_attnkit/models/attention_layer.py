@@ -23,7 +23,7 @@ class AttentionLayer:
         query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`, perhaps Conv1D in
             those of `projected_layers`, `None` where `problems` says why.
         num_heads, num_key_value_heads, head_dim: as the config says.
-        is_empty: whether its one head is a stand-in; see `config_heads.py`.
+        is_empty: whether its one head is a stand-in; see `without_heads.py`.
         saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
         value_dim: size of a head of values, where it is not `head_dim`.
         attention: what discovery found; `None` for a layer from the table of families.

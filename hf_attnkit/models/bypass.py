@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.models.attention import Attention, Inputs, is_linear
 from hf_attnkit.models.tensors import cloned, tensors_in, without_caches
+from hf_attnkit.models.without_heads import HEADS_LEFT
 
 REASON = "it never calls Transformers' attention interface"
+_HEADS = re.compile(r"(num_|n_)?(attention_|attn_)?(heads?)|nheads")
 _ATTENDING = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
 
@@ -56,8 +58,9 @@ def bypassing_attentions(
 
 def num_heads(module: nn.Module) -> int:
     """How many heads a module says that it has; 0 where it says nothing."""
+    fewest = 1 if hasattr(module, HEADS_LEFT) else 2  # what never had several need not attend by heads
     for name, value in vars(module).items():
-        if type(value) is int and value > 1 and re.fullmatch(r"(num_|n_)?(attention_|attn_)?(heads?)|nheads", name):
+        if type(value) is int and value >= fewest and _HEADS.fullmatch(name):
             return value
     return 0
 

@@ -1,10 +1,7 @@
 """Numbers of heads in configs: Transformers' own fields, and `per_layer_config` where layers differ.
 
-A layer may have lost all of its heads. Transformers' attention classes cannot run without one: they shape by
-`view(*shape, -1, head_dim)`, which has no answer for zero elements, and the cache takes its length from the keys of
-layer 0. So such a layer keeps a stand-in, one head whose weights are zero: it adds nothing, gets no gradient, and
-runs, caches, saves and loads as any head does. The config counts it as one head, and names the layer in
-`layers_without_heads`.
+A layer may have lost all of its heads and keep a stand-in (see `without_heads`). The config counts that as one head,
+and names the layer in `layers_without_heads`.
 """
 
 from __future__ import annotations
@@ -58,7 +55,7 @@ def read_pruned_heads(config: PreTrainedConfig) -> None:
         return
     where = f"config.pruned_heads={given!r} of Transformers 4"
     family = FAMILIES.get(config.model_type)
-    if family is None or family.fixed or family.has_key_value_heads:
+    if family is None or family.has_key_value_heads:
         raise ValueError(f"{where} cannot be understood for models of type {config.model_type!r}")
     if config.per_layer_config is not None and "per_layer_config" in config.to_diff_dict():
         raise ValueError(f"{where} and per_layer_config are both there; remove the one that does not fit the weights")

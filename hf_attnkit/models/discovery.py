@@ -23,6 +23,7 @@ from hf_attnkit.models.interface import Call, watched
 from hf_attnkit.models.sample_inputs import input_device, sample_inputs
 from hf_attnkit.models.shared_bias import with_shared_bias
 from hf_attnkit.models.tensors import cloned, first_difference, tensors_in, without_caches
+from hf_attnkit.models.token_ids import require_known_tokens
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def _first_run(
     """The first inputs that run, the calls they lead to, and the outputs."""
     if probe is not None and not isinstance(probe, Mapping):
         raise ValueError(f"probe must be a mapping of model inputs, got {type(probe).__name__}")
+    if probe is not None:
+        require_known_tokens(model, probe)
     device = input_device(model)
     given = None if probe is None else {k: v.to(device) if isinstance(v, Tensor) else v for k, v in probe.items()}
     reasons: list[str] = []

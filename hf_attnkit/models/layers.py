@@ -16,30 +16,15 @@ from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.attention_layer import AttentionLayer, weight_of
 from hf_attnkit.models.attributes import head_attributes
 from hf_attnkit.models.config_heads import WITHOUT_HEADS, config_heads, layers_without_heads
-from hf_attnkit.models.families import FAMILIES, Family, Stack, family_of, require_plain
+from hf_attnkit.models.families import FAMILIES, Family, family_of, require_plain
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.rotary_pairs import Rope
+from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "check_heads", "discovered_layers", "editable_layers",
-           "in_running_order", "in_table", "output_of", "ownership_of", "present_stacks", "projected_layers",
-           "scored_layers", "weight_of"]  # fmt: skip
-
-
-def present_stacks(model: PreTrainedModel, adapters: bool = False) -> list[Stack]:
-    """The family's stacks that the model has.
-
-    Raises:
-        ValueError: if it has none: a part of a model (`model.encoder`).
-    """
-    modules = {name for name, _ in model.base_model.named_modules()}
-    stacks = [stack for stack in family_of(model, adapters=adapters).stacks if stack.layers in modules]
-    if not stacks:
-        raise ValueError(
-            f"{type(model).__name__} has no layers where models of type {model.config.model_type!r} keep them; pass "
-            "the whole model, not a part of it"
-        )
-    return stacks
+           "in_running_order", "in_table", "layers_sharing_a_bias", "output_of", "ownership_of",
+           "projected_layers", "scored_layers", "weight_of", "without_heads"]  # fmt: skip
 
 
 def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
@@ -52,41 +37,43 @@ def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[
         adapters: as of `family_of`; the projections may then be PEFT's modules.
 
     Raises:
-        TypeError, ValueError: as `family_of` and `discover`; ValueError for a part of a model of the table.
+        TypeError, ValueError: as `family_of` and `discover`.
     """
     if not in_table(model):
         require_plain(model, adapters=adapters)
         return discovered_layers(model)
     family, empty = family_of(model, adapters=adapters), layers_without_heads(model.config)
     layers: list[AttentionLayer] = []
-    for stack in present_stacks(model, adapters):
-        for position, layer in enumerate(model.base_model.get_submodule(stack.layers)):
-            if family.fixed:
-                num_heads = num_key_value_heads = getattr(model.config, stack.num_heads)
-            else:
-                num_heads, num_key_value_heads = config_heads(model.config, position)
-            module, index = layer.get_submodule(stack.attention), len(layers)
-            parts = {name: layer.get_submodule(getattr(stack, name)) for name in ("query", "key", "value", "output")}
-            layers.append(AttentionLayer(
-                index, layer, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
-                head_dim=getattr(module, stack.head_dim),
-                name=f"layer {index}" + (f" ({stack.name} {position})" if stack.name else ""),
-                is_cross=stack.is_cross, position_bias=family.position_bias, fused=stack.fused,
-                rope=_rope(family, model.config, getattr(module, stack.head_dim)),
-                norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""),
-                is_empty=index in empty, saved_as=str(index),
-                padding="decoder_attention_mask" if stack.name.startswith("decoder") else "attention_mask",
-            ))  # fmt: skip
+    for index, layer in enumerate(model.base_model.get_submodule(family.layers)):
+        num_heads, num_key_value_heads = config_heads(model.config, index)
+        module = layer.get_submodule(family.attention)
+        parts = {name: layer.get_submodule(getattr(family, name)) for name in ("query", "key", "value", "output")}
+        head_dim = getattr(module, family.head_dim)
+        layers.append(AttentionLayer(
+            index, layer, module, **parts, num_heads=num_heads, num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim, name=f"layer {index}", fused=family.fused, rope=_rope(family, model.config, head_dim),
+            norm=next((name for name in _KEY_NORMS if hasattr(module, name)), ""), is_empty=index in empty,
+            saved_as=str(index),
+        ))  # fmt: skip
     return layers
 
 
 def in_table(model: PreTrainedModel) -> bool:
-    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know."""
+    """Whether the table says where the attention is; the cross-attention of a decoder alone it does not know.
+
+    A model with code of its own may call its type as one of the table and keep its layers elsewhere.
+    """
     config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", None) or "")
     # Recorded numbers of heads are of modules that the table does not know to cut.
     recorded = bool((getattr(config, "hf_attnkit", None) or {}).get("heads"))
-    known_type = getattr(config, "model_type", None) in FAMILIES
-    return known_type and not recorded and not getattr(config, "add_cross_attention", False)
+    if family is None or recorded or getattr(config, "add_cross_attention", False):
+        return False
+    try:
+        getattr(model, "base_model", model).get_submodule(family.layers)
+    except AttributeError:
+        return False
+    return True
 
 
 def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
@@ -100,7 +87,15 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     if None in outputs:  # something lies between: only gradients tell
         with suppress(ValueError):  # one that does not run alone; only scores need its output
             outputs = [own.output for own in known.owned(model)]
-    return [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+    layers = [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+    for layer in layers:
+        weight = getattr(layer.output, "weight", None) if layer.is_empty else None
+        if isinstance(weight, Tensor) and not weight.is_meta and weight.any():
+            raise ValueError(
+                f"{layer.name}: the config says that it has no heads, but its attention adds more than a bias; make "
+                "the weight of its output projection zero again"
+            )
+    return layers
 
 
 def in_running_order(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
@@ -165,6 +160,7 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         position_bias=attention.position_bias,
         saved_as=attention.path,
         value_dim=attention.value_head_dim,
+        is_empty=has_no_heads(attention.module),
         attention=attention,
         padding=_fitting(model, padding := _padding(model, attention.path), attention.lengths[0]),
         key_padding=_fitting(model, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
@@ -201,13 +197,32 @@ def scored_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """The attention layers of a model whose heads are to be scored: nothing is cut, so any model will do.
 
     Raises:
-        TypeError, ValueError: as `attention_layers`; for a family whose weights may be cut as `editable_layers`.
+        TypeError, ValueError: as `attention_layers`; for a model of the table as `editable_layers`.
     """
-    if in_table(model) and not family_of(model).fixed:
+    if in_table(model):
         return editable_layers(model)
     layers = attention_layers(model)
     known.require_runnable(model)
     return layers
+
+
+def without_heads(model: PreTrainedModel, attentions: Sequence[Attention]) -> frozenset[int]:
+    """Numbers of the attentions whose one head is a stand-in."""
+    if in_table(model):
+        return layers_without_heads(model.config)
+    return frozenset(each.index for each in attentions if has_no_heads(each.module))
+
+
+def layers_sharing_a_bias(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """Numbers of layers that share a bias of the scores, head by head, and so can only lose the same heads.
+
+    Raises:
+        TypeError, ValueError: as `discover`.
+    """
+    if in_table(model):
+        return []
+    biases = [each.bias for each in known.known(model).attentions if each.bias is not None]
+    return list(dict.fromkeys(bias.users for bias in biases if len(bias.users) > 1))
 
 
 def output_of(layer: AttentionLayer) -> nn.Module:
@@ -246,21 +261,18 @@ def _rope(family: Family, config: PreTrainedConfig, head_dim: int) -> Rope | Non
 
 
 def editable_layers(model: PreTrainedModel, *, skeleton: bool = False) -> list[AttentionLayer]:
-    """The attention layers of a model whose weights may be cut.
+    """The attention layers of a model whose weights may be cut, with their projections.
 
     Args:
-        skeleton: the model is on the meta device on purpose, its weights are elsewhere.
+        skeleton: the model is one of the table and on the meta device on purpose, its weights are elsewhere.
 
     Raises:
-        TypeError, ValueError: as `family_of`, for a family whose heads are fixed, and for weights that
-            are on the meta device, quantized or wrapped, or whose sizes disagree with the config.
+        TypeError, ValueError: as `projected_layers`; for a model of the table as `attention_layers`, and for weights
+            that are on the meta device, quantized or wrapped, or whose sizes disagree with the config.
     """
+    if not in_table(model):
+        return projected_layers(model)
     layers = attention_layers(model)
-    if family_of(model).fixed:
-        raise ValueError(
-            f"heads of {model.config.model_type!r} models ({type(model).__name__}) can be neither scored, merged nor "
-            f"removed: {family_of(model).fixed}; their attention can be swapped"
-        )
     for layer in layers:
         for name in ("query", "key", "value", "output"):
             linear = getattr(layer, name)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from hf_attnkit.models.attention import Attention, by_head
+from hf_attnkit.models.attention import Attention, by_head, is_linear
 from hf_attnkit.models.owners import Owners, Ownership, owners_of
 from hf_attnkit.models.random_run import RandomRun
 
@@ -59,7 +60,19 @@ def owned_rows(run: RandomRun) -> Ownership:
     coupled |= _mixed(run, roles, by_role, owned)
     key_heads = _key_heads(roles, by_role, attention, coupled)
     matrices = frozenset(name for name in owned if run.leaves[name].dim() > 1)
-    return Ownership(owned, tuple(shared), coupled, key_heads, run.output, matrices)
+    return Ownership(owned, tuple(shared), coupled, key_heads, run.output, matrices, _reached(run, touched))
+
+
+def _reached(run: RandomRun, touched: dict[str, dict[str, list[list[Tensor]]]]) -> dict[str, Owners]:
+    """See `Ownership`."""
+    found = {}
+    for name, by_role in touched.items():
+        module = run.module.get_submodule(name.rpartition(".")[0])
+        if is_linear(module):
+            dim = 1 if isinstance(module, Conv1D) and run.leaves[name].dim() > 1 else 0
+            rows = {role: torch.stack([head[dim] for head in heads]).cpu() for role, heads in by_role.items()}
+            found[name] = Owners(dim, rows)
+    return found
 
 
 def _touched(heads: Tensor, run: RandomRun, seen: Callable[[str, int, list[Tensor]], None]) -> None:

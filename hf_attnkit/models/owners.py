@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -100,6 +100,8 @@ class Ownership:
             a module may repeat its keys before it attends. `(0, 1, 2, ...)` where it does not.
         output: path of the output projection in the model, or `None`, which `coupled` then explains.
         matrices: the owned parameters that have more than one dimension.
+        reached: weights and biases of matrix products, with the output rows that each head depends on: its own, and
+            those that it shares, such as the keys of multi-query attention.
     """
 
     owned: dict[str, Owners]
@@ -108,6 +110,7 @@ class Ownership:
     key_heads: tuple[int, ...]
     output: str | None
     matrices: frozenset[str] = frozenset()
+    reached: dict[str, Owners] = field(default_factory=dict)
 
     @property
     def num_key_value_heads(self) -> int:

@@ -47,6 +47,8 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
                     yield _with_placeholders(model, text, given) | {name: given}
                 except Exception:  # whatever a model's code raises says that this is not its image
                     yield text | {name: given}
+    if states := _of_an_encoder(model, known, generator):
+        yield text | states
     yield text
     if "pixel_values" in known:
         yield text | {"pixel_values": _pixels(model, generator)}
@@ -55,8 +57,12 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model's inputs go: its first parameter's device."""
-    return next(model.parameters()).device
+    """Where the model's inputs go; images enter through a convolution, tokens through an embedding."""
+    try:
+        device: torch.device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
+    except (NotImplementedError, AttributeError, StopIteration):  # several inputs (CLIP), or none of tokens
+        device = next(model.parameters()).device
+    return device
 
 
 def _number(config: PreTrainedConfig, *names: str, default: int) -> int:
@@ -117,11 +123,20 @@ def _tokens(model: PreTrainedModel, known: Any, generator: torch.Generator) -> d
         inputs["decoder_input_ids"] = _ids(model, DECODER_TOKENS, generator)
     if "use_cache" in known or is_encoder_decoder:
         inputs["use_cache"] = False
-    if getattr(model.config, "add_cross_attention", False) and "encoder_hidden_states" in known:
-        width = _number(model.config, "cross_attention_hidden_size", "hidden_size", "d_model", default=0)
-        states = torch.randn(2, DECODER_TOKENS, width, generator=generator)
-        inputs["encoder_hidden_states"] = states.to(input_device(model), model.dtype)
+    if getattr(model.config, "add_cross_attention", False):
+        inputs |= _of_an_encoder(model, known, generator)
     return inputs
+
+
+def _of_an_encoder(model: PreTrainedModel, known: Any, generator: torch.Generator) -> dict[str, Any]:
+    """What a decoder alone attends to next to its own tokens, if its forward takes that."""
+    config = model.config
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
+    if not is_decoder or "encoder_hidden_states" not in known:
+        return {}
+    width = _number(config, "cross_attention_hidden_size", "hidden_size", "d_model", default=0)
+    states = torch.randn(2, DECODER_TOKENS, width, generator=generator)
+    return {"encoder_hidden_states": states.to(input_device(model), model.dtype)}
 
 
 def _pixels(model: PreTrainedModel, generator: torch.Generator) -> Tensor:

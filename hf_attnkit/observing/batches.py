@@ -14,7 +14,8 @@ from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.layers import attention_layers
-from hf_attnkit.models.probe import input_device
+from hf_attnkit.models.sample_inputs import input_device
+from hf_attnkit.models.token_ids import require_known_tokens
 
 # What a batch may carry for a loss.
 LABELS = ("labels", "label", "start_positions", "end_positions")
@@ -105,8 +106,8 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
         labels: keep them; else they are left out, since nobody asks for a loss.
 
     Raises:
-        ValueError: if the batch is no mapping, its `attention_mask` calls every token padding, or it is packed in a
-            way in which a decoder attends across documents.
+        ValueError: if the batch is no mapping, its `attention_mask` calls every token padding, a token id is outside
+            of the vocabulary, or it is packed in a way in which a decoder attends across documents.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -119,6 +120,7 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
             f"a batch is all padding: its attention_mask {tuple(mask.shape)} is zero everywhere; leave the batch out, "
             "or give 1 for real tokens"
         )
+    require_known_tokens(model, batch)
     _require_apart(batch, model)
     device = input_device(model)
     inputs = {

@@ -6,7 +6,8 @@ With a gate m_h on each head's output and g_n = dL_n / dm the gradients of examp
 
 The first step takes only the diagonal of F, which is `select_heads` of the Fisher score. It misses that two heads can
 do the same work (removing both costs more than the scores say) or opposite work. So within each layer, removed and
-kept heads then change places as long as that lowers the layer's own block of the form.
+kept heads then change places as long as that lowers the layer's own block of the form. Layers that must lose the same
+heads change places together, by the sum of their blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import plain_mode
-from hf_attnkit.pruning.select import checked_heads, group_size, groups_per_layer, heads_in
+from hf_attnkit.pruning.select import checked_heads, group_size, groups_per_layer, heads_in, layers_together
 
 
 @plain_mode()
@@ -67,15 +68,21 @@ def rearrange_heads(
         if (rows.isnan() != rows[0].isnan()).any():
             raise ValueError(f"layer {layer}: gradients has NaN in other places for some examples than for the first")
     removed = checked_heads(heads, counts)
-    found = {}
-    for layer, number in enumerate(groups_per_layer(num_key_value_heads, counts, model=model, what="gradients")):
-        if layer not in removed:
+    found: dict[int, list[int]] = {}
+    numbers = groups_per_layer(num_key_value_heads, counts, model=model, what="gradients")
+    for layers in layers_together(model, counts):
+        chosen = [sorted(removed.get(layer, ())) for layer in layers]
+        if any(heads != chosen[0] for heads in chosen):
+            raise ValueError(f"layers {list(layers)} share a bias of the scores and must lose the same heads: {chosen}")
+        if not chosen[0]:
             continue
-        size = group_size(layer, counts[layer], number)
-        rows = gradients[:, layer, : counts[layer]]
-        mask = torch.zeros(counts[layer], dtype=torch.double)
-        mask[sorted(removed[layer])] = 1
-        found[layer] = _descend(rows.T @ rows / len(rows), mask, size).nonzero().flatten().tolist()
+        count = counts[layers[0]]
+        size = max(group_size(layer, count, numbers[layer]) for layer in layers)
+        blocks = [gradients[:, layer, :count] for layer in layers]
+        mask = torch.zeros(count, dtype=torch.double)
+        mask[chosen[0]] = 1
+        fisher = torch.stack([rows.T @ rows / len(rows) for rows in blocks]).sum(0)
+        found |= dict.fromkeys(layers, _descend(fisher, mask, size).nonzero().flatten().tolist())
     return dict(sorted(found.items()))
 
 

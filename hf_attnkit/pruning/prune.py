@@ -8,7 +8,7 @@ needs equally many query heads in every remaining group:
                          q q . . | . q q .      possible: equally many in each
                          q q q . | q q q q      refused: unequal groups
 
-A layer that loses all of its heads keeps a stand-in of one head that adds nothing; see `models.config_heads`.
+A layer that loses all of its heads keeps a stand-in of one head that adds nothing; see `models.without_heads`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def prune_heads(
             some types of models known from a table.
         heads: `{layer: [query head, ...]}` to remove, as from `select_heads`; a layer by its number,
             cross-attention last, or by the path of the module that attends (`"model.layers.3.self_attn"`). A layer may
-            lose all of its heads in models of the table: only the bias of the output projection is left, and in place
-            of its heads it keeps one of zeros, without which Transformers' classes do not run.
+            lose all of its heads: only the bias of the output projection is left, and in place of its heads it keeps
+            one of zeros, without which Transformers' classes do not run.
         calibration: batches of model inputs for the refit; no labels, no training.
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one

@@ -13,9 +13,10 @@ from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.known import probe_of
+from hf_attnkit.models.known import probe_of, transformers_attention
 from hf_attnkit.models.layers import discovered_layers
 from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.refit import refit_layers
@@ -40,13 +41,21 @@ def prune_discovered(
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
     require_no_adapters(model)
-    found = discover(model, probe_of(model) if probe is None else probe)
+    with transformers_attention(model):
+        found = discover(model, probe_of(model) if probe is None else probe)
     removed = by_index(heads, found.attentions)
     if not removed:
         raise ValueError("no head to remove: heads is empty")
+    for index, given in removed.items():
+        if has_no_heads(found.attentions[index].module):
+            raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
     require_nothing_learned_by([found.attentions[index] for index in removed])
-    owned = ownerships(model, found.attentions)
-    before = [(each.num_heads, own.num_key_value_heads) for each, own in zip(found.attentions, owned, strict=True)]
+    with transformers_attention(model):
+        owned = ownerships(model, found.attentions)
+    before = [
+        (0, 0) if has_no_heads(each.module) else (each.num_heads, own.num_key_value_heads)
+        for each, own in zip(found.attentions, owned, strict=True)
+    ]
     cut = cut_heads(model, removed, found, owned)
     try:
         save_cut(model, found, owned, cut, before)

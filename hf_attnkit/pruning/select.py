@@ -5,6 +5,9 @@ in a grouped layer a unit is several heads:
 
     4 groups of 2     whole     {0 1} {2 3} {4 5} {6 7}     keys and values go with their group
                       across    {0 2 4 6} {1 3 5 7}         the least important of each group first
+
+Layers that share a bias of the scores, head by head (T5, MPNet), must lose the same heads. There a unit is of all of
+these layers.
 """
 
 from __future__ import annotations
@@ -18,17 +21,22 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.checks import choice, in_range, integer
 from hf_attnkit.common.checks import number as checked_number
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, layers_sharing_a_bias
 
 GROUPS = {"whole": "in whole groups", "across": "equally many from each group"}
 
 
 class Unit(NamedTuple):
-    """Heads of a layer that can only be removed together; sorts by score, then layer, then heads."""
+    """Heads of a layer, or of several, that can only be removed together; sorts by score, then layers, then heads."""
 
     score: float
-    layer: int
+    layers: tuple[int, ...]
     heads: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many heads go."""
+        return len(self.layers) * len(self.heads)
 
 
 def select_heads(
@@ -51,7 +59,9 @@ def select_heads(
         num_heads: number of heads to remove; exactly one of `fraction` and `num_heads` is given.
         per_layer: apply the fraction or number to each layer by itself instead of to all together.
         min_heads: heads that every layer keeps at least; 0 allows to remove whole layers of heads.
-        model: the model that was scored; which query heads share key/value heads is read from it.
+        model: the model that was scored; which query heads share key/value heads is read from it, and which layers
+            share a bias of the scores and must lose the same heads (T5, MPNet): these go by the mean importance over
+            the layers, and count as many times as there are layers.
         num_key_value_heads: the same without the model: the number of key/value heads (per layer, if they differ).
             Without both every head is by itself.
         groups: what is removed from a grouped layer. "whole": whole groups, with their keys and values, by the mean
@@ -71,26 +81,33 @@ def select_heads(
         fraction = checked_number(fraction, "fraction", minimum=0, below=1, why="the share of heads to remove")
     if num_heads is not None:
         num_heads = integer(num_heads, "num_heads", minimum=0, why="the number of heads to remove")
-    units = units_of(importance, num_key_value_heads, groups, model=model)
+    layers, units = units_of(importance, num_key_value_heads, groups, model=model)
     candidates = [removable(layer_units, min_heads) for layer_units in units]
     removed: list[Unit] = []
     for scope in [[index] for index in range(len(units))] if per_layer else [list(range(len(units)))]:
-        total = sum(len(unit.heads) for index in scope for unit in units[index])
+        total = sum(unit.size for index in scope for unit in units[index])
         # The small allowance keeps 0.3 * 10 heads at 3 although 0.3 * 10 is 2.9999999999999996.
         budget = int(fraction * total + 1e-9) if num_heads is None and fraction is not None else num_heads or 0
+        if num_heads is not None and per_layer:
+            budget *= len(layers[scope[0]])
         taken = 0
         for unit in sorted(unit for index in scope for unit in candidates[index]):
-            if taken + len(unit.heads) <= budget:
+            if taken + unit.size <= budget:
                 removed.append(unit)
-                taken += len(unit.heads)
-        smallest = min((len(unit.heads) for index in scope for unit in units[index]), default=1)
-        if budget - taken >= smallest or (num_heads is not None and taken < num_heads):
-            where = f"layer {scope[0]}" if per_layer else "the model"
+                taken += unit.size
+        smallest = min((unit.size for index in scope for unit in units[index]), default=1)
+        if budget - taken >= smallest or (num_heads is not None and taken < budget):
+            where = _named(layers[scope[0]]) if per_layer else "the model"
+            alike = ", the same ones in layers that share a bias" if any(len(each) > 1 for each in layers) else ""
             raise ValueError(
-                f"{budget} heads cannot be removed from {where}: of {total}, {GROUPS[groups]} and with at least "
+                f"{budget} heads cannot be removed from {where}: of {total}, {GROUPS[groups]}{alike} and with at least "
                 f"{min_heads} kept in each layer, {taken} can; ask for fewer"
             )
     return heads_of(removed)
+
+
+def _named(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
 
 
 def units_of(
@@ -99,8 +116,11 @@ def units_of(
     groups: str = "whole",
     *,
     model: PreTrainedModel | None = None,
-) -> list[list[Unit]]:
-    """Per layer, what can be removed at once; all units of a layer have equally many heads.
+) -> tuple[list[tuple[int, ...]], list[list[Unit]]]:
+    """What can be removed at once, per layer or for layers that must lose the same heads.
+
+    Returns:
+        The layers that go together, most of them alone; and for each its units, of equally many heads.
 
     Raises:
         TypeError, ValueError: as `select_heads`.
@@ -109,6 +129,11 @@ def units_of(
         raise TypeError(f"importance is a {type(importance).__name__}; it must be a tensor (num_layers, num_heads)")
     if importance.dim() != 2:
         raise ValueError(f"importance has shape {tuple(importance.shape)}; it must be (num_layers, num_heads)")
+    if importance.numel() and importance.isnan().all():
+        raise ValueError(
+            f"importance {tuple(importance.shape)} is NaN everywhere, which marks places without a head: either no "
+            "head is left to choose from, or the score went wrong; look for NaN in the model's weights"
+        )
     choice(groups, "groups", GROUPS)
     if groups == "across" and num_key_value_heads is None and model is None:
         raise ValueError(
@@ -116,22 +141,49 @@ def units_of(
         )
     present = [heads_in(row, f"layer {layer}: importance") for layer, row in enumerate(importance)]
     counts = groups_per_layer(num_key_value_heads, present, model=model, what="importance")
-    units = []
-    for layer, (row, number) in enumerate(zip(importance.double().cpu(), counts, strict=True)):
-        scores = row[: present[layer]]
-        size = group_size(layer, len(scores), number)
+    scores_of, units = importance.double().cpu(), []
+    together = layers_together(model, present)
+    for layers in together:
+        scores = scores_of[list(layers), : present[layers[0]]].mean(0)
+        size = _common_group_size(layers, len(scores), counts, groups)
         by_group = scores.view(-1, size)
         members = torch.arange(len(scores)).view(-1, size)
         if groups == "across" and size > 1:
             by_group, order = by_group.sort(dim=1, stable=True)
             by_group, members = by_group.T, members.gather(1, order).T
         means = by_group.mean(1).tolist()
-        units.append([Unit(mean, layer, tuple(heads)) for mean, heads in zip(means, members.tolist(), strict=True)])
-    return units
+        units.append([Unit(mean, layers, tuple(heads)) for mean, heads in zip(means, members.tolist(), strict=True)])
+    return together, units
+
+
+def layers_together(model: PreTrainedModel | None, num_heads: Sequence[int]) -> list[tuple[int, ...]]:
+    """All layers: those that must lose the same heads together, each other one alone.
+
+    Args:
+        num_heads: of each layer; layers without heads are alone.
+    """
+    shared = [] if model is None else [[i for i in each if num_heads[i]] for each in layers_sharing_a_bias(model)]
+    first = {layer: tuple(layers) for layers in shared for layer in layers}
+    return list(dict.fromkeys(first.get(layer, (layer,)) for layer in range(len(num_heads))))
+
+
+def _common_group_size(layers: Sequence[int], num_heads: int, counts: Sequence[int | None], groups: str) -> int:
+    """Query heads per group, of layers that lose the same heads that of the largest groups.
+
+    Raises:
+        ValueError: if the groups of one layer lie across those of another.
+    """
+    sizes = sorted({group_size(layer, num_heads, counts[layer]) for layer in layers})
+    if len(sizes) > 1 and (groups == "across" or any(sizes[-1] % size for size in sizes)):
+        raise ValueError(
+            f"{_named(layers)} share a bias and must lose the same heads, and have groups of {sizes} heads, so that "
+            f"none can go {GROUPS[groups]}"
+        )
+    return sizes[-1]
 
 
 def removable(units: Sequence[Unit], min_heads: int) -> list[Unit]:
-    """The units of a layer in the order of removal, up to where fewer than `min_heads` heads would be left.
+    """The units of a layer in the order of removal, up to where it would have fewer than `min_heads` heads left.
 
     Raises:
         ValueError: for a `min_heads` that is no number of heads.
@@ -146,9 +198,10 @@ def removable(units: Sequence[Unit], min_heads: int) -> list[Unit]:
 def heads_of(units: Iterable[Unit]) -> dict[int, list[int]]:
     """The units' heads, `{layer: [head, ...]}`, sorted."""
     removed: dict[int, list[int]] = {}
-    for unit in sorted(units, key=lambda unit: unit.layer):
-        removed.setdefault(unit.layer, []).extend(unit.heads)
-    return {layer: sorted(heads) for layer, heads in removed.items()}
+    for unit in units:
+        for layer in unit.layers:
+            removed.setdefault(layer, []).extend(unit.heads)
+    return {layer: sorted(heads) for layer, heads in sorted(removed.items())}
 
 
 def heads_in(row: Tensor, what: str) -> int:

@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.checks import integer, number
 from hf_attnkit.common.state import evaluation_mode
-from hf_attnkit.models.layers import AttentionLayer, editable_layers
+from hf_attnkit.editing.cut_plan import parameters_cut, plan_cut
+from hf_attnkit.editing.in_table import cut_by_table
+from hf_attnkit.models import known
+from hf_attnkit.models.layers import AttentionLayer, scored_layers
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import Unit, heads_of, removable, units_of
@@ -40,7 +43,7 @@ def select_for_target(
     copy of the model and measures it, so there must be room for a second model; with `s` steps, about log2(s) tries.
 
     Args:
-        model: a model of a supported family; unchanged.
+        model: any model whose heads can be removed; unchanged.
         importance: `(num_layers, num_heads)`, higher = keep, as from `head_importance` of this model.
         batches: model inputs of the sizes that the latency is wanted for; for `latency` only.
         latency: share of the untouched model's forward time, in (0, 1): medians of runs of both, alternately. Do not
@@ -66,11 +69,11 @@ def select_for_target(
     if latency is None and batches is not None:
         raise ValueError("parameters are counted, so batches would have no effect; leave them out")
     repeats = integer(repeats, "repeats", minimum=1)
-    layers = editable_layers(model)
+    layers = scored_layers(model)
     inputs = [to_device(batch, model) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
-    units = units_of(importance, groups=groups, model=model)
+    _, units = units_of(importance, groups=groups, model=model)
     steps = _steps([removable(row, min_heads) for row in units], per_layer)
 
     def selection(count: int) -> dict[int, list[int]]:
@@ -103,10 +106,14 @@ def parameter_share(
 ) -> float:
     """Parameters of the model without these heads, as a share of what it has."""
     total = sum(parameter.numel() for parameter in model.parameters())
+    if not cut_by_table(model):
+        attentions, owned = known.known(model).attentions, known.owned(model)
+        plans = [plan_cut(attentions[index], owned[index], gone) for index, gone in heads.items()]
+        return float(1 - parameters_cut(model, plans) / total)
     removed = 0
     for layer in layers:
         kept = [head for head in layer.heads if head not in heads.get(layer.index, ())]
-        # A layer without heads keeps a stand-in, see `models.config_heads`.
+        # A layer without heads keeps a stand-in, see `models.without_heads`.
         query_heads = layer.num_heads - max(len(kept), 1)
         groups = layer.num_key_value_heads - max(len({head // layer.group_size for head in kept}), 1)
         width = layer.query.in_features + (layer.query.bias is not None)

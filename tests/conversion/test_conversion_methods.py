@@ -28,7 +28,7 @@ from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.rotary_pairs import Rope
 
-EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
+EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 NORMED = ("qwen3",)
 ROPES = [None, Rope("half", 8), Rope("interleaved", 8), Rope("half", 4), Rope("interleaved", 4)]
 

@@ -125,3 +125,10 @@ def test_different_numbers_are_saved_by_path(tmp_path: object) -> None:
     inputs = discover(model).inputs
     with torch.no_grad():
         assert all(map(torch.equal, run_outputs(back, inputs), run_outputs(model, inputs)))
+
+
+@pytest.mark.parametrize("options", [{}, {"grouping": "best"}, {"method": "pca"}], ids=str)
+def test_heads_that_never_meet_the_interface_have_one_reason(options: dict) -> None:
+    model = small_model("deberta-v2")
+    with unchanged(model), pytest.raises(ValueError, match=r"cannot be merged, by any method.*removed \(prune_heads\)"):
+        convert_to_gqa(model, 2, **options)

@@ -22,7 +22,7 @@ from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.refitting.options import REFITS
 
-EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
+EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 
 
 def many(model: Any, count: int = 6) -> list[dict[str, Tensor]]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.every_type import small_model
 from support.models import CLASSES, aligned, batch, build, outputs
 from support.unchanged import unchanged
 
@@ -81,6 +83,19 @@ def test_mismatched_attention_is_never_left_at_random(tmp_path: Path) -> None:
         load_pretrained(tmp_path, config=other, ignore_mismatched_sizes=True)
     # A classifier of another size is what the option is for.
     assert load_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True).classifier.out_features == 5
+
+
+def test_mismatched_attention_found_by_running_is_never_left_at_random(tmp_path: Path) -> None:
+    model = small_model("opt")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.decoder.layers.1.self_attn.out_proj.weight"
+    save_file(state | {name: state[name][:, :24].contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"attention projections, '{name}' among them, .*would be random"):
+        load_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    smaller = {"model.decoder.embed_positions.weight": state["model.decoder.embed_positions.weight"][:9].contiguous()}
+    save_file(state | smaller, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_pretrained(tmp_path, ignore_mismatched_sizes=True) is not None
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_type import small_model
 from support.models import batch, build
 from support.subprocesses import run_python
 from support.unchanged import unchanged
@@ -18,7 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit import head_gradients, head_importance, prune_heads, swap_attention
+from hf_attnkit.editing.proof import heads_changed
 from hf_attnkit.importance.methods import l0
+from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import attention_layers
 
 GRADIENTS = ("gradient", "taylor", "fisher")
@@ -320,3 +323,22 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         assert torch.equal(two[0][method], two[1][method]), method
         # Another batch size rounds otherwise: float32 through two layers of 32.
         assert (two[0][method] - scores).abs().max() <= 4 * 1.2e-7 * 96 * scores.abs().max(), method
+
+
+def test_a_loss_that_takes_no_labels() -> None:
+    """CLIP matches the texts and images of a batch: against differences of its loss in float64."""
+    model = small_model("clip").double()
+    found = discover(model)
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in found.inputs.items()}
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    for labels in ("given", "predicted"):
+        gradients = head_gradients(model, [inputs], labels=labels).mean(0)  # of each example's own loss
+        for layer, head in ((0, 1), (1, 3), (2, 0), (3, 2)):
+            losses = []
+            for change in (1e-5, -1e-5):
+                factor = torch.ones(4, dtype=torch.float64)
+                factor[head] += change
+                with heads_changed(model, found.attentions, {layer: factor}, {}), torch.no_grad():
+                    losses.append(model(**inputs, return_loss=True).loss)
+            want = float((losses[0] - losses[1]) / 2e-5)
+            assert abs(float(gradients[layer, head]) - want) <= 1e-5 * max(abs(want), 1e-2)

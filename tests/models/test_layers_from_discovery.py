@@ -8,17 +8,19 @@ import weakref
 
 import pytest
 import torch
+from support.any_model import any_model
 from support.every_type import small_model
 from support.models import build
 from support.unchanged import unchanged
 from torch import nn
 
-from hf_attnkit import cache_bytes_per_token, head_importance, select_heads, set_probe
+from hf_attnkit import cache_bytes_per_token, head_importance, prune_heads, select_heads, set_probe
 from hf_attnkit.models import known
 from hf_attnkit.models.layers import attention_layers, discovered_layers
+from hf_attnkit.models.numbered_before import attentions_by_number, head_numbers
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", "vit", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("family", ["bert", "llama", "qwen3", "vit"])
 def test_discovery_says_what_the_table_says(family: str) -> None:
     model = build(family)
     table = {id(layer.module): layer for layer in attention_layers(model)}
@@ -30,7 +32,28 @@ def test_discovery_says_what_the_table_says(family: str) -> None:
         for name in ("num_heads", "num_key_value_heads", "head_dim", "value_head_dim", "is_cross"):
             assert getattr(layer, name) == getattr(same, name), name
         assert layer.output is same.output
-        assert family == "t5" or layer.block is same.block  # T5's blocks are lists of blocks with one attention each
+        assert layer.block is same.block
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "t5", "bart"])
+def test_layers_have_the_numbers_that_a_table_once_gave(family: str) -> None:
+    model = build(family)
+    numbered = attentions_by_number(model)
+    assert numbered is not None and [layer.module for layer in attention_layers(model)] == numbered
+    for module, layer in zip(numbered, attention_layers(model), strict=True):
+        assert head_numbers(module) == (layer.num_heads, layer.num_key_value_heads, layer.head_dim)
+    assert attentions_by_number(build("llama")) is None
+
+
+def test_a_model_of_its_own_code_may_have_the_type_of_another() -> None:
+    model = any_model("never seen")
+    type(model.config).model_type, before = "llama", type(model.config).model_type
+    try:
+        assert len(attention_layers(model)) == 2
+        prune_heads(model, {0: [0, 1]})
+        assert [len(layer.heads) for layer in attention_layers(model)] == [2, 4]
+    finally:
+        type(model.config).model_type = before
 
 
 def test_fields() -> None:

@@ -13,9 +13,18 @@ from support.cutting import a_group
 from support.every_type import small_model
 from support.unchanged import unchanged
 from torch import Tensor, nn
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, StableLmConfig, StableLmForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
-from hf_attnkit import last_change, load_pretrained, prune_heads
+from hf_attnkit import convert_to_gqa, last_change, load_pretrained, prune_heads, restore_attention, swap_attention
+from hf_attnkit.attention.kind import KEPT
 from hf_attnkit.models.discovery import Discovery, discover, run_outputs
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
@@ -110,7 +119,6 @@ def test_the_report() -> None:
         ({5: [0]}, "layer 5"),
         ({0: [7]}, "head 7"),
         ({0: [0, 0]}, "twice"),
-        ({0: [0, 1, 2, 3]}, "leave one"),
         ({}, "no head to remove"),
         ({True: [0]}, "True"),
     ],
@@ -237,3 +245,48 @@ def test_a_change_that_is_not_proven_is_undone(model_type: str, heads: list[int]
     output.forward = odd
     with unchanged(model), pytest.raises(ValueError, match=r"differs from that of the uncut model"):
         prune_heads(model, {0: heads})
+
+
+@pytest.mark.parametrize("kind", ["flash", "sliding_window"])
+def test_a_swapped_model_is_looked_at_as_transformers_runs_it(kind: str) -> None:
+    """A swapped attention is given a mask in code, which two rows of two heads would take for a bias by head."""
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+        )
+    ).eval()  # fmt: skip
+    swap_attention(model, kind, **({"window": 4} if kind == "sliding_window" else {}))
+    found, plain = discover(model), copy.deepcopy(model)
+    with zeroed(model, found, ownerships(plain, discover(restore_attention(plain)).attentions), {0: [1]}):
+        want = run_outputs(model, found.inputs)
+    prune_heads(model, {0: [1]})
+    torch.testing.assert_close(run_outputs(model, found.inputs), want, rtol=1e-5, atol=1e-5)
+    assert model.model.layers[0].self_attn.q_proj.out_features == 8
+
+
+def test_what_another_kind_learned_goes_with_the_heads() -> None:
+    model = swap_attention(swap_attention(small_model("granite"), "linear", feature_map="hedgehog"), "flash")
+    for change in (lambda each: prune_heads(each, {0: [0, 1]}), lambda each: convert_to_gqa(each, 1)):
+        changed = change(copy.deepcopy(model))
+        assert (
+            KEPT in model.model.layers[0].self_attn.__dict__ and KEPT not in changed.model.layers[0].self_attn.__dict__
+        )
+
+
+def test_gpt2_with_shared_keys_is_pruned_further(tmp_path: Path) -> None:
+    """Its forward splits one matrix into parts that are no longer of one size."""
+    model = convert_to_gqa(small_model("gpt2"), [1, 2])
+    found = discover(model)
+    heads = {0: [0, 3], 1: [2, 3]}
+    with zeroed(model, found, ownerships(model, found.attentions), heads):
+        want = run_outputs(model, found.inputs)
+    prune_heads(model, heads)
+    torch.testing.assert_close(run_outputs(model, found.inputs), want, rtol=1e-5, atol=1e-5)
+    assert [each.attn.split_size for each in model.transformer.h] == [[16, 8, 8], [16, 8, 8]]
+    model.save_pretrained(tmp_path)
+    again = load_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        for a, b in zip(run_outputs(again, found.inputs), run_outputs(model, found.inputs), strict=True):
+            assert torch.equal(a, b)

@@ -304,8 +304,8 @@ def test_adapters_are_trained_merged_and_saved_in_the_smaller_shapes(family: str
     inputs = batch(model)
     plain = outputs(model, inputs).detach()
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    stack = families.FAMILIES[family].stacks[0]
-    names = [path.rsplit(".", 1)[-1] for path in (stack.query, stack.value)]
+    row = families.FAMILIES[family]
+    names = [path.rsplit(".", 1)[-1] for path in (row.query, row.value)]
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=names)).train()
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=10.0)
     for _ in range(2):  # the first step leaves one factor of the product at zero

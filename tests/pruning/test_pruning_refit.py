@@ -135,7 +135,7 @@ def test_refit_after_pruning_by_definition(family: str) -> None:
 
 def test_a_calibration_that_fails_leaves_every_head() -> None:
     model = build("llama")
-    with unchanged(model), pytest.raises(IndexError):
-        prune_heads(model, {0: [1]}, calibration=[batch(model), {"input_ids": torch.tensor([[5000]])}])
+    with unchanged(model), pytest.raises(RuntimeError):
+        prune_heads(model, {0: [1]}, calibration=[batch(model), {"inputs_embeds": torch.zeros(1, 3, 5)}])
     with unchanged(model), pytest.raises(ValueError, match="refit needs calibration batches"):
         prune_heads(model, {0: [1]}, calibration=[])

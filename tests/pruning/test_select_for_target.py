@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.every_type import small_model
 from support.models import batch, build
 from support.unchanged import unchanged
 
@@ -138,3 +139,20 @@ def test_scores_of_another_model() -> None:
         pytest.raises(ValueError, match=r"importance has \[8, 8\] heads in its layers, the model \[7, 8\]"),
     ):
         select_for_target(model, importance, parameters=0.9)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "t5", "mpnet", "deberta-v2", "gpt_oss"])
+def test_counted_parameters_of_models_found_by_running(model_type: str) -> None:
+    """Also where a position bias goes with the heads, and where a layer loses all of them."""
+    model = small_model(model_type)
+    importance = scores(model)
+    for number in (4, 8):
+        chosen = select_heads(importance, num_heads=number, model=model, min_heads=0)
+        pruned = prune_heads(copy.deepcopy(model), chosen)
+        assert targets.parameter_share(model, attention_layers(model), chosen) == pytest.approx(
+            size(pruned) / size(model), rel=1e-12
+        )
+    chosen = select_heads(importance, num_heads=4, model=model)
+    target = size(prune_heads(copy.deepcopy(model), chosen)) / size(model) + 1e-9
+    with unchanged(model):
+        assert select_for_target(model, importance, parameters=target) == chosen

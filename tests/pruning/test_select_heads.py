@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.every_type import small_model
 from support.models import build
 from transformers import PreTrainedModel
 
@@ -190,3 +192,70 @@ def test_scores_of_another_model_are_refused() -> None:
             call()
     with pytest.raises(TypeError, match=r"expected a transformers.PreTrainedModel, got str"):
         select_heads(scores, model="bert", num_heads=2)
+
+
+# Layers that share a bias of the scores.
+
+
+@pytest.mark.parametrize("model_type", ["t5", "mpnet"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fraction": 0.5},
+        {"fraction": 0.3, "per_layer": True},
+        {"num_heads": 4, "min_heads": 0},
+        {"num_heads": 1, "per_layer": True},
+    ],
+    ids=str,
+)
+def test_layers_that_share_a_bias_lose_the_same_heads(model_type: str, options: dict) -> None:
+    """Two heads in each pair of layers: the means over the layers decide, and each head counts twice."""
+    model = small_model(model_type)
+    pairs = [(0, 1), (2, 3), (4, 5)] if model_type == "t5" else [(0, 1)]
+    scores = torch.rand(2 * len(pairs), 4, generator=torch.Generator().manual_seed(1))
+    chosen = select_heads(scores, model=model, **options)
+    means = torch.stack([scores[list(pair)].mean(0) for pair in pairs])
+    if options.get("per_layer"):
+        want = {layer: [int(mean.argmin())] for pair, mean in zip(pairs, means, strict=True) for layer in pair}
+    else:
+        number = {"t5": {"fraction": 6, "num_heads": 2}, "mpnet": {"fraction": 2, "num_heads": 2}}[model_type]
+        order = [divmod(int(i), 4) for i in means.flatten().argsort()]
+        taken = order[: next(value for name, value in number.items() if name in options)]
+        want = {}
+        for pair, head in sorted(taken):
+            for layer in pairs[pair]:
+                want.setdefault(layer, []).append(head)
+    assert chosen == want
+    prune_heads(model, chosen)  # accepted
+
+
+def test_a_mask_search_of_layers_that_share_a_bias() -> None:
+    model = small_model("mpnet")
+    gradients = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0))
+    found = rearrange_heads(gradients, {0: [0, 1], 1: [0, 1]}, model=model)
+    blocks = sum(rows.T @ rows for rows in gradients.unbind(1))
+    costs = {pair: float(blocks[list(pair)][:, list(pair)].sum()) for pair in itertools.combinations(range(4), 2)}
+    best = min(costs, key=lambda pair: costs[pair])
+    assert found == {0: list(best), 1: list(best)}
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] share a bias .* same heads: \[\[0\], \[1\]\]"):
+        rearrange_heads(gradients, {0: [0], 1: [1]}, model=model)
+
+
+def test_groups_of_layers_that_share_a_bias() -> None:
+    """The groups of one layer are larger than those of the other: heads go in the larger ones."""
+    model = small_model("t5")
+    convert_to_gqa(model, [2, 4, 4, 4, 4, 4])
+    scores = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    scores[:2] -= 1
+    found = select_heads(scores, model=model, num_heads=4)
+    assert found in ({0: heads, 1: heads} for heads in ([0, 1], [2, 3]))
+    prune_heads(copy.deepcopy(model), found)
+    with pytest.raises(ValueError, match=r"layers 0, 1 share a bias .* groups of \[1, 2\] heads"):
+        select_heads(scores, model=model, num_heads=4, groups="across")
+    with pytest.raises(ValueError, match=r"3 heads cannot be removed from the model.*the same ones in layers that"):
+        select_heads(scores, model=model, num_heads=3)
+
+
+def test_scores_that_are_all_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"importance \(2, 3\) is NaN everywhere.*the score went wrong"):
+        select_heads(torch.full((2, 3), NAN), fraction=0.5)

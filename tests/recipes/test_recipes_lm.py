@@ -19,6 +19,10 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -276,3 +280,29 @@ def test_the_control_is_the_untouched_model_trained_as_long(text_checkpoint, tex
     sizes = [stage["key_value_bytes_per_token"] for stage in stages]
     assert sizes[0] == sizes[1] == 2 * sizes[2] == 2 * sizes[3] > 0
     assert json.loads((tmp_path / "with" / "control_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("more", [(), ("--lora", "--lora_r", "4")], ids=["plain", "lora"])
+@pytest.mark.parametrize("model_type", ["gpt2", "granite"])
+def test_a_model_found_by_running(model_type, more, text, byte_tokenizer, tmp_path, monkeypatch) -> None:
+    """GPT-2's projections are rows of one Conv1D; Granite is no family of the table."""
+    torch.manual_seed(0)
+    ends = {"vocab_size": len(byte_tokenizer), "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.2}
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **ends))
+    if model_type == "granite":
+        model = GraniteForCausalLM(
+            GraniteConfig(
+                hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, max_position_embeddings=64, **ends,
+            )
+        )  # fmt: skip
+    for each in (model, byte_tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    arguments = flags(tmp_path / "model", tmp_path / "out", text, "--validation_file", str(text[1]), *more)
+    stages = {stage["stage"]: stage for stage in run(monkeypatch, arguments)["stages"]}
+    assert [stage["num_key_value_heads"] for stage in stages.values()] == [[4, 4], [2, 2], [2, 2]]
+    assert stages["recovered"]["metrics"]["perplexity"] < stages["changed"]["metrics"]["perplexity"]
+    again = hf_attnkit.load_pretrained(tmp_path / "out").eval()
+    assert stages["recovered"]["metrics"]["perplexity"] == pytest.approx(
+        perplexity(again, byte_tokenizer, HELD_OUT, 32), rel=1e-4
+    )

@@ -22,7 +22,7 @@ from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.queries import attention_at, can_fit_queries
 
 STEPS = RefitOptions("full").query_steps
-EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
+EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 
 
 def example(seed: int = 0, rope: Rope | None = None, causal: bool = True) -> tuple[Tensor, Batch]:

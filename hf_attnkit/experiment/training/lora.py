@@ -92,7 +92,13 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
         names[id(linear)]
         for layer in (attention_layers if is_quantized else editable_layers)(model)
         for linear in dict.fromkeys((layer.query, layer.key, layer.value, layer.output))  # fused ones are the same
+        if linear is not None  # not told, of a model found by running
     ]
+    if not projections:
+        raise ValueError(
+            f"--lora: the attention projections of {type(model).__name__} cannot be told"
+            + (" from quantized weights" if is_quantized else "")
+        )
     vocabulary = model.get_output_embeddings()
     heads = [
         name

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.importance.score import Batches, Score
-from hf_attnkit.models.families import family_of
 from hf_attnkit.models.layers import AttentionLayer, output_of, ownership_of
 from hf_attnkit.models.owners import Ownership
 
@@ -28,7 +27,7 @@ class Magnitude(Score):
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         scores = []
         for layer in layers:
-            if layer.query is None or not isinstance(layer.output, nn.Linear) or family_of(model).fixed:
+            if layer.query is None or not isinstance(layer.output, nn.Linear):
                 scores.append(_owned(layer, ownership_of(model, layer)))
                 continue
             query, key, value = (

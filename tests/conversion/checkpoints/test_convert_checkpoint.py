@@ -27,7 +27,7 @@ from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.families import FAMILIES
 from hf_attnkit.models.layers import editable_layers
 
-EDITABLE = [family for family in SAMPLES if not FAMILIES[family].fixed]
+EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 # Every family with the method that changes least and the one that changes most; the others with a family that has
 # biases and no rotation and with one that has a fused projection and rotates.
 CASES = [(family, method) for family in EDITABLE for method in ("mean", "pca+statistics")]

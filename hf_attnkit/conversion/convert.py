@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
+from hf_attnkit.refitting.options import RefitOptions
 
 
 def convert_to_gqa(
@@ -24,7 +25,7 @@ def convert_to_gqa(
     *,
     method: str | None = None,
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
     grouping: str = "adjacent",
     budget: float | None = None,
@@ -89,7 +90,7 @@ def convert_to_mqa(
     *,
     method: str | None = None,
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
 ) -> PreTrainedModel:
     """Convert to multi-query attention: `convert_to_gqa` with one key/value head."""

@@ -17,17 +17,25 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
-from hf_attnkit.models.layers import AttentionLayer, in_running_order
-from hf_attnkit.observing.batches import real_tokens, to_device
+from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
+from hf_attnkit.observing.batches import real_mask, to_device
+from hf_attnkit.observing.rows import split
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
-from hf_attnkit.refitting.head_scales import scaled
+from hf_attnkit.refitting.folds import Folds
+from hf_attnkit.refitting.guard import Guard
+from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
-from hf_attnkit.refitting.queries import NotLinearError, attention_at, can_fit_queries, fit_layer_queries
+from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
+from hf_attnkit.refitting.ridge import Ridge, choose_ridge, num_folds, total
+from hf_attnkit.refitting.token_weights import gradient_norms, weights_of
+
+logger = logging.get_logger(__name__)
 
 
 class Made(Protocol):
@@ -78,44 +86,95 @@ def refit_layers(
         )
     layers = fitted
     _require_unshared(model, layers)
-    inputs = [to_device(batch, model) for batch in batches]
-    skips = can_skip(model, layers, inputs[0], stream=stream)
-    untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
-    full, found = options.fits == "full", []
+    inputs, aside = split([to_device(batch, model) for batch in batches], options.held_out)
+    norms, guard = None, None
+    with made.undone():
+        if aside:
+            guard = Guard(model, aside)
+        if options.token_weights == "gradient":
+            norms = gradient_norms(model, layers, inputs)
+    full = options.fits == "full"
     assert not full or (key_order is not None and not stream)
+    if guard is not None:
+        guard.before(layers, queries=full)
+    skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
+    unseen = aside if visible else []
+    untouched, changed, untouched_aside, changed_aside = (
+        [Walk(model, batch, layers, skips=skips) for batch in part] for part in (inputs, inputs, unseen, unseen)
+    )
+    found: list[RefittedLayer] = []
+    num_tokens = 0
     for layer in progress_bar(layers, description="refit", unit="layer"):
+        weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
+        assert made.covers(layer.output), layer.name
         if key_order is not None and visible and can_fit_queries(layer):
-            assert made.covers(layer.output) and made.covers(layer.query), layer.name
+            assert made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer) as run:
-                calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
+                calls, calls_aside = (
+                    [run(walk).in_order(key_order[layer.index]) for walk in walks]
+                    for walks in (untouched, untouched_aside)
+                )
+            counts = [None] * len(calls) if weights is None else weights
+            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, strict=True)]
+            watched_aside = [Watched(*each) for each in zip(changed_aside, aside, calls_aside, strict=True)]
             with suppress(NotLinearError) if layer.attention is not None else nullcontext():
-                divergences = fit_layer_queries(model, layer, changed, inputs, calls, options.query_steps)
+                divergences = fit_layer_queries(model, layer, watched, watched_aside, options.query_steps)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
-            assert made.covers(layer.output), layer.name
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        sums = OutputSums(layer.output)
-        for batch, walk, target in zip(inputs, changed, targets, strict=True):
+                for walk in untouched_aside:
+                    _seen(walk, layer, stream)
+            for walk in changed_aside:
+                _seen(walk, layer, stream)
+        folds = Folds(inputs, num_folds(layer.output) if options.ridge is None else 1)
+        sums = [OutputSums(layer.output) for _ in range(folds.count)]
+        for number, (walk, target) in enumerate(zip(changed, targets, strict=True)):
             now = _seen(walk, layer, stream)
             wanted = target.output
             if now.stream is not None and target.stream is not None:
                 wanted = wanted + target.stream - now.stream
-            sums.add(*(_real(layer, x, batch) for x in (now.taken, now.output, wanted)))
-        if not sums.is_finite():
-            raise ValueError(
-                f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
-                "float32 and look for a batch that breaks it"
-            )
-        if options.fits == "scale":
-            weight, bias = scaled(sums, layer.output, layer.value_head_dim, options.ridge)
-        else:
-            weight, bias = solve(sums, layer.output, options.ridge)
-        projections.apply(projections.Edit(layer.output, weight, bias))
-        found.append(RefittedLayer(layer.index, *divergences, sums.error_now(), sums.error_of(layer.output)))
-    return RefitReport(options.fits, sums.num_tokens, tuple(found))
+            real = _real(layer, now.taken, inputs[number])
+            numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
+            for fold, own in enumerate(sums):
+                those = real & (numbers == fold)
+                weight = None if weights is None else weights[number][those]
+                own.add(now.taken[those], now.output[those], wanted[those], weight)
+        found.append(_fit_output(layer, sums, options, divergences))
+        num_tokens = sum(own.num_tokens for own in sums)
+    held = None if guard is None else guard.keep(options.fits)
+    report = RefitReport(options.fits, num_tokens, options.token_weights, tuple(found), held)
+    if report.warning:
+        logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
+    return report
+
+
+def _fit_output(
+    layer: AttentionLayer,
+    folds: Sequence[OutputSums],
+    options: RefitOptions,
+    divergences: tuple[float | None, float | None],
+) -> RefittedLayer:
+    """Give the layer its new output projection, or leave it."""
+    sums, linear = total(folds), layer.output
+    if not sums.is_finite():
+        raise ValueError(
+            f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
+            "float32 and look for a batch that breaks it"
+        )
+    scales, error = options.fits == "scale", sums.error_now()
+    chosen: Ridge | None = None
+    if options.ridge is None:
+        chosen = choose_scale_ridge(folds, linear, layer.value_head_dim) if scales else choose_ridge(folds, linear)
+    ridge = options.ridge if chosen is None else chosen.ridge
+    if ridge is not None:
+        weight, bias = scaled(sums, linear, layer.value_head_dim, ridge) if scales else solve(sums, linear, ridge)
+        projections.apply(projections.Edit(linear, weight, bias))
+    before, after = (None, None) if chosen is None else (chosen.before, chosen.after)
+    inputs = weight_of(linear).shape[1]
+    return RefittedLayer(layer.index, *divergences, error, sums.error_of(linear), before, after, ridge, inputs)
 
 
 def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -143,8 +202,18 @@ def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Activations of real tokens `(tokens, features)`; a module that is called several times has all calls in `x`."""
+    """Which activations are of real tokens; a module that is called several times has all calls in `x`."""
     mask = batch.get(layer.padding)
     if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
         batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
-    return real_tokens(x, batch, layer.padding)
+    return real_mask(x, batch, layer.padding)
+
+
+def _weights(layer: AttentionLayer, norms: Sequence[Tensor], inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """What each token of each batch counts in the fit of this layer."""
+    real = [_real(layer, norm[..., None], batch) for norm, batch in zip(norms, inputs, strict=True)]
+    return weights_of(norms, real)
+
+
+def _calls(layer: AttentionLayer) -> int:
+    return 1 if layer.attention is None else layer.attention.calls

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import batch, build
-from support.refits import error, seen
+from support.refits import error, plain, seen
 from torch import Tensor
 
 import hf_attnkit
@@ -60,7 +60,7 @@ def test_errors_reached_are_those_of_the_models(family: str, refit: str) -> None
     original = build(family).double()
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit="none")
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=refit)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=plain(refit))
     report = last_change(fitted)
     assert isinstance(report, ConversionReport) and report.refit is not None
     assert report.refit.num_tokens == report.num_tokens == sum(int(b["attention_mask"].sum()) for b in batches)
@@ -79,7 +79,7 @@ def test_divergences_are_those_of_the_attention_weights() -> None:
     # Without padding, whose rows eager attention in float64 makes NaN.
     batches = [batch(original, (13, 13, 13), seed=seed) for seed in range(8)]
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit="none")
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=plain("full"))
     for layer in last_change(fitted).refit.layers:
         before = divergence(with_module(fitted, layer.index, "query", merged), original, layer.index, batches)
         after = divergence(fitted, original, layer.index, batches)
@@ -93,7 +93,7 @@ def test_factors_for_heads_are_the_least_squares_solution() -> None:
     original = build("bert").double()
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2)
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit="scale")
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain("scale"))
     for index, (layer, before) in enumerate(zip(*map(attention_layers, (fitted, merged)), strict=True)):
         gets: list[Tensor] = []
         handle = layer.output.register_forward_pre_hook(lambda _, args, gets=gets: gets.append(args[0].detach()))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import batch, build
-from support.refits import error, seen
+from support.refits import error, plain, seen
 from support.unchanged import unchanged
 from torch import Tensor
 
@@ -35,7 +35,7 @@ def test_errors_reached_are_those_of_the_residual_stream(family: str, refit: str
     original = build(family, num_hidden_layers=3).double()
     batches = many(original)
     pruned = prune_heads(copy.deepcopy(original), SELECTION)
-    fitted = prune_heads(copy.deepcopy(original), SELECTION, calibration=iter(batches), refit=refit)
+    fitted = prune_heads(copy.deepcopy(original), SELECTION, calibration=iter(batches), refit=plain(refit))
     report = last_change(fitted)
     assert isinstance(report, PruningReport) and report.refit is not None and report.refit.fits == refit
     assert report.refit.num_tokens == sum(int(b["attention_mask"].sum()) for b in batches)
@@ -101,7 +101,7 @@ def test_refit_after_pruning_by_definition(family: str) -> None:
     original = build(family, num_hidden_layers=3).double()
     batches = [batch(original, seed=seed) for seed in range(16)]
     selection = {0: [1, 2, 5], 2: [0, 7]}
-    fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches))
+    fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches), refit=plain("output"))
     assert [layer.num_heads for layer in attention_layers(fitted)] == [5, 8, 6]
     for layer, old in zip(attention_layers(fitted), attention_layers(original), strict=True):
         seen: dict[str, list[Tensor]] = {"a": [], "x": [], "y": [], "x'": []}

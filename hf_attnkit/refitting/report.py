@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -99,7 +98,7 @@ class RefitReport:
             limit, excess = layer.unseen_after + layer.error_after, layer.unseen_after - layer.error_after
             if limit > 0:
                 needed.append(max(self.num_tokens * excess / (EXCESS * limit), 1.0))
-        return math.ceil(median(needed)) if needed else None
+        return round(median(needed)) if needed else None
 
     @property
     def warning(self) -> str:

@@ -127,14 +127,19 @@ def test_it_prints_as_a_table() -> None:
     plan = plan_gqa(model, [2, 4], method="pca", calibration=many(model), refit="full")
     assert "refit: full" in str(plan).splitlines()[-1] and "KL" not in str(plan)
     plan.apply()
-    heading, *rows, last = str(plan.report).splitlines()
+    heading, *rows = str(plan.report).splitlines()
+    rows, last, held = rows[:2], rows[2], rows[3]
     assert "KL of attention (nats)" in heading and "error of outputs" in heading
-    assert len(rows) == 2 and "8 -> 2" in rows[0] and "8 -> 4" in rows[1]
+    assert "8 -> 2" in rows[0] and "8 -> 4" in rows[1]
     for row, layer in zip(rows, plan.report.refit.layers, strict=True):
         assert f"{layer.kl_before:.3g} -> {layer.kl_after:.3g}" in row
         assert f"{layer.error_before:.3g} -> {layer.error_after:.3g}" in row
-    for part in ("method pca", "240 calibration tokens", "1,024 -> 384 bytes", "refit full on 240 tokens"):
+    for part in ("method pca", "240 calibration tokens", "1,024 -> 384 bytes", "refit full on "):
         assert part in last, part
+    told = plan.report.refit.held_out
+    assert held.startswith(f"{told.num_sequences} sequences held out") and held.endswith(f"kept: {told.kept}")
+    assert all(f"{name} {error:.3g}" in held for name, error in told.errors.items())
+    assert set(told.errors) == {"none", "full", "queries"} and told.errors[told.kept] == min(told.errors.values())
     assert plan.report.heads_before == ((8, 8), (8, 8)) and plan.report.heads_after == ((8, 2), (8, 4))
     assert (plan.report.bytes_before, plan.report.bytes_after) == (1024, 384)
     assert "no refit" in str(last_change(convert_to_gqa(build("llama"), 2)))

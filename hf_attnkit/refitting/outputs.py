@@ -66,17 +66,22 @@ class OutputSums:
 
     def plus(self, other: OutputSums) -> OutputSums:
         """The sums over the tokens of both."""
-        return self._combined(other, 1)
+        found = self.combined(1, other, 1)
+        found.num_tokens = self.num_tokens + other.num_tokens
+        return found
 
     def less(self, other: OutputSums) -> OutputSums:
         """The sums without the other's tokens, which are among these."""
-        return self._combined(other, -1)
+        found = self.combined(1, other, -1)
+        found.num_tokens = self.num_tokens - other.num_tokens
+        return found
 
-    def _combined(self, other: OutputSums, sign: int) -> OutputSums:
-        both = copy.copy(self)
-        for name in ("aa", "ya", "yy", "lost", "num_tokens"):
-            setattr(both, name, getattr(self, name) + sign * getattr(other, name))
-        return both
+    def combined(self, own: float, other: OutputSums, others: float) -> OutputSums:
+        """Of the same tokens, each counting `own` of what it does here and `others` of what it does in the other."""
+        found = copy.copy(self)
+        for name in ("aa", "ya", "yy", "lost"):
+            setattr(found, name, own * getattr(self, name) + others * getattr(other, name))
+        return found
 
     def is_finite(self) -> bool:
         return bool(self.aa.isfinite().all() and self.ya.isfinite().all())

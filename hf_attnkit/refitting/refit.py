@@ -32,7 +32,7 @@ from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
-from hf_attnkit.refitting.ridge import Ridge, choose_ridge, num_folds, total
+from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
 from hf_attnkit.refitting.token_weights import gradient_norms, weights_of
 
 logger = logging.get_logger(__name__)
@@ -129,8 +129,11 @@ def refit_layers(
                     _seen(walk, layer, stream)
             for walk in changed_aside:
                 _seen(walk, layer, stream)
-        folds = Folds(inputs, num_folds(layer.output) if options.ridge is None else 1)
-        sums = [OutputSums(layer.output) for _ in range(folds.count)]
+        folds = Folds(inputs, 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2))
+        sums = [
+            Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
+            for _ in range(folds.count)
+        ]
         for number, (walk, target) in enumerate(zip(changed, targets, strict=True)):
             now = _seen(walk, layer, stream)
             wanted = target.output
@@ -140,10 +143,12 @@ def refit_layers(
             numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
             for fold, own in enumerate(sums):
                 those = real & (numbers == fold)
-                weight = None if weights is None else weights[number][those]
-                own.add(now.taken[those], now.output[those], wanted[those], weight)
+                tokens = now.taken[those], now.output[those], wanted[those]
+                own.alike.add(*tokens)
+                if own.seen is not None and weights is not None:
+                    own.seen.add(*tokens, weights[number][those])
         found.append(_fit_output(layer, sums, options, divergences))
-        num_tokens = sum(own.num_tokens for own in sums)
+        num_tokens = sum(own.alike.num_tokens for own in sums)
     held = None if guard is None else guard.keep(options.fits)
     report = RefitReport(options.fits, num_tokens, options.token_weights, tuple(found), held)
     if report.warning:
@@ -153,12 +158,12 @@ def refit_layers(
 
 def _fit_output(
     layer: AttentionLayer,
-    folds: Sequence[OutputSums],
+    folds: Sequence[Fold],
     options: RefitOptions,
     divergences: tuple[float | None, float | None],
 ) -> RefittedLayer:
     """Give the layer its new output projection, or leave it."""
-    sums, linear = total(folds), layer.output
+    sums, linear = total(fold.at(MEASURED) for fold in folds), layer.output
     if not sums.is_finite():
         raise ValueError(
             f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
@@ -167,10 +172,17 @@ def _fit_output(
     scales, error = options.fits == "scale", sums.error_now()
     chosen: Ridge | None = None
     if options.ridge is None:
-        chosen = choose_scale_ridge(folds, linear, layer.value_head_dim) if scales else choose_ridge(folds, linear)
+        if scales:
+            chosen = choose_scale_ridge([fold.at(MEASURED) for fold in folds], linear, layer.value_head_dim)
+        else:
+            chosen = choose_ridge(folds, linear)
     ridge = options.ridge if chosen is None else chosen.ridge
     if ridge is not None:
-        weight, bias = scaled(sums, linear, layer.value_head_dim, ridge) if scales else solve(sums, linear, ridge)
+        if scales:
+            weight, bias = scaled(sums, linear, layer.value_head_dim, ridge)
+        else:
+            share = MEASURED if chosen is None else chosen.share
+            weight, bias = solve(total(fold.at(share) for fold in folds), linear, ridge)
         projections.apply(projections.Edit(linear, weight, bias))
     before, after = (None, None) if chosen is None else (chosen.before, chosen.after)
     inputs = weight_of(linear).shape[1]

@@ -16,9 +16,10 @@ choices, and what is chosen is never worse on what it did not see than that, as 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,27 @@ RIDGES = (*(10 ** (exponent / 4) for exponent in range(-12, 13)), math.inf)
 FOLDS, FOLD_BYTES = 5, 2**30
 
 
+# Shares of a fit that tokens count in by what they do to the model's outputs; in the rest of it they count alike.
+SHARES = (0.0, 0.5, 0.9)
+MEASURED = SHARES[-1]
+
+
+class Fold(NamedTuple):
+    """The sums over some sequences.
+
+    Attributes:
+        alike: each token counts 1.
+        seen: each token counts by what it does to the model's outputs, 1 on the mean; `None` where that is not known.
+    """
+
+    alike: OutputSums
+    seen: OutputSums | None = None
+
+    def at(self, share: float) -> OutputSums:
+        """Each token counts the share of `seen`, and the rest of `alike`."""
+        return self.alike if self.seen is None else self.alike.combined(1 - share, self.seen, share)
+
+
 @dataclass(frozen=True)
 class Ridge:
     """What cross-validation chose.
@@ -39,50 +61,66 @@ class Ridge:
         ridge: a share of the mean diagonal of the Gram matrix; `None` for leaving the projection as it is.
         before, after: squared errors on sequences that the fit did not see, as a share of the target's sum of squares:
             of the projection as it is, and of the one chosen.
+        share: of `SHARES`, in which the fit counts tokens by what they do.
     """
 
     ridge: float | None
     before: float
     after: float
+    share: float = MEASURED
 
 
-def num_folds(linear: nn.Module) -> int:
-    """Into how many folds the sequences go, so that their sums stay within `FOLD_BYTES` where 2 do."""
+def num_folds(linear: nn.Module, sums: int = 1) -> int:
+    """Into how many folds the sequences go, so that their sums stay within `FOLD_BYTES` where 2 do.
+
+    Args:
+        sums: how many `OutputSums` a fold has.
+    """
     outputs, inputs = weight_of(linear).shape
-    return max(2, min(FOLDS, FOLD_BYTES // (8 * (inputs + 1) * (inputs + 1 + outputs))))
+    return max(2, min(FOLDS, FOLD_BYTES // (8 * sums * (inputs + 1) * (inputs + 1 + outputs))))
 
 
-def total(folds: Sequence[OutputSums]) -> OutputSums:
+def total(folds: Iterable[OutputSums]) -> OutputSums:
     """The sums over all folds."""
     return reduce(OutputSums.plus, folds)
 
 
-def choose_ridge(folds: Sequence[OutputSums], linear: nn.Module) -> Ridge:
-    """The ridge whose fits lose least on the folds that they leave out.
+def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
+    """The ridge, and the share, whose fits lose least on the folds that they leave out.
+
+    What is lost is always measured with the same share `MEASURED`. A fit in which few tokens count much has few tokens
+    to fit, so one in which all count alike may still lose less of what counts.
 
     Args:
         folds: sums over the sequences of each.
         linear: the projection as it is.
     """
-    whole, old = total(folds), weight_of(linear).double()
-    bias: Tensor | None = linear.bias  # type: ignore[assignment]
-    lost, as_it_is = torch.zeros(len(RIDGES), dtype=torch.float64), whole.lost_by(old, bias)
-    used = [fold for fold in folds if fold.num_tokens]
-    if len(used) < 2:
-        return Ridge(None, whole.share(as_it_is), whole.share(as_it_is))
-    for fold in used:
-        others = whole.less(fold)
-        means = others.means(bias is not None)
-        gram, cross, _ = others.centred(*means)
-        test_gram, test_cross, square = fold.centred(*means)
-        kept = ((old @ test_gram - 2 * test_cross) * old).sum() + square
-        if is_rounding(gram, others.aa):
-            lost += float(kept)
-            continue
-        lost += left_out(gram, cross - old @ gram, test_gram, test_cross - old @ test_gram, kept)
-    best = int(lost.argmin())
-    ridge = RIDGES[best] if lost[best] < float(as_it_is) else None
-    return Ridge(ridge, whole.share(as_it_is), whole.share(as_it_is if ridge is None else lost[best]))
+    old, has_bias = weight_of(linear).double(), linear.bias is not None
+    used = [fold for fold in folds if fold.alike.num_tokens]
+    whole = total(fold.at(MEASURED) for fold in used)
+    as_it_is = whole.lost_by(old, linear.bias)  # type: ignore[arg-type]
+    best = Ridge(None, whole.share(as_it_is), whole.share(as_it_is))
+    least = float(as_it_is)
+    for share in SHARES if used[0].seen is not None else (MEASURED,):
+        if len(used) < 2:
+            break
+        everything = total(fold.at(share) for fold in used)
+        lost = torch.zeros(len(RIDGES), dtype=torch.float64)
+        for fold in used:
+            others, test = everything.less(fold.at(share)), fold.at(MEASURED)
+            means = others.means(has_bias)
+            gram, cross, _ = others.centred(*means)
+            test_gram, test_cross, square = test.centred(*means)
+            kept = ((old @ test_gram - 2 * test_cross) * old).sum() + square
+            if is_rounding(gram, others.aa):
+                lost += float(kept)
+            else:
+                lost += left_out(gram, cross - old @ gram, test_gram, test_cross - old @ test_gram, kept)
+        index = int(lost.argmin())
+        if lost[index] < least:
+            least = float(lost[index])
+            best = Ridge(RIDGES[index], best.before, whole.share(lost[index]), share)
+    return best
 
 
 def left_out(gram: Tensor, rest: Tensor, test_gram: Tensor, test_rest: Tensor, kept: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 With z a model's outputs (logits, or last hidden states), r random signs and y_t what a layer's attention puts out for
 token t,
 
-    w_t = 0.9 g_t / mean g + 0.1,    g_t = | d (r . z) / d y_t |^2,    E g_t = | dz / dy_t |_F^2
+    w_t = g_t / mean g,    g_t = | d (r . z) / d y_t |^2,    E g_t = | dz / dy_t |_F^2
 
 In a classifier's last layer only the first token's output is read: a fit in which all count alike spends itself on
 outputs that nobody sees. No labels: z is what is to be kept, whatever it is for.
@@ -24,8 +24,6 @@ from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import final_outputs, real_outputs
 
 TOKEN_WEIGHTS = ("gradient", "uniform")
-# What all tokens count alike, of 1, so that none is left out.
-ALIKE = 0.1
 
 
 def gradient_norms(
@@ -74,7 +72,7 @@ def weights_of(norms: Sequence[Tensor], real: Sequence[Tensor]) -> list[Tensor]:
     mean = total / max(sum(int(mask.sum()) for mask in real), 1)
     if not 0 < mean < float("inf"):  # nothing of this layer is seen, or it is beyond float32: no token is told apart
         return [mask.float() for mask in real]
-    return [(ALIKE + (1 - ALIKE) * norm / mean) * mask for norm, mask in zip(norms, real, strict=True)]
+    return [norm / mean * mask for norm, mask in zip(norms, real, strict=True)]
 
 
 def _mixed(outputs: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,9 +18,9 @@ from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
-from hf_attnkit.refitting.ridge import RIDGES, choose_ridge, num_folds, total
+from hf_attnkit.refitting.ridge import MEASURED, RIDGES, SHARES, Fold, choose_ridge, num_folds, total
 
-Fold = tuple[Tensor, Tensor, Tensor]  # a, y and weights of its tokens
+Tokens = tuple[Tensor, Tensor, Tensor]  # a, y and what each counts
 
 
 def folds_of(
@@ -35,23 +35,26 @@ def folds_of(
     outputs, inputs = weight_of(linear).shape
     other = weight_of(linear) + signal * normal(outputs, inputs)
     scale = torch.logspace(0, -2, inputs, dtype=torch.float64)
-    data: list[Fold] = []
+    data: list[Tokens] = []
     sums = []
     for size in sizes:
         a = normal(size, inputs) * scale + 0.3
         y = a @ other.T + 0.7 * signal + noise * normal(size, outputs)
         data.append((a, y, 0.1 + normal(size).square()))
-        sums.append(OutputSums(linear))
-        sums[-1].add(a, linear(a), y, data[-1][2])
+        sums.append(Fold(OutputSums(linear), OutputSums(linear)))
+        sums[-1].alike.add(a, linear(a), y)
+        sums[-1].seen.add(a, linear(a), y, data[-1][2])
     return data, sums
 
 
-def brute_force(linear: Any, data: list[Fold], ridge: float | None) -> float:
+def brute_force(linear: Any, data: list[Tokens], ridge: float | None, share: float) -> float:
     """The weighted error on each fold of a fit to the others, by least squares with the ridge as rows."""
     old, lost = linear.weight.detach(), 0.0
     for index in range(len(data)):
         a, y, w = (torch.cat(parts) for parts in zip(*(data[:index] + data[index + 1 :]), strict=True))
+        w = 1 - share + share * w
         at, yt, wt = data[index]
+        wt = 1 - MEASURED + MEASURED * wt
         if ridge is None:
             lost += float((wt[:, None] * (linear(at) - yt).square()).sum())
             continue
@@ -75,13 +78,13 @@ def test_the_ridge_is_the_one_that_brute_force_finds(has_bias: bool, signal: flo
     with torch.no_grad():
         data, sums = folds_of(linear, signal, noise)
         chosen = choose_ridge(sums, linear)
-        errors = {ridge: brute_force(linear, data, ridge) for ridge in (*RIDGES, None)}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    energy = sum(float((w[:, None] * y.square()).sum()) for _, y, w in data)
-    assert chosen.ridge == best
+        errors = {(r, s): brute_force(linear, data, r, s) for s in SHARES for r in (*RIDGES, None)}
+    best = min(errors, key=lambda choice: errors[choice])
+    energy = sum(float(((1 - MEASURED + MEASURED * w)[:, None] * y.square()).sum()) for _, y, w in data)
+    assert chosen.ridge == best[0] and (chosen.ridge is None or chosen.share == best[1])
     # Differences of sums of squares, of which the errors are at least 1e-4.
     assert chosen.after == pytest.approx(errors[best] / energy, rel=1e-9)
-    assert chosen.before == pytest.approx(errors[None] / energy, rel=1e-9)
+    assert chosen.before == pytest.approx(errors[None, MEASURED] / energy, rel=1e-9)
     if signal == 1.0:
         assert chosen.ridge is not None and chosen.ridge < 1, "nothing was tested"
 
@@ -99,7 +102,7 @@ def test_targets_that_are_noise_leave_the_projection() -> None:
         still = nn.Linear(12, 5, bias=False).double()
         _, sums = folds_of(still, 0.0, 0.0)
     assert choose_ridge(sums, still).after == pytest.approx(0, abs=1e-12)
-    weight, bias = solve(total(sums), still, math.inf)
+    weight, bias = solve(total(fold.alike for fold in sums), still, math.inf)
     assert torch.equal(weight, still.weight) and bias is None
 
 
@@ -108,6 +111,7 @@ def test_factors_of_heads_get_the_ridge_that_brute_force_finds() -> None:
     linear = nn.Linear(12, 5).double()
     with torch.no_grad():
         data, sums = folds_of(linear, 0.4, 0.5)
+        sums = [fold.seen for fold in sums]
         chosen = choose_scale_ridge(sums, linear, head_dim=3)
         errors = []
         for ridge in RIDGES[:-1]:
@@ -138,9 +142,10 @@ def test_folds_are_whole_sequences() -> None:
 def test_sums_of_folds_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = nn.Linear(31, 32)  # 8 * 32 * 64 bytes a fold
     assert num_folds(linear) == ridges.FOLDS
+    assert num_folds(linear, 2) == ridges.FOLDS
     for limit, count in ((3 * 16384, 3), (16384, 2)):
         monkeypatch.setattr(ridges, "FOLD_BYTES", limit)
-        assert num_folds(linear) == count
+        assert num_folds(linear) == count and num_folds(linear, 2) == 2
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_attnkit import prune_heads
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.refitting.options import RefitOptions
-from hf_attnkit.refitting.token_weights import ALIKE, gradient_norms, weights_of
+from hf_attnkit.refitting.token_weights import gradient_norms, weights_of
 
 
 def by_hand(model: Any, layers: Any, batches: list[dict[str, Tensor]]) -> dict[int, list[Tensor]]:
@@ -68,12 +68,12 @@ def test_a_module_that_is_called_several_times_has_a_gradient_for_each_call() ->
     assert bool((per_call.sum((1, 2)) > 0).all()) and not torch.equal(per_call[0], per_call[1])
 
 
-def test_weights_have_mean_one_and_leave_no_token_out() -> None:
+def test_weights_have_mean_one() -> None:
     norms = [torch.tensor([[4.0, 0.0, 9.0]]), torch.tensor([[1.0, 0.0]])]
     real = [torch.tensor([[True, True, False]]), torch.tensor([[True, True]])]
     first, second = weights_of(norms, real)
     mean = 5 / 4
-    expected = [ALIKE + (1 - ALIKE) * each / mean for each in (4, 0, 1, 0)]
+    expected = [each / mean for each in (4.0, 0.0, 1.0, 0.0)]
     torch.testing.assert_close(first, torch.tensor([[*expected[:2], 0.0]]))
     torch.testing.assert_close(second, torch.tensor([expected[2:]]))
     assert float(first.sum() + second.sum()) == pytest.approx(4)

@@ -17,7 +17,12 @@ KEPT = 2**24
 
 
 def final_outputs(output: Any) -> dict[str, Tensor]:
-    """The logits of a model's output, by name; its last hidden state where it has none, else all that it gives."""
+    """The logits of a model's output, by name; its last hidden state where it has none, else all that it gives.
+
+    Of a tuple that is its first tensor, where a model puts them.
+    """
+    if not isinstance(output, Mapping):
+        return {str(number): tensor for number, tensor in enumerate(tensors_in(output)[:1])}
     named = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
     logits = {name: value for name, value in named.items() if "logits" in name}
     if logits:
@@ -71,5 +76,5 @@ class OutputDistance:
 
     def _run(self, batch: Mapping[str, Any]) -> list[Tensor]:
         with torch.no_grad(), evaluation_mode(self._model):
-            output = self._model(**batch, return_dict=True)
+            output = self._model(**batch)
         return [real_outputs(name, value, batch).float() for name, value in final_outputs(output).items()]

@@ -29,7 +29,8 @@ class RefitOptions:
         query_steps: steps of conjugate gradients for each query projection; at most so many, where sequences held out
             tell when to stop.
         token_weights: "gradient": each token counts by what its attention's output does to the outputs of the
-            untouched model, which takes a backward pass on each batch; "uniform": all tokens count alike.
+            untouched model, which takes a backward pass on each batch; "uniform": all tokens count alike, as they do in
+            a model that has no gradient.
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit that brings them no closer is not kept. With 0, or a
             single sequence, there is no such comparison.

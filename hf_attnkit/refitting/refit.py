@@ -33,7 +33,7 @@ from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
-from hf_attnkit.refitting.token_weights import gradient_norms, weights_of
+from hf_attnkit.refitting.token_weights import NoGradientError, gradient_norms, weights_of
 
 logger = logging.get_logger(__name__)
 
@@ -87,12 +87,10 @@ def refit_layers(
     layers = fitted
     _require_unshared(model, layers)
     inputs, aside = split([to_device(batch, model) for batch in batches], options.held_out)
-    norms, guard = None, None
     with made.undone():
-        if aside:
-            guard = Guard(model, aside)
-        if options.token_weights == "gradient":
-            norms = gradient_norms(model, layers, inputs)
+        guard = Guard(model, aside) if aside else None
+        norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
+    counted = "uniform" if norms is None else "gradient"
     full = options.fits == "full"
     assert not full or (key_order is not None and not stream)
     if guard is not None:
@@ -150,7 +148,7 @@ def refit_layers(
         found.append(_fit_output(layer, sums, options, divergences))
         num_tokens = sum(own.alike.num_tokens for own in sums)
     held = None if guard is None else guard.keep(options.fits)
-    report = RefitReport(options.fits, num_tokens, options.token_weights, tuple(found), held)
+    report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
     return report
@@ -176,17 +174,18 @@ def _fit_output(
             chosen = choose_scale_ridge([fold.at(MEASURED) for fold in folds], linear, layer.value_head_dim)
         else:
             chosen = choose_ridge(folds, linear)
-    ridge = options.ridge if chosen is None else chosen.ridge
+    ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
     if ridge is not None:
         if scales:
             weight, bias = scaled(sums, linear, layer.value_head_dim, ridge)
         else:
-            share = MEASURED if chosen is None else chosen.share
             weight, bias = solve(total(fold.at(share) for fold in folds), linear, ridge)
         projections.apply(projections.Edit(linear, weight, bias))
-    before, after = (None, None) if chosen is None else (chosen.before, chosen.after)
-    inputs = weight_of(linear).shape[1]
-    return RefittedLayer(layer.index, *divergences, error, sums.error_of(linear), before, after, ridge, inputs)
+    return RefittedLayer(
+        layer.index, *divergences, error, sums.error_of(linear),
+        None if chosen is None else chosen.before, None if chosen is None else chosen.after,
+        ridge, None if folds[0].seen is None else share, weight_of(linear).shape[1],
+    )  # fmt: skip
 
 
 def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -219,6 +218,17 @@ def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
     if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
         batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
     return real_mask(x, batch, layer.padding)
+
+
+def _gradient_norms(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: Sequence[Mapping[str, Any]]
+) -> dict[int, list[Tensor]] | None:
+    """See `token_weights`; `None` for a model that has no gradient."""
+    try:
+        return gradient_norms(model, layers, inputs)
+    except NoGradientError as error:
+        logger.warning(f"all tokens count alike in the refit: {error}")
+        return None
 
 
 def _weights(layer: AttentionLayer, norms: Sequence[Tensor], inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:

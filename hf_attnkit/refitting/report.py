@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-HEADINGS = ("KL of attention (nats)", "error of outputs", "cross-validated", "ridge")
+HEADINGS = ("KL of attention (nats)", "error of outputs", "cross-validated", "ridge", "weighted")
 BLANK = ("",) * len(HEADINGS)
 # A refit is told to have enough tokens where its error is this much above what it would be with any number of them.
 EXCESS = 0.1
@@ -29,9 +29,11 @@ class RefittedLayer:
             `None` for a ridge that was given.
         ridge: a share of the mean diagonal of the Gram matrix; infinity where the bias alone was fitted; `None` where
             the projection stays as it is, since nothing helps.
+        share: in which the fit counted tokens by what they do to the model's outputs, of 0 (all alike) to 0.9; `None`
+            where all count alike everywhere.
         inputs: of the output projection.
 
-    All means are weighted as the tokens are, see `RefitReport.token_weights`.
+    Errors and the divergence in the sample count tokens by what they do, see `RefitReport.token_weights`.
     """
 
     index: int
@@ -42,6 +44,7 @@ class RefittedLayer:
     unseen_before: float | None
     unseen_after: float | None
     ridge: float | None
+    share: float | None
     inputs: int
 
 
@@ -125,6 +128,7 @@ class RefitReport:
                 _arrow(layer.error_before, layer.error_after),
                 _arrow(layer.unseen_before, layer.unseen_after),
                 "as it was" if layer.ridge is None else f"{layer.ridge:.3g}",
+                "" if layer.ridge is None or layer.share is None else f"{layer.share:.3g}",
             )
             for layer in self.layers
         }

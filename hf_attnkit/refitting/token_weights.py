@@ -26,6 +26,10 @@ from hf_attnkit.observing.outputs import final_outputs, real_outputs
 TOKEN_WEIGHTS = ("gradient", "uniform")
 
 
+class NoGradientError(RuntimeError):
+    """Nothing tells what a token's attention does to the model's outputs."""
+
+
 def gradient_norms(
     model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Sequence[Mapping[str, Any]]
 ) -> dict[int, list[Tensor]]:
@@ -35,29 +39,28 @@ def gradient_norms(
     kept. Calls of one module in one forward pass are one after the other along the first axis.
 
     Raises:
-        ValueError: for a layer that has no gradient.
+        NoGradientError: if the model's forward pass has no gradient, as with tensors that are changed in place.
     """
     generator = torch.Generator().manual_seed(0)
     norms: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
     for batch in batches:
-        found: dict[int, dict[int, Tensor]] = {layer.index: {} for layer in layers}
+        found: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
             stack.enter_context(_frozen(model))
             stack.enter_context(torch.enable_grad())
             for layer in layers:
                 stack.callback(_watch(layer.output, found[layer.index]).remove)
-            outputs = final_outputs(model(**batch, return_dict=True))
+            outputs = final_outputs(model(**batch))
             total = sum((_mixed(real_outputs(*each, batch), generator) for each in outputs.items()), torch.zeros(()))
-            if not total.requires_grad:
-                raise ValueError(
-                    f"the outputs of {type(model).__name__} have no gradient; give token_weights='uniform'"
-                )
-            total.backward()
+            try:
+                total.backward()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NoGradientError(f"{type(model).__name__} has no gradient: {error}") from error
         for layer in layers:
-            if not found[layer.index]:
-                raise ValueError(f"{layer.name} has no gradient; give token_weights='uniform'")
-            norms[layer.index].append(torch.cat([norm for _, norm in sorted(found[layer.index].items())]))
+            norms[layer.index].append(torch.cat(found[layer.index]))
     return norms
 
 
@@ -80,17 +83,17 @@ def _mixed(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return (outputs.float() * (2 * signs - 1)).sum().cpu()
 
 
-def _watch(linear: nn.Module, found: dict[int, Tensor]) -> Any:
-    calls = 0
+def _watch(linear: nn.Module, found: list[Tensor]) -> Any:
+    """Append g_t for each call of the module, once it is known; 0 where nothing that is put out depends on it."""
 
     def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        nonlocal calls
-        number, calls = calls, calls + 1
+        norm = output.new_zeros(output.shape[:-1], dtype=torch.float32)
+        found.append(norm)
         # Parameters get no gradient, so something else in the graph must ask for one.
         output = output + output.new_zeros((), requires_grad=True)
 
         def note(gradient: Tensor) -> None:
-            found[number] = gradient.float().square().sum(-1)
+            norm.copy_(gradient.float().square().sum(-1))
 
         output.register_hook(note)
         return output

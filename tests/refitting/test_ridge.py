@@ -171,12 +171,12 @@ def _gpt2() -> Any:
 def test_how_many_tokens_a_refit_can_use() -> None:
     """Noise of variance v and k unknowns for each output: in the sample v (1 - k/n), unseen v (1 + k/n)."""
     k, n = 50, 1000
-    layer = RefittedLayer(0, None, None, 1.0, 1 - k / n, 1.0, 1 + k / n, 0.1, k)
+    layer = RefittedLayer(0, None, None, 1.0, 1 - k / n, 1.0, 1 + k / n, 0.1, None, k)
     report = RefitReport("output", n, "uniform", (layer,), None)
     # 10 % above what any number of tokens reaches is k / n = 0.1.
     assert report.num_tokens_needed == 500
-    assert RefitReport("output", n, "uniform", (RefittedLayer(0, None, None, 1, 1, 1, 1, None, k),), None).warning
-    few = RefitReport("output", 40, "uniform", (RefittedLayer(0, None, None, 1, 0.1, 1, 0.5, 1.0, k),), None)
+    assert RefitReport("output", n, "uniform", (RefittedLayer(0, None, None, 1, 1, 1, 1, None, None, k),), None).warning
+    few = RefitReport("output", 40, "uniform", (RefittedLayer(0, None, None, 1, 0.1, 1, 0.5, 1.0, None, k),), None)
     assert "40 tokens were fitted to output projections of 50 inputs" in few.warning
 
 

@@ -28,9 +28,10 @@ class RefitOptions:
             Gram matrix; at least 0. By default each layer's own, by cross-validation over the calibration's sequences.
         query_steps: steps of conjugate gradients for each query projection; at most so many, where sequences held out
             tell when to stop.
-        token_weights: "gradient": each token counts by what its attention's output does to the outputs of the
-            untouched model, which takes a backward pass on each batch; "uniform": all tokens count alike, as they do in
-            a model that has no gradient.
+        token_weights: "uniform": all tokens count alike. "gradient": the fit of output projections is measured by what
+            each token's attention does to the outputs of the untouched model, which takes a backward pass on each batch
+            (the memory of a training step without gradients of parameters), and counts tokens so where that loses less
+            unseen; queries are fitted so. A model that has no gradient is fitted with all tokens alike.
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit that brings them no closer is not kept. With 0, or a
             single sequence, there is no such comparison.
@@ -39,7 +40,7 @@ class RefitOptions:
     fits: str
     ridge: float | None = None
     query_steps: int = 6
-    token_weights: str = "gradient"
+    token_weights: str = "uniform"
     held_out: float = 0.2
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ def test_heads_before_and_after_and_the_table() -> None:
     assert (report.bytes_before, report.bytes_after) == (12 * 64, 8 * 64)
     heading, *rows = str(report).splitlines()
     assert [part.strip() for part in heading.split("  ") if part.strip()] == [
-        "layer", "heads", "key/value heads", "removed", "error of outputs", "cross-validated", "ridge", "weighted",
+        "layer", "heads", "key/value heads", "removed", "error of outputs", "cross-validated", "ridge",
     ]  # fmt: skip
     rows, last = rows[:3], rows[3]
     assert [row.split()[:4] for row in rows] == [[str(i), "8", "->", str(n)] for i, n in enumerate((6, 4, 0))]

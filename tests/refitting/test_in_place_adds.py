@@ -12,7 +12,7 @@ from support.calibrated import batches_for
 from support.refits import plain
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from hf_attnkit import last_change, prune_heads
+from hf_attnkit import RefitOptions, last_change, prune_heads
 
 
 def block(adds: str) -> Any:
@@ -49,7 +49,8 @@ def test_without_a_gradient_all_tokens_count_alike(monkeypatch: pytest.MonkeyPat
     for way in ("out of place", "to the stream"):
         monkeypatch.setattr(MixtralDecoderLayer, "forward", block(way))
         model = copy.deepcopy(any_model("mixtral"))
-        prune_heads(model, {0: [0, 1]}, calibration=batches_for(model))
+        options = RefitOptions("output", token_weights="gradient")
+        prune_heads(model, {0: [0, 1]}, calibration=batches_for(model), refit=options)
         report = last_change(model).refit  # type: ignore[union-attr]
         words.append(report.token_weights)
         assert all((layer.share is None) == (words[-1] == "uniform") for layer in report.layers)

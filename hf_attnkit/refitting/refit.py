@@ -2,7 +2,8 @@
 
 Each layer is fitted on what the refitted layers below give it: all layers in one pass measured more than twice the
 perplexity (see docs/conversion.md). The models do not start again for each layer (see `walk`), so the whole refit takes
-about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`.
+about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
+stays: `guard`.
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
@@ -12,7 +13,7 @@ the attention, y_t what the attention puts out and a prime for the untouched mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -61,12 +62,12 @@ def refit_layers(
     key_order: Sequence[Sequence[int]] | None = None,
     stream: bool = False,
 ) -> RefitReport:
-    """Fit every layer of a changed model to what it was before.
+    """Fit every layer of a changed model to what it was before, and keep that if it helps on sequences held out.
 
     Args:
         layers: of the changed model.
         made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
-        batches: model inputs, at least one; padding is left out.
+        batches: model inputs, at least one; padding is left out. Some of their sequences are held out.
         key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
             of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
         stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
@@ -117,8 +118,13 @@ def refit_layers(
             counts = [None] * len(calls) if weights is None else weights
             watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, strict=True)]
             watched_aside = [Watched(*each) for each in zip(changed_aside, aside, calls_aside, strict=True)]
-            with suppress(NotLinearError) if layer.attention is not None else nullcontext():
+            try:
                 divergences = fit_layer_queries(model, layer, watched, watched_aside, options.query_steps)
+            except NotLinearError:
+                if layer.attention is None:
+                    raise
+                for walk in changed_aside:  # no walk may miss a layer
+                    _seen(walk, layer, stream)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
             with made.undone():
@@ -127,24 +133,8 @@ def refit_layers(
                     _seen(walk, layer, stream)
             for walk in changed_aside:
                 _seen(walk, layer, stream)
-        folds = Folds(inputs, 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2))
-        sums = [
-            Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
-            for _ in range(folds.count)
-        ]
-        for number, (walk, target) in enumerate(zip(changed, targets, strict=True)):
-            now = _seen(walk, layer, stream)
-            wanted = target.output
-            if now.stream is not None and target.stream is not None:
-                wanted = wanted + target.stream - now.stream
-            real = _real(layer, now.taken, inputs[number])
-            numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
-            for fold, own in enumerate(sums):
-                those = real & (numbers == fold)
-                tokens = now.taken[those], now.output[those], wanted[those]
-                own.alike.add(*tokens)
-                if own.seen is not None and weights is not None:
-                    own.seen.add(*tokens, weights[number][those])
+        count = 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2)
+        sums = _summed(layer, Folds(inputs, count), changed, targets, inputs, weights, stream)
         found.append(_fit_output(layer, sums, options, divergences))
         num_tokens = sum(own.alike.num_tokens for own in sums)
     held = None if guard is None else guard.keep(options.fits)
@@ -152,6 +142,36 @@ def refit_layers(
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
     return report
+
+
+def _summed(
+    layer: AttentionLayer,
+    folds: Folds,
+    walks: Sequence[Walk],
+    targets: Sequence[Seen],
+    inputs: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor] | None,
+    stream: bool,
+) -> list[Fold]:
+    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give."""
+    sums = [
+        Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
+        for _ in range(folds.count)
+    ]
+    for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
+        now = _seen(walk, layer, stream)
+        wanted = target.output
+        if now.stream is not None and target.stream is not None:
+            wanted = wanted + target.stream - now.stream
+        real = _real(layer, now.taken, inputs[number])
+        numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
+        for fold, own in enumerate(sums):
+            those = real & (numbers == fold)
+            tokens = now.taken[those], now.output[those], wanted[those]
+            own.alike.add(*tokens)
+            if own.seen is not None and weights is not None:
+                own.seen.add(*tokens, weights[number][those])
+    return sums
 
 
 def _fit_output(

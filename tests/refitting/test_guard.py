@@ -10,13 +10,15 @@ import pytest
 import torch
 from support.models import batch, build
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_attnkit.refitting.refit as refit_module
-from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads
+from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.observing.outputs import OutputDistance, final_outputs, real_outputs
 from hf_attnkit.observing.rows import num_rows, rows_of, split
 from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.queries import NotLinearError
 
 
 def many(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
@@ -171,3 +173,25 @@ def test_a_single_sequence_is_fitted_without_a_comparison() -> None:
     assert report.held_out is None and report.kept == "output" and report.num_tokens == 40
     assert all(layer.unseen_after is not None for layer in report.layers)
     assert "held out" not in str(last_change(model))
+
+
+def test_no_walk_misses_a_layer_whose_queries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that prove to be no linear map, and attention without a softmax, in the middle of a model."""
+    config = GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=512, n_positions=64, initializer_range=0.2)
+    torch.manual_seed(0)
+    found = GPT2LMHeadModel(config).eval()
+    real_fit = refit_module.fit_layer_queries
+
+    def refuses(model: Any, layer: Any, *args: Any) -> Any:
+        if layer.index == 1:
+            raise NotLinearError
+        return real_fit(model, layer, *args)
+
+    monkeypatch.setattr(refit_module, "fit_layer_queries", refuses)
+    with pytest.warns(UserWarning, match="linear"):
+        swapped = swap_attention(build("llama", num_hidden_layers=4), {1: "linear"})
+    for model in (found, swapped):
+        convert_to_gqa(model, 2, method="mean", calibration=many(model))
+        report = last_change(model).refit  # type: ignore[union-attr]
+        assert [layer.kl_after is None for layer in report.layers] == [False, True, False, False]
+        assert all(layer.kl_after <= layer.kl_before for layer in report.layers if layer.kl_after is not None)

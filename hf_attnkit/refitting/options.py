@@ -41,7 +41,7 @@ class RefitOptions:
     ridge: float | None = None
     query_steps: int = 6
     token_weights: str = "uniform"
-    held_out: float = 0.2
+    held_out: float = 0.1
 
     def __post_init__(self) -> None:
         choice(self.fits, "refit", REFITS)

@@ -21,10 +21,12 @@ from hf_attnkit.pruning.mask_search import rearrange_heads
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import select_heads
 from hf_attnkit.pruning.select_for_target import select_for_target
+from hf_attnkit.refitting.options import RefitOptions
 
 __all__ = [
     "AttentionEntropyCallback",
     "HeadStatistics",
+    "RefitOptions",
     "attention_backends",
     "attention_entropy",
     "available_attentions",

@@ -15,6 +15,7 @@ ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
     "AttentionEntropyCallback",
     "HeadStatistics",
+    "RefitOptions",
     "attention_backends",
     "attention_entropy",
     "available_attentions",

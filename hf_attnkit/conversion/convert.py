@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.conversion.plan import plan_gqa
 from hf_attnkit.conversion.statistics import Statistics
+from hf_attnkit.refitting.options import RefitOptions
 
 
 def convert_to_gqa(
@@ -24,7 +25,7 @@ def convert_to_gqa(
     *,
     method: str | None = None,
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
     grouping: str = "adjacent",
     budget: float | None = None,
@@ -53,7 +54,9 @@ def convert_to_gqa(
         refit: what is fitted to the untouched model after the merge, layer by layer and without labels: "full"
             (queries, then outputs; queries where they are a linear map of the layer's input and scores are plain
             products under a softmax), "output" (output projections), "scale" (one factor per query head) or "none".
-            `True` is "full", `False` is "none". Default: "full" where batches are given.
+            `True` is "full", `False` is "none"; `RefitOptions` say more. Default: "full" where batches are given. Some
+            sequences are held out: what brings the model's outputs on them no closer to the untouched model's is not
+            kept, see `last_change`.
         key_method: another method for the keys. Default: `method`; where a norm on the keys forbids "pca" (Qwen3), it
             must be given with `method="pca"`, and is "mean" without `method`.
         grouping: "adjacent" heads, or "best", those that lose least together.
@@ -89,7 +92,7 @@ def convert_to_mqa(
     *,
     method: str | None = None,
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
 ) -> PreTrainedModel:
     """Convert to multi-query attention: `convert_to_gqa` with one key/value head."""

@@ -28,7 +28,7 @@ from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.projections import Edit
 from hf_attnkit.models.layers import AttentionLayer, editable_layers, projected_layers
-from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
+from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
 
@@ -50,6 +50,7 @@ class _Work:
     made_for: Fingerprint
     heads_before: tuple[tuple[int, int], ...]
     batches: list[Mapping[str, Any]]
+    refit: RefitOptions
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class GQAPlan:
             if self.refit != "none":
                 order = [[head for group in layer.groups for head in group] for layer in self.layers]
                 layers = layers_to_convert(self.model)
-                refit = refit_layers(self.model, layers, made, work.batches, RefitOptions(self.refit), key_order=order)
+                refit = refit_layers(self.model, layers, made, work.batches, work.refit, key_order=order)
         self._work = None
         self.report = ConversionReport(
             work.heads_before, tuple(work.change.heads), self.method, self.key_method, self.grouping, self.num_tokens,
@@ -117,7 +118,7 @@ def plan_gqa(
     *,
     method: str | None = None,
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
     grouping: str = "adjacent",
     budget: float | None = None,
@@ -142,7 +143,7 @@ def plan_gqa(
     in_table, layers = cut_by_table(model), layers_to_convert(model)
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
-    word = refit_word(refit, default="full", batches=has_batches, given=given)
+    options = refit_options(refit, default="full", batches=has_batches, given=given)
     merging = choose_merging(layers, method, key_method, grouping, calibrated=calibration is not None)
     if budget is not None and num_key_value_heads is not None:
         raise ValueError("give num_key_value_heads or budget, not both")
@@ -159,7 +160,7 @@ def plan_gqa(
         if not in_table and calibration is not None:
             trial(model, layers, numbers)
     batches: list[Mapping[str, Any]] = []
-    if word != "none" and calibration is not None and not isinstance(calibration, Statistics):
+    if options.fits != "none" and calibration is not None and not isinstance(calibration, Statistics):
         calibration = batches = listed(calibration)
     statistics = statistics_of(model, layers, calibration)
     if budget is not None and not uniform:
@@ -203,10 +204,10 @@ def plan_gqa(
     )
     change = TableMerge(model, layers, edits, after) if in_table else OwnedChange(model, layers, merges)
     made_for = Fingerprint(model, layers) if in_table else Fingerprint(model, layers, projected_layers)
-    work = _Work(change, made_for, tuple(before), batches)
+    work = _Work(change, made_for, tuple(before), batches, options)
     return GQAPlan(
-        model, merging.method, merging.key_method, merging.grouping, word, tuple(planned), statistics.num_tokens,
-        bytes_before, bytes_after, work,
+        model, merging.method, merging.key_method, merging.grouping, options.fits, tuple(planned),
+        statistics.num_tokens, bytes_before, bytes_after, work,
     )  # fmt: skip
 
 

@@ -59,13 +59,13 @@ class ConversionReport(ChangeReport):
 def conversion_table(layers: Sequence[LayerPlan], refit: RefitReport | None = None) -> str:
     """One row for each layer."""
     reached = {} if refit is None else refit.cells()
-    rows = [("layer", "key/value heads", "groups", "key loss", "value loss", *refits.HEADINGS)]
+    rows: list[tuple[str, ...]] = [("layer", "key/value heads", "groups", "key loss", "value loss", *refits.HEADINGS)]
     for layer in layers:
         present = sum(len(group) for group in layer.groups)
         groups = " ".join(",".join(map(str, group)) for group in layer.groups)
         losses = f"{layer.key_loss:.4f}", f"{layer.value_loss:.4f}"
         heads = f"{present} -> {layer.num_key_value_heads}"
-        rows.append((str(layer.index), heads, groups, *losses, *reached.get(layer.index, ("", ""))))
+        rows.append((str(layer.index), heads, groups, *losses, *reached.get(layer.index, refits.BLANK)))
     return text_table(rows)
 
 

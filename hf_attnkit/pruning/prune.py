@@ -29,7 +29,7 @@ from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_
 from hf_attnkit.pruning.prune_any import prune_discovered
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.pruning.select import checked_heads
-from hf_attnkit.refitting.options import RefitOptions, listed, refit_word
+from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
 
@@ -40,7 +40,7 @@ def prune_heads(
     heads: Mapping[Any, Iterable[int]],
     *,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-    refit: str | bool | None = None,
+    refit: str | bool | RefitOptions | None = None,
     probe: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Remove attention heads physically: the projections become smaller.
@@ -61,9 +61,10 @@ def prune_heads(
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
             factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
-            "none". "full" is not defined here: it fits queries to keys that changed. Where the residual stream cannot
-            be told (something is done to the attention's output before it is added), the attention's own output is
-            fitted.
+            "none"; or `RefitOptions`, which say more. Some sequences are held out: a refit that brings the model's
+            outputs on them no closer to the untouched model's is not kept, see `last_change`. "full" is not defined
+            here: it fits queries to keys that changed. Where the residual stream cannot be told (something is done to
+            the attention's output before it is added), the attention's own output is fitted.
         probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The
             pruned model is proven on them: its outputs are those of the untouched one with these heads zeroed.
 
@@ -76,7 +77,8 @@ def prune_heads(
             calibration, calibration without a refit, an unsupported, quantized, PEFT-wrapped or weightless model,
             calibration batches that do not run or whose activations are not finite. The model is then unchanged.
     """
-    word = refit_word(refit, default="output", batches=calibration is not None)
+    options = refit_options(refit, default="output", batches=calibration is not None)
+    word = options.fits
     if word == "full":
         raise ValueError(
             f"refit={refit!r} fits queries to keys that a conversion merged; pruning leaves the keys of the heads that "
@@ -86,7 +88,7 @@ def prune_heads(
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
     batches = [] if calibration is None else listed(calibration)
     if not cut_by_table(model):
-        return prune_discovered(model, heads, probe, batches, word)
+        return prune_discovered(model, heads, probe, batches, options)
     layers = editable_layers(model)
     removed = checked_heads(by_number(model, heads, layers), [len(layer.heads) for layer in layers])
     if not removed:
@@ -121,7 +123,7 @@ def prune_heads(
         if problem := proof.difference():
             raise ValueError(f"{problem}; the model is unchanged")
         if word != "none":
-            found = refit_layers(model, attention_layers(model), made, batches, RefitOptions(word), stream=True)
+            found = refit_layers(model, attention_layers(model), made, batches, options, stream=True)
     before = [(len(layer.heads), layer.num_key_value_heads if layer.heads else 0) for layer in layers]
     after = [(0, 0) if layer.index in empty else pair for layer, pair in zip(layers, numbers, strict=True)]
     removed_heads = {layer: tuple(sorted(gone)) for layer, gone in sorted(removed.items())}

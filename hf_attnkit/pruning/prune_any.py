@@ -22,6 +22,7 @@ from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.refit import refit_layers
 
 Heads = Mapping[Any, Iterable[int]]
+NONE = RefitOptions("none")
 
 
 def prune_discovered(
@@ -29,13 +30,13 @@ def prune_discovered(
     heads: Heads,
     probe: Mapping[str, Any] | None = None,
     batches: Sequence[Mapping[str, Any]] = (),
-    refit: str = "none",
+    refit: RefitOptions = NONE,
 ) -> PreTrainedModel:
     """Remove heads, by an attention's number in calling order or its path; as `prune_heads`.
 
     Args:
         batches: of the refit.
-        refit: "output", "scale" or "none".
+        refit: of "output", "scale" or "none".
 
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
@@ -60,12 +61,12 @@ def prune_discovered(
     try:
         save_cut(model, found, owned, cut, before)
         reached = None
-        if refit != "none":
+        if refit.fits != "none":
             layers = discovered_layers(model)
             for layer in layers:
                 if layer.output is not None:
                     cut.steps.keep(layer.output)
-            reached = refit_layers(model, layers, cut, batches, RefitOptions(refit), stream=True)
+            reached = refit_layers(model, layers, cut, batches, refit, stream=True)
     except BaseException:
         cut.undo()
         raise

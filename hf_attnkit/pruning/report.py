@@ -28,11 +28,11 @@ class PruningReport(ChangeReport):
 
     def __str__(self) -> str:
         reached = {} if self.refit is None else self.refit.cells()
-        rows = [("layer", "heads", "key/value heads", "removed", *refits.HEADINGS)]
+        rows: list[tuple[str, ...]] = [("layer", "heads", "key/value heads", "removed", *refits.HEADINGS)]
         for index, (before, after) in enumerate(zip(self.heads_before, self.heads_after, strict=True)):
             heads, groups = (f"{old} -> {new}" for old, new in zip(before, after, strict=True))
             removed = ",".join(map(str, self.removed.get(index, ())))
-            rows.append((str(index), heads, groups, removed, *reached.get(index, ("", ""))))
+            rows.append((str(index), heads, groups, removed, *reached.get(index, refits.BLANK)))
         totals = [str(sum(heads for heads, _ in pairs)) for pairs in (self.heads_before, self.heads_after)]
         cache = f"cache {self.bytes_before:,} -> {self.bytes_after:,} bytes per token"
         return f"{text_table(rows)}\n{' -> '.join(totals)} heads; {cache}; {refit_line(self.refit)}"

@@ -11,7 +11,8 @@ curvature as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671):
 
     d^2 KL / dW^2  ~  E[R_i^T Cov_{j ~ p_i}(scaling k_j) R_i]  (x)  E[x x^T]
 
-the first of one key drawn for each query. What is returned is the best W met, so it is never worse than the first.
+the first of one key drawn for each query. What is returned is the best W met, on sequences that the steps do not look
+at where there are some, so it is never worse than the first: few steps are a firm ridge, more of them a weaker one.
 The keys' projection stays: the first token of a text, which draws much attention, would dominate its fit.
 """
 
@@ -41,7 +42,7 @@ class Batch:
         key: `(B, G, T, d)`, the changed keys, as they enter the scores.
         target_query, target_key: `(B, H, T, d)` and `(B, G', T, d)`, those of the untouched model.
         mask: which keys are seen.
-        real: `(B, T)` bool, False for padding.
+        counts: `(B, T)`, how much each query counts; 0 for padding.
         rotation: complex `(B or 1, T, pairs)`, what the rotary embedding multiplies each pair by; `None` without.
     """
 
@@ -51,7 +52,7 @@ class Batch:
     target_key: Tensor
     mask: Mask
     scaling: float
-    real: Tensor
+    counts: Tensor
     rope: Rope | None = None
     rotation: Tensor | None = None
 
@@ -101,7 +102,7 @@ class Target:
 
     Attributes:
         mean_key: `(B, H, T, d)`, sum_j p_ij k_j of the changed keys.
-        entropy: `(H,)`, summed over real queries, in nats.
+        entropy: `(H,)`, summed over queries by what they count, in nats.
         drawn: `(B, H, T, d)`, for each query a key drawn from p, less the mean.
     """
 
@@ -121,7 +122,7 @@ def target(batch: Batch, generator: torch.Generator) -> Target:
         drawn.append(key.gather(2, picked[..., None].expand(-1, -1, -1, key.shape[-1])) - means[-1])
         own = mixed(probability, batch.target_key[:, :, keys])
         each = lse - batch.scaling * (batch.target_query[:, :, queries] * own).sum(-1)
-        entropy = entropy + (each * batch.real[:, None, queries]).sum((0, 2))
+        entropy = entropy + (each * batch.counts[:, None, queries]).sum((0, 2))
     return Target(torch.cat(means, dim=2), entropy, torch.cat(drawn, dim=2))
 
 
@@ -138,18 +139,23 @@ def mixed(weights: Tensor, key: Tensor) -> Tensor:
     return (weights.reshape(batch, key.shape[1], -1, keys) @ key).view(batch, num_heads, length, -1)
 
 
-def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int) -> tuple[Tensor, Tensor, Tensor]:
+def fit_queries(
+    weight: Tensor, batches: Sequence[Batch], steps: int, held: Sequence[Batch] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """The fitted projection, and what it gains.
 
     Args:
         weight: `(H, d, m)`, the present one, with its bias as the last column if inputs have a 1 appended.
         steps: of conjugate gradients; each reads all batches twice.
+        held: batches that the steps do not look at. Each head takes the step that is best there.
 
     Returns:
-        The new weight, and `(H,)` mean KL divergence per real query in nats before and after, lower is better.
+        The new weight, and `(H,)` mean KL divergence per query in nats before and after, lower is better; on `held`
+        where there is some.
     """
     generator = torch.Generator(weight.device).manual_seed(0)
     targets = [target(batch, generator) for batch in batches]
+    unseen = _Unseen(weight, held, [target(batch, generator) for batch in held]) if held else None
     factors = _factors(weight, batches, targets)
     best, first = weight, None
     direction = length = least = gradient = scaled = weight.new_zeros(())
@@ -170,6 +176,8 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int) -> tuple[T
             best, direction = torch.where(whole, weight, best), torch.where(whole, conjugate, direction)
             gradient, scaled = torch.where(whole, slope, gradient), torch.where(whole, conditioned, scaled)
             least, length = torch.where(better, divergence, least), torch.where(better, 0.0, length / 4)
+            if unseen is not None:
+                unseen.look(best)
         if step == steps:
             break
         curvature = curvature_along(best, direction, batches)
@@ -177,7 +185,21 @@ def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int) -> tuple[T
         length = torch.where(length > 0, length, newton)
         weight = best - length[:, None, None] * direction
     assert first is not None
-    return best, first, least
+    return (best, first, least) if unseen is None else (unseen.best, unseen.first, unseen.least)
+
+
+class _Unseen:
+    """The best weights met, head by head, on batches that the fit does not look at."""
+
+    def __init__(self, weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> None:
+        self._batches, self._targets, self.best = batches, targets, weight
+        self.first = self.least = mean_divergence(weight, batches, targets)[0]
+
+    def look(self, weight: Tensor) -> None:
+        divergence = mean_divergence(weight, self._batches, self._targets)[0]
+        better = divergence < self.least
+        self.best = torch.where(better[:, None, None], weight, self.best)
+        self.least = torch.where(better, divergence, self.least)
 
 
 def mean_divergence(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
@@ -189,9 +211,9 @@ def mean_divergence(weight: Tensor, batches: Sequence[Batch], targets: Sequence[
         for queries, keys in batch.blocks():
             probability, lse = batch.attention(query, batch.key, queries, keys)
             cross = lse - batch.scaling * (query[:, :, queries] * aim.mean_key[:, :, queries]).sum(-1)
-            total += (cross * batch.real[:, None, queries]).sum((0, 2))
+            total += (cross * batch.counts[:, None, queries]).sum((0, 2))
             slopes.append(mixed(probability, batch.key[:, :, keys]))
-        slope = (torch.cat(slopes, dim=2) - aim.mean_key) * (batch.scaling * batch.real[:, None, :, None])
+        slope = (torch.cat(slopes, dim=2) - aim.mean_key) * (batch.scaling * batch.counts[:, None, :, None])
         gradient += batch.backward(slope) @ batch.inputs.flatten(0, 1)
     count = _count(batches)
     return total / count, gradient / count
@@ -208,12 +230,12 @@ def curvature_along(weight: Tensor, direction: Tensor, batches: Sequence[Batch])
             scores = grouped(change[:, :, queries] * batch.scaling, key)
             mean = (probability * scores).sum(-1, keepdim=True)
             variance = (probability * (scores - mean).square_()).sum(-1)
-            total += (variance * batch.real[:, None, queries]).sum((0, 2))
+            total += (variance * batch.counts[:, None, queries]).sum((0, 2))
     return total / _count(batches)
 
 
 def _count(batches: Sequence[Batch]) -> Tensor:
-    return sum((batch.real.sum() for batch in batches), torch.zeros((), device=batches[0].real.device))
+    return sum((batch.counts.sum() for batch in batches), torch.zeros((), device=batches[0].counts.device))
 
 
 Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -223,9 +245,9 @@ def _factors(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]
     """Damped eigenvalues and eigenvectors of the curvature's two factors, `(H, d, d)` and `(m, m)`."""
     keys, moment = weight.new_zeros(*weight.shape[:2], weight.shape[1]), weight.new_zeros(2 * (weight.shape[2],))
     for batch, aim in zip(batches, targets, strict=True):
-        inputs = batch.inputs[batch.real]
-        moment += inputs.T @ inputs
-        drawn = batch.backward(aim.drawn * (batch.scaling * batch.real[:, None, :, None]))
+        inputs = batch.inputs.flatten(0, 1)
+        moment += (inputs * batch.counts.view(-1, 1)).T @ inputs
+        drawn = batch.backward(aim.drawn * (batch.scaling * batch.counts.sqrt()[:, None, :, None]))
         keys += drawn @ drawn.mT
     damped = []
     for matrix, share in zip((keys, moment), DAMPING, strict=True):

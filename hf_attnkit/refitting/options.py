@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_attnkit.common.checks import choice, integer, number
+from hf_attnkit.refitting.token_weights import TOKEN_WEIGHTS
 
 # What each word fits; `True` and `False`, the older spellings, are "full" and "none".
 REFITS = {
@@ -19,30 +20,46 @@ REFITS = {
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """
+    """A refit in more detail than its word: give one as `refit`, `refit=RefitOptions("output", ridge=0.1)`.
+
     Attributes:
         fits: a word of `REFITS`.
         ridge: how firmly output projections, or factors, keep to what they are: a share of the mean diagonal of their
-            Gram matrix.
-        query_steps: steps of conjugate gradients for each query projection.
+            Gram matrix; at least 0. By default each layer's own, by cross-validation over the calibration's sequences.
+        query_steps: steps of conjugate gradients for each query projection; at most so many, where sequences held out
+            tell when to stop.
+        token_weights: "uniform": all tokens count alike. "gradient": the fit of output projections is measured by what
+            each token's attention does to the outputs of the untouched model, which takes a backward pass on each batch
+            (the memory of a training step without gradients of parameters), and counts tokens so where that loses less
+            unseen; queries are fitted so. A model that has no gradient is fitted with all tokens alike.
+        held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
+            compared with the untouched model's, and a refit that brings them no closer is not kept. With 0, or a
+            single sequence, there is no such comparison.
     """
 
     fits: str
-    ridge: float = 0.1
+    ridge: float | None = None
     query_steps: int = 6
+    token_weights: str = "uniform"
+    held_out: float = 0.1
 
     def __post_init__(self) -> None:
         choice(self.fits, "refit", REFITS)
-        number(self.ridge, "ridge", minimum=0)
+        if self.ridge is not None:
+            number(self.ridge, "ridge", minimum=0)
         integer(self.query_steps, "query_steps", minimum=0)
+        choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
+        number(self.held_out, "held_out", minimum=0, below=1)
 
 
-def refit_word(refit: str | bool | None, *, default: str, batches: bool, given: str = "none") -> str:
-    """The word of `REFITS` that is meant.
+def refit_options(
+    refit: str | bool | RefitOptions | None, *, default: str, batches: bool, given: str = "none"
+) -> RefitOptions:
+    """The refit that is meant.
 
     Args:
-        refit: a word, `True` or `False`, or `None` for the default.
-        default: what `None` means where there are batches; "none" without.
+        refit: a word of `REFITS`, `True` or `False`, `RefitOptions`, or `None` for the default.
+        default: the word that `None` means where there are batches; "none" without.
         batches: whether there are calibration batches, which a refit runs.
         given: what there is instead, for the message.
 
@@ -50,14 +67,19 @@ def refit_word(refit: str | bool | None, *, default: str, batches: bool, given: 
         ValueError: for another word, or a refit without batches.
     """
     if refit is None:
-        return default if batches else "none"
-    word = {True: "full", False: "none"}[refit] if isinstance(refit, bool) else choice(refit, "refit", REFITS)
-    if word != "none" and not batches:
+        return RefitOptions(default if batches else "none")
+    if isinstance(refit, RefitOptions):
+        options = refit
+    elif isinstance(refit, bool):
+        options = RefitOptions("full" if refit else "none")
+    else:
+        options = RefitOptions(choice(refit, "refit", REFITS))
+    if options.fits != "none" and not batches:
         raise ValueError(
             f"refit={refit!r} needs calibration batches, and calibration is {given}; give batches of model inputs, or "
             "leave refit out"
         )
-    return word
+    return options
 
 
 def listed(calibration: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

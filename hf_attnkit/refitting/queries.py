@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,23 +92,33 @@ def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Call
         yield run
 
 
+@dataclass(frozen=True)
+class Watched:
+    """One batch of a layer's query fit.
+
+    Attributes:
+        walk, inputs: of the changed model.
+        call: the untouched model's.
+        weight: `(B, T)`, what each token counts; padding not yet left out. `None`: all alike.
+    """
+
+    walk: Walk
+    inputs: Mapping[str, Any]
+    call: Attended
+    weight: Tensor | None = None
+
+
 def fit_layer_queries(
-    model: PreTrainedModel,
-    layer: AttentionLayer,
-    walks: Sequence[Walk],
-    inputs: Sequence[dict[str, Any]],
-    targets: Sequence[Attended],
-    steps: int,
+    model: PreTrainedModel, layer: AttentionLayer, batches: Sequence[Watched], held: Sequence[Watched], steps: int
 ) -> tuple[float, float]:
-    """Change the layer's query projection so that it attends as in `targets`.
+    """Change the layer's query projection so that it attends as the untouched model's calls do.
 
     Args:
-        walks, inputs: the changed model's, one each for a batch.
-        targets: the untouched model's calls.
-        steps: as `fit_queries`.
+        held, steps: as `fit_queries`.
 
     Returns:
-        Mean KL divergence in nats from the untouched model's attention, over heads and real tokens, before and after.
+        Mean KL divergence in nats from the untouched model's attention, over heads and tokens by what these count,
+        before and after; on `held` where there is some.
 
     Raises:
         NotLinearError: if the model's queries are not what the projection and the rotary embedding make them.
@@ -119,34 +129,9 @@ def fit_layer_queries(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
     present = stacked.to(dtype).unflatten(0, (-1, layer.head_dim))
-    seen: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[:] = [args[0]]
-
-    batches = []
     with attention_at(model, layer) as run:
-        for walk, batch, target in zip(walks, inputs, targets, strict=True):
-            handle = layer.query.register_forward_pre_hook(note)
-            try:
-                call = run(walk)
-            finally:
-                handle.remove()
-            if not (call.query.isfinite().all() and target.query.isfinite().all()):
-                raise _not_finite(layer)
-            x = seen[0].to(dtype)
-            if bias is not None:
-                x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-            made = Batch(
-                x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
-                real_mask(x, batch, layer.padding), layer.rope, _rotation(layer, run, walk, dtype),
-            )  # fmt: skip
-            factor = _factor(layer, made.query(present), call.query)
-            if factor != 1:
-                made = replace(made, target_query=made.target_query / factor, scaling=made.scaling * factor)
-            _require_linear(layer, factor * made.query(present), call.query)
-            batches.append(made)
-    fitted, before, after = fit_queries(present, batches, steps)
+        made, unseen = ([_batch(layer, run, each, present) for each in part] for part in (batches, held))
+    fitted, before, after = fit_queries(present, made, steps, unseen)
     if not (fitted.isfinite().all() and before.isfinite().all()):
         raise _not_finite(layer)
     fitted = fitted.flatten(0, 1)
@@ -155,6 +140,41 @@ def fit_layer_queries(
     [edit] = projections.whole([projections.Edit(layer.query, new_weight, new_bias, rows)])
     projections.apply(edit)
     return float(before.mean()), float(after.mean())
+
+
+def _batch(layer: AttentionLayer, run: Callable[[Walk], Attended], watched: Watched, present: Tensor) -> Batch:
+    """What the fit looks at in one batch, proven to be what the model computes.
+
+    Args:
+        present: `(H, d, m)`, the query projection, its bias as the last column.
+    """
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[:] = [args[0]]
+
+    handle = layer.query.register_forward_pre_hook(note)
+    try:
+        call, target = run(watched.walk), watched.call
+    finally:
+        handle.remove()
+    if not (call.query.isfinite().all() and target.query.isfinite().all()):
+        raise _not_finite(layer)
+    dtype, x = present.dtype, seen[0].to(present.dtype)
+    if layer.query.bias is not None:
+        x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
+    counts = real_mask(x, watched.inputs, layer.padding).to(dtype)
+    if watched.weight is not None:
+        counts = counts * watched.weight.to(counts)
+    made = Batch(
+        x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
+        counts, layer.rope, _rotation(layer, run, watched.walk, dtype),
+    )  # fmt: skip
+    factor = _factor(layer, made.query(present), call.query)
+    if factor != 1:
+        made = replace(made, target_query=made.target_query / factor, scaling=made.scaling * factor)
+    _require_linear(layer, factor * made.query(present), call.query)
+    return made
 
 
 def _not_finite(layer: AttentionLayer) -> ValueError:

@@ -2,7 +2,8 @@
 
 Each layer is fitted on what the refitted layers below give it: all layers in one pass measured more than twice the
 perplexity (see docs/conversion.md). The models do not start again for each layer (see `walk`), so the whole refit takes
-about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`.
+about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
+stays: `guard`.
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
@@ -12,22 +13,30 @@ the attention, y_t what the attention puts out and a prime for the untouched mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
-from hf_attnkit.models.layers import AttentionLayer, in_running_order
-from hf_attnkit.observing.batches import real_tokens, to_device
+from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
+from hf_attnkit.observing.batches import real_mask, to_device
+from hf_attnkit.observing.rows import split
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
-from hf_attnkit.refitting.head_scales import scaled
+from hf_attnkit.refitting.folds import Folds
+from hf_attnkit.refitting.guard import Guard
+from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
-from hf_attnkit.refitting.queries import NotLinearError, attention_at, can_fit_queries, fit_layer_queries
+from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
+from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
+from hf_attnkit.refitting.token_weights import NoGradientError, gradient_norms, weights_of
+
+logger = logging.get_logger(__name__)
 
 
 class Made(Protocol):
@@ -53,12 +62,12 @@ def refit_layers(
     key_order: Sequence[Sequence[int]] | None = None,
     stream: bool = False,
 ) -> RefitReport:
-    """Fit every layer of a changed model to what it was before.
+    """Fit every layer of a changed model to what it was before, and keep that if it helps on sequences held out.
 
     Args:
         layers: of the changed model.
         made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
-        batches: model inputs, at least one; padding is left out.
+        batches: model inputs, at least one; padding is left out. Some of their sequences are held out.
         key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
             of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
         stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
@@ -78,44 +87,125 @@ def refit_layers(
         )
     layers = fitted
     _require_unshared(model, layers)
-    inputs = [to_device(batch, model) for batch in batches]
-    skips = can_skip(model, layers, inputs[0], stream=stream)
-    untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
-    full, found = options.fits == "full", []
+    inputs, aside = split([to_device(batch, model) for batch in batches], options.held_out)
+    with made.undone():
+        guard = Guard(model, aside) if aside else None
+        norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
+    counted = "uniform" if norms is None else "gradient"
+    full = options.fits == "full"
     assert not full or (key_order is not None and not stream)
+    if guard is not None:
+        guard.before(layers, queries=full)
+    skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
+    unseen = aside if visible else []
+    untouched, changed, untouched_aside, changed_aside = (
+        [Walk(model, batch, layers, skips=skips) for batch in part] for part in (inputs, inputs, unseen, unseen)
+    )
+    found: list[RefittedLayer] = []
+    num_tokens = 0
     for layer in progress_bar(layers, description="refit", unit="layer"):
+        weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
+        assert made.covers(layer.output), layer.name
         if key_order is not None and visible and can_fit_queries(layer):
-            assert made.covers(layer.output) and made.covers(layer.query), layer.name
+            assert made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer) as run:
-                calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
-            with suppress(NotLinearError) if layer.attention is not None else nullcontext():
-                divergences = fit_layer_queries(model, layer, changed, inputs, calls, options.query_steps)
+                calls, calls_aside = (
+                    [run(walk).in_order(key_order[layer.index]) for walk in walks]
+                    for walks in (untouched, untouched_aside)
+                )
+            counts = [None] * len(calls) if weights is None else weights
+            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, strict=True)]
+            watched_aside = [Watched(*each) for each in zip(changed_aside, aside, calls_aside, strict=True)]
+            try:
+                divergences = fit_layer_queries(model, layer, watched, watched_aside, options.query_steps)
+            except NotLinearError:
+                if layer.attention is None:
+                    raise
+                for walk in changed_aside:  # no walk may miss a layer
+                    _seen(walk, layer, stream)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
-            assert made.covers(layer.output), layer.name
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        sums = OutputSums(layer.output)
-        for batch, walk, target in zip(inputs, changed, targets, strict=True):
-            now = _seen(walk, layer, stream)
-            wanted = target.output
-            if now.stream is not None and target.stream is not None:
-                wanted = wanted + target.stream - now.stream
-            sums.add(*(_real(layer, x, batch) for x in (now.taken, now.output, wanted)))
-        if not sums.is_finite():
-            raise ValueError(
-                f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
-                "float32 and look for a batch that breaks it"
-            )
-        if options.fits == "scale":
-            weight, bias = scaled(sums, layer.output, layer.value_head_dim, options.ridge)
+                for walk in untouched_aside:
+                    _seen(walk, layer, stream)
+            for walk in changed_aside:
+                _seen(walk, layer, stream)
+        count = 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2)
+        sums = _summed(layer, Folds(inputs, count), changed, targets, inputs, weights, stream)
+        found.append(_fit_output(layer, sums, options, divergences))
+        num_tokens = sum(own.alike.num_tokens for own in sums)
+    held = None if guard is None else guard.keep(options.fits)
+    report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
+    if report.warning:
+        logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
+    return report
+
+
+def _summed(
+    layer: AttentionLayer,
+    folds: Folds,
+    walks: Sequence[Walk],
+    targets: Sequence[Seen],
+    inputs: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor] | None,
+    stream: bool,
+) -> list[Fold]:
+    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give."""
+    sums = [
+        Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
+        for _ in range(folds.count)
+    ]
+    for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
+        now = _seen(walk, layer, stream)
+        wanted = target.output
+        if now.stream is not None and target.stream is not None:
+            wanted = wanted + target.stream - now.stream
+        real = _real(layer, now.taken, inputs[number])
+        numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
+        for fold, own in enumerate(sums):
+            those = real & (numbers == fold)
+            tokens = now.taken[those], now.output[those], wanted[those]
+            own.alike.add(*tokens)
+            if own.seen is not None and weights is not None:
+                own.seen.add(*tokens, weights[number][those])
+    return sums
+
+
+def _fit_output(
+    layer: AttentionLayer,
+    folds: Sequence[Fold],
+    options: RefitOptions,
+    divergences: tuple[float | None, float | None],
+) -> RefittedLayer:
+    """Give the layer its new output projection, or leave it."""
+    sums, linear = total(fold.at(MEASURED) for fold in folds), layer.output
+    if not sums.is_finite():
+        raise ValueError(
+            f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
+            "float32 and look for a batch that breaks it"
+        )
+    scales, error = options.fits == "scale", sums.error_now()
+    chosen: Ridge | None = None
+    if options.ridge is None:
+        if scales:
+            chosen = choose_scale_ridge([fold.at(MEASURED) for fold in folds], linear, layer.value_head_dim)
         else:
-            weight, bias = solve(sums, layer.output, options.ridge)
-        projections.apply(projections.Edit(layer.output, weight, bias))
-        found.append(RefittedLayer(layer.index, *divergences, sums.error_now(), sums.error_of(layer.output)))
-    return RefitReport(options.fits, sums.num_tokens, tuple(found))
+            chosen = choose_ridge(folds, linear)
+    ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
+    if ridge is not None:
+        if scales:
+            weight, bias = scaled(sums, linear, layer.value_head_dim, ridge)
+        else:
+            weight, bias = solve(total(fold.at(share) for fold in folds), linear, ridge)
+        projections.apply(projections.Edit(linear, weight, bias))
+    return RefittedLayer(
+        layer.index, *divergences, error, sums.error_of(linear),
+        None if chosen is None else chosen.before, None if chosen is None else chosen.after,
+        ridge, None if folds[0].seen is None else share, weight_of(linear).shape[1],
+    )  # fmt: skip
 
 
 def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -143,8 +233,29 @@ def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Activations of real tokens `(tokens, features)`; a module that is called several times has all calls in `x`."""
+    """Which activations are of real tokens; a module that is called several times has all calls in `x`."""
     mask = batch.get(layer.padding)
     if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
         batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
-    return real_tokens(x, batch, layer.padding)
+    return real_mask(x, batch, layer.padding)
+
+
+def _gradient_norms(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], inputs: Sequence[Mapping[str, Any]]
+) -> dict[int, list[Tensor]] | None:
+    """See `token_weights`; `None` for a model that has no gradient."""
+    try:
+        return gradient_norms(model, layers, inputs)
+    except NoGradientError as error:
+        logger.warning(f"all tokens count alike in the refit: {error}")
+        return None
+
+
+def _weights(layer: AttentionLayer, norms: Sequence[Tensor], inputs: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """What each token of each batch counts in the fit of this layer."""
+    real = [_real(layer, norm[..., None], batch) for norm, batch in zip(norms, inputs, strict=True)]
+    return weights_of(norms, real)
+
+
+def _calls(layer: AttentionLayer) -> int:
+    return 1 if layer.attention is None else layer.attention.calls

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.matrix import MATRIX
 from support.models import build
+from support.refits import plain
 from support.swapping import build_for, swapped
 from torch import Tensor
 from transformers import DynamicCache
@@ -138,6 +139,6 @@ def test_refits_are_those_of_the_documents(with_cache: bool) -> None:
     models = []
     for given in batches(with_cache):
         model = build("llama", "causal").double()
-        models.append(convert_to_gqa(model, 2, method="mean", calibration=given, refit="output"))
+        models.append(convert_to_gqa(model, 2, method="mean", calibration=given, refit=plain("output")))
     for found, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)

@@ -11,6 +11,7 @@ import torch
 from support.any_model import UnseenConfig, UnseenModel
 from support.calibrated import CONVERTED, FIXED, batches_for, divergence, lively, logits
 from support.models import batch, build
+from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -36,8 +37,8 @@ def test_calibration_and_refits_lose_less(model_type: str) -> None:
     for name, options in {
         "mean": {"method": "mean"},
         "pca": {"calibration": batches, "refit": "none"},
-        "output": {"calibration": batches, "refit": "output"},
-        "full": {"calibration": batches},
+        "output": {"calibration": batches, "refit": plain("output")},
+        "full": {"calibration": batches, "refit": plain("full")},
     }.items():
         changed = convert_to_gqa(copy.deepcopy(model), halves(model), **options)
         lost[name] = divergence(changed, model, batches)
@@ -327,7 +328,7 @@ def test_values_have_a_size_and_an_input_of_their_own() -> None:
         torch.testing.assert_close(same(**inputs)[0], model(**inputs)[0], rtol=0, atol=1e-11)
     lost = {}
     for name, options in {"mean": {"method": "mean"}, "pca": {"calibration": batches, "refit": "none"},
-                          "full": {"calibration": batches}}.items():  # fmt: skip
+                          "full": {"calibration": batches, "refit": plain("full")}}.items():  # fmt: skip
         changed = convert_to_gqa(copy.deepcopy(model), 2, **options)
         assert changed.parts[0].carry.out_features == 10 and changed.parts[0].tell.out_features == 16
         lost[name] = float(sum((changed(**b)[0] - model(**b)[0]).square().sum() for b in batches))
@@ -342,7 +343,7 @@ def test_modules_that_are_called_several_times() -> None:
     batches = batches_for(model)
     lost = {}
     for name, options in {"mean": {"method": "mean"}, "pca": {"calibration": batches, "refit": "none"},
-                          "full": {"calibration": batches}}.items():  # fmt: skip
+                          "full": {"calibration": batches, "refit": plain("full")}}.items():  # fmt: skip
         changed = convert_to_gqa(copy.deepcopy(model), 2, **options)
         lost[name] = divergence(changed, model, batches)
     assert lost["full"] < lost["pca"] < lost["mean"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import batch, build
-from support.refits import error, seen
+from support.refits import error, plain, seen
 from torch import Tensor
 
 import hf_attnkit
@@ -60,7 +60,7 @@ def test_errors_reached_are_those_of_the_models(family: str, refit: str) -> None
     original = build(family).double()
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit="none")
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=refit)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=plain(refit))
     report = last_change(fitted)
     assert isinstance(report, ConversionReport) and report.refit is not None
     assert report.refit.num_tokens == report.num_tokens == sum(int(b["attention_mask"].sum()) for b in batches)
@@ -79,7 +79,7 @@ def test_divergences_are_those_of_the_attention_weights() -> None:
     # Without padding, whose rows eager attention in float64 makes NaN.
     batches = [batch(original, (13, 13, 13), seed=seed) for seed in range(8)]
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit="none")
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=plain("full"))
     for layer in last_change(fitted).refit.layers:
         before = divergence(with_module(fitted, layer.index, "query", merged), original, layer.index, batches)
         after = divergence(fitted, original, layer.index, batches)
@@ -93,7 +93,7 @@ def test_factors_for_heads_are_the_least_squares_solution() -> None:
     original = build("bert").double()
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2)
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit="scale")
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain("scale"))
     for index, (layer, before) in enumerate(zip(*map(attention_layers, (fitted, merged)), strict=True)):
         gets: list[Tensor] = []
         handle = layer.output.register_forward_pre_hook(lambda _, args, gets=gets: gets.append(args[0].detach()))
@@ -127,14 +127,19 @@ def test_it_prints_as_a_table() -> None:
     plan = plan_gqa(model, [2, 4], method="pca", calibration=many(model), refit="full")
     assert "refit: full" in str(plan).splitlines()[-1] and "KL" not in str(plan)
     plan.apply()
-    heading, *rows, last = str(plan.report).splitlines()
+    heading, *rows = str(plan.report).splitlines()
+    rows, last, held = rows[:2], rows[2], rows[3]
     assert "KL of attention (nats)" in heading and "error of outputs" in heading
-    assert len(rows) == 2 and "8 -> 2" in rows[0] and "8 -> 4" in rows[1]
+    assert "8 -> 2" in rows[0] and "8 -> 4" in rows[1]
     for row, layer in zip(rows, plan.report.refit.layers, strict=True):
         assert f"{layer.kl_before:.3g} -> {layer.kl_after:.3g}" in row
         assert f"{layer.error_before:.3g} -> {layer.error_after:.3g}" in row
-    for part in ("method pca", "240 calibration tokens", "1,024 -> 384 bytes", "refit full on 240 tokens"):
+    for part in ("method pca", "240 calibration tokens", "1,024 -> 384 bytes", "refit full on "):
         assert part in last, part
+    told = plan.report.refit.held_out
+    assert held.startswith(f"{told.num_sequences} sequences held out") and held.endswith(f"kept: {told.kept}")
+    assert all(f"{name} {error:.3g}" in held for name, error in told.errors.items())
+    assert set(told.errors) == {"none", "full", "queries"} and told.errors[told.kept] == min(told.errors.values())
     assert plan.report.heads_before == ((8, 8), (8, 8)) and plan.report.heads_after == ((8, 2), (8, 4))
     assert (plan.report.bytes_before, plan.report.bytes_after) == (1024, 384)
     assert "no refit" in str(last_change(convert_to_gqa(build("llama"), 2)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import SAMPLES, batch, build, outputs
+from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor, nn
 
@@ -264,8 +265,8 @@ def test_without_a_refit_no_batch_is_kept() -> None:
 @pytest.mark.parametrize("refit", ["output", "full", "scale"])
 def test_a_plan_whose_refit_fails_can_be_applied_again(refit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    expected = convert_to_gqa(copy.deepcopy(model), 2, calibration=many(model), refit=refit)
-    plan = plan_gqa(model, 2, calibration=many(model), refit=refit)
+    expected = convert_to_gqa(copy.deepcopy(model), 2, calibration=many(model), refit=plain(refit))
+    plan = plan_gqa(model, 2, calibration=many(model), refit=plain(refit))
     refitted = refit_module.solve if refit != "scale" else refit_module.scaled
     calls: list[int] = []
 

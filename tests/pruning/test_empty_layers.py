@@ -12,6 +12,7 @@ import torch
 from support.accuracy import assert_as_accurate
 from support.models import DECODERS, EDITABLE, aligned, batch, build, outputs
 from support.pruned import assert_same, numbers, zeroed
+from support.refits import plain
 from support.unchanged import unchanged
 from transformers import PreTrainedModel
 
@@ -151,7 +152,7 @@ def test_refit_keeps_it_empty(method: str, family: str) -> None:
     """Only a bias is left to fit: it becomes the mean of what the untouched attention gave."""
     original = build(family).double()
     batches = [batch(original, seed=seed) for seed in range(4)]
-    model = prune_heads(copy.deepcopy(original), EVERY_HEAD_OF_0, calibration=batches, refit=method)
+    model = prune_heads(copy.deepcopy(original), EVERY_HEAD_OF_0, calibration=batches, refit=plain(method))
     empty, old = attention_layers(model)[0], attention_layers(original)[0]
     assert empty.is_empty and not empty.output.weight.any()
     if empty.output.bias is not None and method == "output":
@@ -161,7 +162,7 @@ def test_refit_keeps_it_empty(method: str, family: str) -> None:
             original(**inputs)
         real = torch.cat([y[i["attention_mask"].bool()] for y, i in zip(seen, batches, strict=True)])
         torch.testing.assert_close(empty.output.bias, real.mean(0), rtol=1e-10, atol=1e-10)
-    again = prune_heads(model, {1: [0]}, calibration=batches, refit=method)
+    again = prune_heads(model, {1: [0]}, calibration=batches, refit=plain(method))
     assert attention_layers(again)[0].is_empty and outputs(again, batches[0]).isfinite().all()
 
 

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from support.models import EDITABLE, batch, build
+from support.refits import plain as plain_refit
 from torch import Tensor
 
 from hf_attnkit import prune_heads, rearrange_heads, select_heads
@@ -118,7 +119,7 @@ def test_scales_by_definition(family: str) -> None:
     batches = [batch(original, seed=seed) for seed in range(6)]
     selection = {0: [1, 2, 5], 1: [0, 4, 7]}
     plain = prune_heads(copy.deepcopy(original), selection)
-    fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches), refit="scale")
+    fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches), refit=plain_refit("scale"))
     for layer, old, cut in zip(*map(attention_layers, (fitted, original, plain)), strict=True):
         seen: dict[str, list[Tensor]] = {"a": [], "x": [], "y": [], "x'": []}
         hooks = [

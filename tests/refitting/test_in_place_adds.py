@@ -9,9 +9,10 @@ import pytest
 import torch
 from support.any_model import any_model
 from support.calibrated import batches_for
+from support.refits import plain
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
-from hf_attnkit import last_change, prune_heads
+from hf_attnkit import RefitOptions, last_change, prune_heads
 
 
 def block(adds: str) -> Any:
@@ -36,7 +37,21 @@ def test_a_refit_is_that_of_the_same_model_without(adds: str, monkeypatch: pytes
     for way in ("out of place", adds):
         monkeypatch.setattr(MixtralDecoderLayer, "forward", block(way))
         model = copy.deepcopy(any_model("mixtral"))
-        prune_heads(model, {0: [0, 1], 1: [0, 1]}, calibration=batches_for(model))
+        prune_heads(model, {0: [0, 1], 1: [0, 1]}, calibration=batches_for(model), refit=plain("output"))
         report = last_change(model).refit  # type: ignore[union-attr]
         errors.append([(layer.error_before, layer.error_after) for layer in report.layers])
     assert errors[0] == errors[1]
+
+
+def test_without_a_gradient_all_tokens_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that is changed in place after something was computed from it; the report says how tokens were taken."""
+    words = []
+    for way in ("out of place", "to the stream"):
+        monkeypatch.setattr(MixtralDecoderLayer, "forward", block(way))
+        model = copy.deepcopy(any_model("mixtral"))
+        options = RefitOptions("output", token_weights="gradient")
+        prune_heads(model, {0: [0, 1]}, calibration=batches_for(model), refit=options)
+        report = last_change(model).refit  # type: ignore[union-attr]
+        words.append(report.token_weights)
+        assert all((layer.share is None) == (words[-1] == "uniform") for layer in report.layers)
+    assert words == ["gradient", "uniform"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import batch, build
+from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def test_refit_by_definition(family: str, method: str) -> None:
     batches = batches_of(original, 12)
     statistics = collect(original, attention_layers(original), batches) if method == "pca" else None
     merged = plan_gqa(copy.deepcopy(original), 2, method=method, calibration=statistics).apply()
-    model = convert_to_gqa(copy.deepcopy(original), 2, method=method, calibration=iter(batches))
+    model = convert_to_gqa(copy.deepcopy(original), 2, method=method, calibration=iter(batches), refit=plain("full"))
     for layer, old, before in zip(*map(attention_layers, (model, original, merged)), strict=True):
         seen: dict[str, list[Tensor]] = {"a": [], "y": []}
         layer.output.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach()))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import SAMPLES, batch, build, outputs
+from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor, nn
 
@@ -63,9 +64,9 @@ def divergence(weight: Tensor, made: Batch) -> Tensor:
         found = []
         for row in range(3):
             for i in range(9):
-                if not made.real[row, i]:
+                if not made.counts[row, i]:
                     continue
-                seen = [j for j in range(9) if made.real[row, j] and (j <= i or not made.mask.is_causal)]
+                seen = [j for j in range(9) if made.counts[row, j] and (j <= i or not made.mask.is_causal)]
                 target = (made.target_key[row, head, seen] @ made.target_query[row, head, i] * 0.5).log_softmax(0)
                 own = (made.key[row, head // 2, seen] @ query[row, head, i] * 0.5).log_softmax(0)
                 found.append((target.exp() * (target - own)).sum())
@@ -115,7 +116,7 @@ def test_many_steps_reach_the_minimum_and_few_never_worsen() -> None:
 def test_queries_that_fit_already_stay() -> None:
     weight, made = example()
     query = torch.einsum("hdm,btm->bhtd", weight, made.inputs)
-    exact = Batch(made.inputs, made.key, query, made.key, made.mask, made.scaling, made.real)
+    exact = Batch(made.inputs, made.key, query, made.key, made.mask, made.scaling, made.counts)
     with torch.no_grad():
         fitted, before, _ = fit_queries(weight, [exact], STEPS)
     # Rounding of log-sum-exps over 9 scores of some 10.
@@ -126,7 +127,7 @@ def test_queries_that_fit_already_stay() -> None:
 def test_refit_brings_every_layer_nearer_to_the_untouched_attention(family: str) -> None:
     original = build(family).double()
     batches = [batch(original, seed=seed) for seed in range(12)]
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches)
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain("full"))
     merged = plan_gqa(copy.deepcopy(original), 2).apply()
     # Layer 0 gets the same input in all three, so there the definition can be held against the models themselves.
     layers = [attention_layers(model)[0] for model in (original, merged, fitted)]
@@ -182,7 +183,7 @@ def test_a_layer_whose_queries_are_normed_or_linear_keeps_them() -> None:
     with pytest.warns(UserWarning, match="linear"):
         model = swap_attention(build("llama"), {1: "linear"})
     queries = [layer.query.weight.clone() for layer in attention_layers(model)]
-    convert_to_gqa(model, 2, method="mean", calibration=batches)
+    convert_to_gqa(model, 2, method="mean", calibration=batches, refit=plain("full"))
     same = [torch.equal(a.query.weight, b) for a, b in zip(attention_layers(model), queries, strict=True)]
     assert same == [False, True]
 
@@ -194,8 +195,8 @@ def test_models_in_16_bits_are_fitted_in_float32(family: str, dtype: torch.dtype
     """The weights are those of the same model in float32, rounded, up to what its activations' rounding moves."""
     model = build(family).to(dtype)
     batches = [batch(model, seed=seed) for seed in range(12)]
-    wide = convert_to_gqa(copy.deepcopy(model).float(), 2, method="mean", calibration=batches)
-    fitted = convert_to_gqa(model, 2, method="mean", calibration=batches)
+    wide = convert_to_gqa(copy.deepcopy(model).float(), 2, method="mean", calibration=batches, refit=plain("full"))
+    fitted = convert_to_gqa(model, 2, method="mean", calibration=batches, refit=plain("full"))
     for a, b in zip(attention_layers(fitted)[:1], attention_layers(wide)[:1], strict=True):
         assert a.query.weight.dtype == dtype
         assert (a.query.weight.float() - b.query.weight).norm() < 0.1 * b.query.weight.norm()

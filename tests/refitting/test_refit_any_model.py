@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.any_model import UnseenConfig, UnseenModel, any_model
 from support.calibrated import batches_for, divergence, lively, logits
+from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor, nn
 
@@ -146,7 +147,7 @@ def test_a_refit_after_pruning_brings_the_model_nearer(model_type: str) -> None:
     batches, heads = batches_for(model), first_group(model)
     lost = {}
     for refit in ("none", "scale", "output"):
-        options = {} if refit == "none" else {"calibration": batches, "refit": refit}
+        options = {} if refit == "none" else {"calibration": batches, "refit": plain(refit)}
         changed = prune_heads(copy.deepcopy(model), heads, **options)
         lost[refit] = divergence(changed, model, batches)
         report = last_change(changed).refit  # type: ignore[union-attr]
@@ -166,7 +167,7 @@ def test_errors_reached_are_those_of_the_residual_stream(model_type: str) -> Non
     batches = [{name: x.double() if x.is_floating_point() else x for name, x in b.items()} for b in batches_for(model)]
     heads = first_group(model)
     pruned = prune_heads(copy.deepcopy(model), heads)
-    fitted = prune_heads(copy.deepcopy(model), heads, calibration=batches)
+    fitted = prune_heads(copy.deepcopy(model), heads, calibration=batches, refit=plain("output"))
     report = last_change(fitted).refit  # type: ignore[union-attr]
     layers = discovered_layers(fitted)
     for reached in report.layers:

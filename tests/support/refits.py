@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.refitting.options import RefitOptions
+
+
+def plain(word: str) -> RefitOptions:
+    """The refit whose definition is shortest: one ridge, all tokens alike, all of the calibration, always kept."""
+    return RefitOptions(word, ridge=0.1, token_weights="uniform", held_out=0.0)
 
 
 def seen(model: Any, index: int, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:

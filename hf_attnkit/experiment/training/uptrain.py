@@ -19,7 +19,7 @@ from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
-from hf_attnkit.refitting.options import REFITS, refit_word
+from hf_attnkit.refitting.options import REFITS, refit_options
 
 
 @dataclass
@@ -93,7 +93,7 @@ def check(conversion: ConversionArguments, run: Run, calibration_size: int) -> t
     layers, calibrated = layers_to_convert(run.model), calibration_size > 0
     [number, *_] = target_heads(layers, conversion.num_key_value_heads)
     merging = choose_merging(layers, **conversion.names(), calibrated=calibrated)
-    refit = refit_word(conversion.refit, default="full", batches=calibrated)
+    refit = refit_options(conversion.refit, default="full", batches=calibrated).fits
     names = {"method": merging.method, "key_method": merging.key_method, "grouping": merging.grouping, "refit": refit}
     return number, names
 

@@ -1,0 +1,80 @@
+"""What a model puts out in the end, and how far two models are apart there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.tensors import tensors_in
+
+# Numbers of the untouched model's outputs that are kept: 64 MiB in float32.
+KEPT = 2**24
+
+
+def final_outputs(output: Any) -> dict[str, Tensor]:
+    """The logits of a model's output, by name; its last hidden state where it has none, else all that it gives.
+
+    Of a tuple that is its first tensor, where a model puts them.
+    """
+    if not isinstance(output, Mapping):
+        return {str(number): tensor for number, tensor in enumerate(tensors_in(output)[:1])}
+    named = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    logits = {name: value for name, value in named.items() if "logits" in name}
+    if logits:
+        return logits
+    if "last_hidden_state" in named:
+        return {"last_hidden_state": named["last_hidden_state"]}
+    return named or {str(number): tensor for number, tensor in enumerate(tensors_in(output))}
+
+
+def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The same `(positions, features)` without those of padding, where there is one position for each token."""
+    masks = [inputs.get(mask) for mask in ("decoder_attention_mask", "attention_mask")]
+    is_each = output.dim() > 2 or name in ("start_logits", "end_logits")
+    found = output if output.dim() > 2 or not is_each else output[..., None]
+    for mask in masks if is_each else ():
+        if isinstance(mask, Tensor) and mask.shape == found.shape[:2]:
+            return found[mask.to(found.device).bool()].flatten(1)
+    return found.flatten(0, -2) if found.dim() > 1 else found[:, None]
+
+
+class OutputDistance:
+    """How far a model's outputs on some batches are from what they were when this was made.
+
+    Of long outputs (logits over a vocabulary) every n-th position counts, so that memory stays bounded.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+        self._model, self._batches = model, list(batches)
+        self._wanted: list[list[Tensor]] = []
+        self._stride = 1
+        for batch in self._batches:
+            found = self._run(batch)
+            if not self._wanted:
+                size = sum(tensor.numel() for tensor in found) * len(self._batches)
+                self._stride = max(-(-size // KEPT), 1)
+            self._wanted.append([tensor[:: self._stride].clone() for tensor in found])
+        self._energy = sum(
+            ((torch.cat(parts) - torch.cat(parts).mean(0)).square().sum() for parts in zip(*self._wanted, strict=True)),
+            start=torch.zeros((), dtype=torch.float64),
+        )
+
+    def now(self) -> float:
+        """Squared difference over all positions, relative to the variance of the outputs as they were; 0 is equal."""
+        lost = sum(
+            float((now[:: self._stride] - was).square().sum(dtype=torch.float64))
+            for batch, wanted in zip(self._batches, self._wanted, strict=True)
+            for now, was in zip(self._run(batch), wanted, strict=True)
+        )
+        energy = float(self._energy)
+        return lost / energy if energy > 0 else lost
+
+    def _run(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        with torch.no_grad(), evaluation_mode(self._model):
+            output = self._model(**batch)
+        return [real_outputs(name, value, batch).float() for name, value in final_outputs(output).items()]

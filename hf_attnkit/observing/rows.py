@@ -1,0 +1,61 @@
+"""The sequences of batches: told apart, and some of them set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+def num_rows(batch: Batch) -> int:
+    """How many sequences a batch holds along the first axis of its tensors; 1 where they cannot be told apart."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    nested = any(not isinstance(value, (Tensor, str, bool, int, float, type(None))) for value in batch.values())
+    sizes = {len(value) for value in tensors.values()}
+    # Positions in three axes (text, height, width) have these first.
+    stacked = any(name == "position_ids" and value.dim() > 2 for name, value in tensors.items())
+    count = max(sizes, default=1)
+    return 1 if nested or stacked or not sizes <= {1, count} else count
+
+
+def rows_of(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
+    """The batch with these of its sequences."""
+    count, index = num_rows(batch), torch.tensor(rows)
+
+    def part(value: Any) -> Any:
+        is_each = isinstance(value, Tensor) and value.dim() and len(value) == count
+        return value[index.to(value.device)] if is_each else value
+
+    return {name: part(value) for name, value in batch.items()}
+
+
+def split(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """Batches without some of their sequences, and batches of these: about `share` of all, evenly spread, at least one.
+
+    A batch whose sequences cannot be told apart counts as one. Of a single sequence, or where `share` is 0, none are
+    set aside. A row that is all padding is never set aside.
+    """
+    places = [(number, row) for number, batch in enumerate(batches) for row in range(num_rows(batch))]
+    count = max(round(share * len(places)), 1) if share and len(places) > 1 else 0
+    aside = {places[int((each + 0.5) * len(places) / count)] for each in range(count)}
+    kept: list[Batch] = []
+    held: list[Batch] = []
+    for number, batch in enumerate(batches):
+        rows = range(num_rows(batch))
+        out = [row for row in rows if (number, row) in aside and _is_real(batch, row)]
+        stay = [row for row in rows if row not in out]
+        if out and stay and any(_is_real(batch, row) for row in stay):
+            kept.append(rows_of(batch, stay))
+            held.append(rows_of(batch, out))
+        else:
+            (held if out and not stay else kept).append(batch)
+    return (kept, held) if kept else (held, kept)
+
+
+def _is_real(batch: Batch, row: int) -> bool:
+    mask = batch.get("attention_mask")
+    return not isinstance(mask, Tensor) or mask.dim() != 2 or row >= len(mask) or bool(mask[row].any())

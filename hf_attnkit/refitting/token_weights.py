@@ -1,0 +1,114 @@
+"""How much each token counts in a fit: by what its attention's output does to the outputs of the model.
+
+With z a model's outputs (logits, or last hidden states), r random signs and y_t what a layer's attention puts out for
+token t,
+
+    w_t = g_t / mean g,    g_t = | d (r . z) / d y_t |^2,    E g_t = | dz / dy_t |_F^2
+
+In a classifier's last layer only the first token's output is read: a fit in which all count alike spends itself on
+outputs that nobody sees. No labels: z is what is to be kept, whatever it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.observing.outputs import final_outputs, real_outputs
+
+TOKEN_WEIGHTS = ("gradient", "uniform")
+
+
+class NoGradientError(RuntimeError):
+    """Nothing tells what a token's attention does to the model's outputs."""
+
+
+def gradient_norms(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Sequence[Mapping[str, Any]]
+) -> dict[int, list[Tensor]]:
+    """g_t of each layer for each batch, shaped as the output of its projection without features, float32.
+
+    A forward and a backward pass for each batch, without gradients of parameters; of a layer's gradient only g_t is
+    kept. Calls of one module in one forward pass are one after the other along the first axis.
+
+    Raises:
+        NoGradientError: if the model's forward pass has no gradient, as with tensors that are changed in place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    norms: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+    for batch in batches:
+        found: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(_frozen(model))
+            stack.enter_context(torch.enable_grad())
+            for layer in layers:
+                stack.callback(_watch(layer.output, found[layer.index]).remove)
+            outputs = final_outputs(model(**batch))
+            total = sum((_mixed(real_outputs(*each, batch), generator) for each in outputs.items()), torch.zeros(()))
+            try:
+                total.backward()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise NoGradientError(f"{type(model).__name__} has no gradient: {error}") from error
+        for layer in layers:
+            norms[layer.index].append(torch.cat(found[layer.index]))
+    return norms
+
+
+def weights_of(norms: Sequence[Tensor], real: Sequence[Tensor]) -> list[Tensor]:
+    """w_t of one layer for each batch: mean 1 over real tokens, 0 for padding.
+
+    Args:
+        norms: g_t, for each batch.
+        real: bool of the same shapes, False for padding.
+    """
+    total = sum(float(norm[mask].sum(dtype=torch.float64)) for norm, mask in zip(norms, real, strict=True))
+    mean = total / max(sum(int(mask.sum()) for mask in real), 1)
+    if not 0 < mean < float("inf"):  # nothing of this layer is seen, or it is beyond float32: no token is told apart
+        return [mask.float() for mask in real]
+    return [norm / mean * mask for norm, mask in zip(norms, real, strict=True)]
+
+
+def _mixed(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8).to(outputs.device)
+    return (outputs.float() * (2 * signs - 1)).sum().cpu()
+
+
+def _watch(linear: nn.Module, found: list[Tensor]) -> Any:
+    """Append g_t for each call of the module, once it is known; 0 where nothing that is put out depends on it."""
+
+    def look(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        norm = output.new_zeros(output.shape[:-1], dtype=torch.float32)
+        found.append(norm)
+        # Parameters get no gradient, so something else in the graph must ask for one.
+        output = output + output.new_zeros((), requires_grad=True)
+
+        def note(gradient: Tensor) -> None:
+            norm.copy_(gradient.float().square().sum(-1))
+
+        output.register_hook(note)
+        return output
+
+    return linear.register_forward_hook(look)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the context no parameter asks for a gradient."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

@@ -1,0 +1,197 @@
+"""Sequences held out, what is compared on them, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from support.models import batch, build
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_attnkit.refitting.refit as refit_module
+from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
+from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.observing.outputs import OutputDistance, final_outputs, real_outputs
+from hf_attnkit.observing.rows import num_rows, rows_of, split
+from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.queries import NotLinearError
+
+
+def many(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
+    return [batch(model, seed=seed) for seed in range(count)]
+
+
+def state(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: Any, other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
+
+
+def distance(model: Any, original: Any, batches: list[dict[str, Tensor]]) -> float:
+    """Written out, for logits of classes or of tokens."""
+    with torch.no_grad():
+        parts = []
+        for each in (original, model):
+            logits = [each(**inputs).logits for inputs in batches]
+            if logits[0].dim() == 3:
+                logits = [x[b["attention_mask"].bool()] for x, b in zip(logits, batches, strict=True)]
+            parts.append(torch.cat(logits))
+    was, now = parts
+    return float((now - was).square().sum() / (was - was.mean(0)).square().sum())
+
+
+def test_sequences_are_set_aside_evenly() -> None:
+    batches = [
+        {"input_ids": torch.arange(8).view(4, 2), "attention_mask": torch.ones(4, 2), "use_cache": False},
+        {"input_ids": torch.arange(8, 20).view(6, 2), "position_ids": torch.ones(1, 2)},
+    ]
+    kept, held = split(batches, 0.2)
+    assert [b["input_ids"][:, 0].tolist() for b in kept] == [[0, 2, 6], [8, 10, 12, 16, 18]]
+    assert [b["input_ids"][:, 0].tolist() for b in held] == [[4], [14]]
+    assert held[0]["use_cache"] is False and held[1]["position_ids"].shape == (1, 2)
+    assert split(batches, 0.0) == (batches, []) and split(batches[:1], 0.01)[1][0]["input_ids"].shape == (1, 2)
+    assert split([rows_of(batches[0], [1])], 0.5)[1] == []
+
+
+def test_what_cannot_be_told_apart_stays_together() -> None:
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    for batch_of_one in (
+        {"input_ids": tokens, "encoder_outputs": (torch.ones(2, 5, 4),)},
+        {"input_ids": tokens, "pixel_values": torch.ones(7, 4)},
+        {"input_ids": tokens, "position_ids": torch.ones(3, 2, 5)},
+    ):
+        assert num_rows(batch_of_one) == 1
+        kept, held = split([batch_of_one] * 4, 0.25)
+        assert [id(b) for b in kept + held] == [id(batch_of_one)] * 4 and len(held) == 1
+    padding = {"input_ids": tokens, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}
+    kept, held = split([padding, padding], 0.75)
+    assert all(bool(b["attention_mask"].any()) for b in kept + held)
+
+
+@pytest.mark.parametrize("family, head", [("bert", "sequence"), ("llama", "causal"), ("bert", "base")])
+def test_distances_by_definition(family: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build(family, head)
+    changed = prune_heads(copy.deepcopy(original), {0: [0, 1, 2, 3]})
+    batches = many(original)
+    found = OutputDistance(original, batches)
+    assert found.now() == 0
+    with torch.no_grad():
+        wanted, now = ([final_outputs(m(**b)) for b in batches] for m in (original, changed))
+    (name,) = wanted[0]
+    real = [
+        [real_outputs(name, one[name], inputs) for one, inputs in zip(each, batches, strict=True)]
+        for each in (wanted, now)
+    ]
+    was, is_now = map(torch.cat, real)
+    if head != "sequence":
+        assert len(was) == sum(int(b["attention_mask"].sum()) for b in batches)
+    expected = float((is_now - was).square().sum() / (was - was.mean(0)).square().sum())
+    found._model = changed
+    assert found.now() == pytest.approx(expected, rel=1e-5)
+    # Every other position where there are too many numbers; of a random model these are alike.
+    monkeypatch.setattr("hf_attnkit.observing.outputs.KEPT", was.numel() // 2)
+    half = OutputDistance(original, batches)
+    assert sum(t.numel() for parts in half._wanted for t in parts) <= was.numel() * 0.7
+    half._model = changed
+    assert half.now() == pytest.approx(expected, rel=1)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_a_refit_that_harms_is_not_kept(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Two sequences, no ridge: what fits them is far off on a third. The model is bit for bit that without a refit."""
+    original = build(family) if family != "gpt2" else build("gpt2", "causal")
+    batches = many(original, 1)
+    alone = prune_heads(copy.deepcopy(original), {0: [0]})
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    fitted = prune_heads(
+        copy.deepcopy(original), {0: [0]}, calibration=batches, refit=RefitOptions("output", ridge=0.0)
+    )
+    report = last_change(fitted).refit  # type: ignore[union-attr]
+    assert report.held_out.num_sequences == 1 and report.held_out.errors["output"] > report.held_out.errors["none"]
+    assert report.kept == "none" and same(fitted, state(alone))
+    assert "kept: none" in str(last_change(fitted)) and "too little calibration" in str(last_change(fitted))
+    unguarded = RefitOptions("output", ridge=0.0, held_out=0.0)
+    harmed = prune_heads(copy.deepcopy(original), {0: [0]}, calibration=batches, refit=unguarded)
+    assert not same(harmed, state(alone)) and last_change(harmed).refit.kept == "output"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_is_kept_is_what_is_nearest(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build(family, "sequence" if family == "bert" else "causal")
+    batches = many(original)
+    seen: list[Any] = []
+    real_split = refit_module.split
+    monkeypatch.setattr(refit_module, "split", lambda *args: seen.append(real_split(*args)) or seen[-1])
+    model = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches)
+    report = last_change(model).refit  # type: ignore[union-attr]
+    held = [{k: v for k, v in b.items() if k != "use_cache"} for b in seen[0][1]]
+    assert report.held_out.num_sequences == sum(len(b["input_ids"]) for b in held) == 2
+    assert report.held_out.errors[report.kept] == pytest.approx(distance(model, original, held), rel=1e-4)
+    merged = convert_to_gqa(copy.deepcopy(original), 2, method="mean")
+    assert report.held_out.errors["none"] == pytest.approx(distance(merged, original, held), rel=1e-4)
+    assert report.held_out.errors[report.kept] == min(report.held_out.errors.values())
+
+
+def test_queries_alone_are_kept_where_outputs_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build("bert", "sequence")
+    with torch.no_grad():  # values that merge exactly, so that keys alone lose
+        for layer in attention_layers(original):
+            for parameter in layer.value.parameters():
+                halves = parameter.unflatten(0, (4, 2, -1))
+                halves[:, 1] = halves[:, 0]
+    batches = many(original, 30)
+    real_solve = refit_module.solve
+
+    def worse(sums: Any, linear: Any, ridge: float) -> Any:
+        if linear is attention_layers(original)[0].output:
+            return linear.weight.detach().clone(), linear.bias.detach().clone()
+        weight, bias = real_solve(sums, linear, ridge)
+        return -5 * weight, bias
+
+    monkeypatch.setattr(refit_module, "solve", worse)
+    plan = plan_gqa(original, 4, method="mean", calibration=batches)
+    merged = convert_to_gqa(copy.deepcopy(original), 4, method="mean")
+    plan.apply()
+    assert plan.report is not None and plan.report.refit is not None
+    assert plan.report.refit.kept == "queries", plan.report
+    for (name, now), was in zip(original.named_parameters(), merged.parameters(), strict=True):
+        assert torch.equal(now, was) == ("query" not in name), name
+
+
+def test_a_single_sequence_is_fitted_without_a_comparison() -> None:
+    model = build("llama")
+    inputs = [{"input_ids": torch.arange(1, 41)[None]}]
+    prune_heads(model, {0: [0, 1]}, calibration=inputs)
+    report = last_change(model).refit  # type: ignore[union-attr]
+    assert report.held_out is None and report.kept == "output" and report.num_tokens == 40
+    assert all(layer.unseen_after is not None for layer in report.layers)
+    assert "held out" not in str(last_change(model))
+
+
+def test_no_walk_misses_a_layer_whose_queries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that prove to be no linear map, and attention without a softmax, in the middle of a model."""
+    config = GPT2Config(n_layer=4, n_head=4, n_embd=32, vocab_size=512, n_positions=64, initializer_range=0.2)
+    torch.manual_seed(0)
+    found = GPT2LMHeadModel(config).eval()
+    real_fit = refit_module.fit_layer_queries
+
+    def refuses(model: Any, layer: Any, *args: Any) -> Any:
+        if layer.index == 1:
+            raise NotLinearError
+        return real_fit(model, layer, *args)
+
+    monkeypatch.setattr(refit_module, "fit_layer_queries", refuses)
+    with pytest.warns(UserWarning, match="linear"):
+        swapped = swap_attention(build("llama", num_hidden_layers=4), {1: "linear"})
+    for model in (found, swapped):
+        convert_to_gqa(model, 2, method="mean", calibration=many(model))
+        report = last_change(model).refit  # type: ignore[union-attr]
+        assert [layer.kl_after is None for layer in report.layers] == [False, True, False, False]
+        assert all(layer.kl_after <= layer.kl_before for layer in report.layers if layer.kl_after is not None)

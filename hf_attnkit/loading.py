@@ -100,7 +100,7 @@ def load_pretrained(
     if in_table(model):
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
-        require_grouping(model, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
+        require_grouping(model, layers, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
         restore_names(model.config)
         install_saved(model)

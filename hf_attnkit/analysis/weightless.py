@@ -25,7 +25,7 @@ from hf_attnkit.analysis.trials import silent
 from hf_attnkit.editing.head_record import record_of
 from hf_attnkit.loading import load_pretrained, skeleton
 from hf_attnkit.models.config_heads import layers_without_heads
-from hf_attnkit.models.layers import attention_layers, in_table
+from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.whole import configs_in
 
 # Windows of different parameters begin so far apart.
@@ -84,7 +84,7 @@ def weightless(config: PreTrainedConfig) -> PreTrainedModel:
 
 def _empty(model: PreTrainedModel) -> None:
     """The stand-in of a layer without heads has weights of zero."""
-    if not in_table(model) or not layers_without_heads(model.config):
+    if not layers_without_heads(model.config):
         return
     for layer in attention_layers(model):
         for linear in (layer.query, layer.key, layer.value, layer.output) if layer.is_empty else ():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.dispatch import stock_function
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME
 from hf_attnkit.attention.saved_kinds import saved_in
-from hf_attnkit.models.families import family_of
 from hf_attnkit.models.known import part_configs
-from hf_attnkit.models.layers import AttentionLayer, in_table
+from hf_attnkit.models.layers import AttentionLayer
 
 
 def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -37,22 +39,38 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
         )
 
 
-def require_grouping(model: PreTrainedModel, heads: Sequence[tuple[int, int]], implementations: Sequence[str]) -> None:
+def require_grouping(
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    heads: Sequence[tuple[int, int]],
+    implementations: Sequence[str],
+) -> None:
     """Raise `ValueError` if a layer's attention implementation cannot run its numbers of heads.
 
-    The eager attention of a family without grouped heads (BERT) multiplies queries and keys as they
-    are; with one key/value head that would even run, by broadcasting.
+    The eager attention of many classes (BERT, GPT-2) multiplies queries and keys as they are: with as many, or with one
+    key/value head, which is broadcast.
     """
-    grouped = any(
-        num_heads != num_key_value_heads and implementation == "eager"
-        for (num_heads, num_key_value_heads), implementation in zip(heads, implementations, strict=True)
-    )
-    if grouped and in_table(model) and not family_of(model).has_key_value_heads:
-        raise ValueError(
-            f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
-            f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), or "
-            "swap all of its layers (hf_attnkit.swap_attention(model, 'mha'))"
-        )
+    for layer, (num_heads, num_key_value_heads), implementation in zip(layers, heads, implementations, strict=True):
+        if implementation == "eager" and num_key_value_heads not in (1, num_heads) and not _eager_groups(layer):
+            raise ValueError(
+                f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
+                f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), "
+                "or swap all of its layers (hf_attnkit.swap_attention(model, 'mha'))"
+            )
+
+
+def _eager_groups(layer: AttentionLayer) -> bool:
+    """Whether the eager attention of the layer's class lets query heads share key/value heads: tried."""
+    module = copy.copy(layer.module)
+    module.__dict__["num_key_value_groups"] = 2
+    query, key = torch.zeros(1, 4, 3, layer.head_dim), torch.zeros(1, 2, 3, layer.head_dim)
+    try:
+        stock_function("eager", layer.module)(module, query, key, key, None, scaling=1.0, dropout=0.0)
+    except RuntimeError:  # of shapes that do not fit
+        return False
+    except (AttributeError, TypeError):  # a class without one, or one that takes more: running the model will tell
+        return True
+    return True
 
 
 def is_swapped(model: PreTrainedModel) -> bool:

@@ -143,7 +143,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"(it runs {model.config._attn_implementation!r})"
         )
     heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
-    require_grouping(model, heads, [base_of(model, layer) for layer in model_layers])
+    require_grouping(model, model_layers, heads, [base_of(model, layer) for layer in model_layers])
     before = bases(model)
     model.set_attn_implementation(base_of(model))
     for layer in model_layers:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.kind import KEPT
+from hf_attnkit.attention.consistency import require_grouping
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, Stock
 from hf_attnkit.conversion import heads as of_layer
 from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.same_attention import SameAttentions
@@ -93,12 +94,14 @@ class OwnedChange:
     def __init__(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], merges: Sequence[LayerMerge]) -> None:
         """
         Raises:
-            ValueError: for a swapped attention that has learned something for each head.
+            ValueError: for a swapped attention that has learned something for each head, or one of Transformers' that
+                cannot group heads.
         """
         self.model, self._layers, self._merges = model, list(layers), list(merges)
         new = {one.layer.index: len(one.groups) for one in merges}
         self.heads = [(layer.num_heads, new.get(layer.index, layer.num_key_value_heads)) for layer in layers]
         require_nothing_learned_by([layer.attention for layer in layers if layer.attention is not None])
+        require_grouping(model, layers, self.heads, [_running(model, layer) for layer in layers])
 
     @contextmanager
     def made(self) -> Iterator[CutHeads]:
@@ -149,6 +152,12 @@ class OwnedChange:
         except BaseException:
             cut.undo()
             raise
+
+
+def _running(model: PreTrainedModel, layer: AttentionLayer) -> str:
+    """Name of the attention that a layer runs."""
+    config = getattr(layer.module, "config", model.config)
+    return str(getattr(layer.module, ATTRIBUTE, Stock(config._attn_implementation)).name)
 
 
 def trial(model: PreTrainedModel, layers: Sequence[AttentionLayer], numbers: Sequence[int]) -> None:

@@ -46,7 +46,7 @@ class Change:
         require_nothing_learned(layers)
         require_unshared(model, layers)
         running = [getattr(layer.module, ATTRIBUTE, Stock(model.config._attn_implementation)).name for layer in layers]
-        require_grouping(model, heads, running)
+        require_grouping(model, layers, heads, running)
         self._empty = None if empty is None else sorted(empty)
         with_heads(model, heads, self._empty)  # refuses what the config cannot say
         self._modules = [(layer.module, layer.head_dim) for layer in layers]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import EPS64, assert_as_accurate
+from support.every_type import small_model
 from support.models import CLASSES, DECODERS, aligned, batch, build, outputs
 from support.pooling import pooled
 from support.subprocesses import run_python
+from support.unchanged import unchanged
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
@@ -241,9 +243,30 @@ def test_loading_an_unchanged_checkpoint_is_from_pretrained(tmp_path: Path) -> N
 
 
 def test_grouped_bert_is_refused_under_eager(tmp_path: Path) -> None:
-    convert_to_gqa(build("bert"), 1).save_pretrained(tmp_path)
+    convert_to_gqa(build("bert"), 2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"eager attention has no grouped heads for 'bert'.*sdpa"):
         load_pretrained(tmp_path, attn_implementation="eager")
+
+
+def test_one_key_value_head_is_broadcast_under_eager(tmp_path: Path) -> None:
+    model = convert_to_gqa(build("bert"), 1)
+    model.save_pretrained(tmp_path)
+    eager = load_pretrained(tmp_path, attn_implementation="eager").eval()
+    exact = outputs(copy.deepcopy(model).double(), batch(model)).detach()
+    assert_as_accurate(outputs(eager, batch(model)).detach(), outputs(model, batch(model)).detach(), exact, terms=96)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bart", "clip", "albert"])
+def test_eager_attention_that_groups_no_heads_is_named(model_type: str) -> None:
+    """Of models found by running too; where it does group them (Llama), and for one head, it is converted."""
+    model = small_model(model_type)
+    model.set_attn_implementation("eager")
+    with unchanged(model), pytest.raises(ValueError, match=r"eager attention has no grouped heads for .*sdpa"):
+        convert_to_gqa(model, 2)
+    convert_to_gqa(model, 1)
+    grouped = build("llama")
+    grouped.set_attn_implementation("eager")
+    convert_to_gqa(grouped, 4)
 
 
 def test_converted_after_a_swap_keeps_the_swap() -> None:

@@ -56,7 +56,8 @@ class HeldOut:
         num_sequences: held out.
         errors: squared differences from the untouched model's outputs, relative to the variance of these: "none" of the
             model as the change alone left it, and of each refit that was tried.
-        kept: the one that was least, which the model has now.
+        kept: what the model has now: the refit, unless another was closer by more than the standard error of the
+            difference.
     """
 
     num_sequences: int
@@ -113,7 +114,7 @@ class RefitReport:
         ]
         inputs = max(layer.inputs for layer in self.layers)
         if self.kept == "none":
-            return "the refit brought the outputs no closer on sequences held out, so none is kept"
+            return "the refit brought the outputs further off on sequences held out, so none is kept"
         if gains and median(gains) < NO_GAIN:
             return "the refit gains nothing in most layers on sequences that it does not see"
         if self.num_tokens < inputs and self.fits != "scale":

@@ -55,7 +55,7 @@ def convert_to_gqa(
             (queries, then outputs; queries where they are a linear map of the layer's input and scores are plain
             products under a softmax), "output" (output projections), "scale" (one factor per query head) or "none".
             `True` is "full", `False` is "none"; `RefitOptions` say more. Default: "full" where batches are given. Some
-            sequences are held out: what brings the model's outputs on them no closer to the untouched model's is not
+            sequences are held out: what brings the model's outputs on them further from the untouched model's is not
             kept, see `last_change`.
         key_method: another method for the keys. Default: `method`; where a norm on the keys forbids "pca" (Qwen3), it
             must be given with `method="pca"`, and is "mean" without `method`.

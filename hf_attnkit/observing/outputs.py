@@ -64,14 +64,17 @@ class OutputDistance:
             start=torch.zeros((), dtype=torch.float64),
         )
 
-    def now(self) -> float:
-        """Squared difference over all positions, relative to the variance of the outputs as they were; 0 is equal."""
-        lost = sum(
-            float((now[:: self._stride] - was).square().sum(dtype=torch.float64))
-            for batch, wanted in zip(self._batches, self._wanted, strict=True)
-            for now, was in zip(self._run(batch), wanted, strict=True)
-        )
-        energy = float(self._energy)
+    def now(self) -> Tensor:
+        """`(positions,)` squared differences, relative to the mean variance of the outputs as they were; 0 is equal.
+
+        Their mean is the distance.
+        """
+        parts = []
+        for batch, wanted in zip(self._batches, self._wanted, strict=True):
+            found = zip(self._run(batch), wanted, strict=True)
+            parts += [(now[:: self._stride] - was).square().sum(-1) for now, was in found]
+        lost = torch.cat(parts).double()
+        energy = float(self._energy) / len(lost)
         return lost / energy if energy > 0 else lost
 
     def _run(self, batch: Mapping[str, Any]) -> list[Tensor]:

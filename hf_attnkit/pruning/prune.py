@@ -62,7 +62,7 @@ def prune_heads(
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
             factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
             "none"; or `RefitOptions`, which say more. Some sequences are held out: a refit that brings the model's
-            outputs on them no closer to the untouched model's is not kept, see `last_change`. "full" is not defined
+            outputs on them further from the untouched model's is not kept, see `last_change`. "full" is not defined
             here: it fits queries to keys that changed. Where the residual stream cannot be told (something is done to
             the attention's output before it is added), the attention's own output is fitted.
         probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The

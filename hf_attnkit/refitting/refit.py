@@ -62,7 +62,7 @@ def refit_layers(
     key_order: Sequence[Sequence[int]] | None = None,
     stream: bool = False,
 ) -> RefitReport:
-    """Fit every layer of a changed model to what it was before, and keep that if it helps on sequences held out.
+    """Fit every layer of a changed model to what it was before, and take that back if it harms on sequences held out.
 
     Args:
         layers: of the changed model.

@@ -56,7 +56,8 @@ class HeldOut:
         num_sequences: held out.
         errors: squared differences from the untouched model's outputs, relative to the variance of these: "none" of the
             model as the change alone left it, and of each refit that was tried.
-        kept: the one that was least, which the model has now.
+        kept: what the model has now: the refit, unless another was closer by more than the standard error of the
+            difference.
     """
 
     num_sequences: int
@@ -106,16 +107,15 @@ class RefitReport:
     @property
     def warning(self) -> str:
         """Why the calibration is too small to help, or nothing."""
-        gains = [
-            1 - layer.unseen_after / layer.unseen_before
-            for layer in self.layers
-            if layer.unseen_before and layer.unseen_after is not None
-        ]
+        before, after = (
+            sum(unseen or 0.0 for unseen in part)
+            for part in zip(*((layer.unseen_before, layer.unseen_after) for layer in self.layers), strict=True)
+        )
         inputs = max(layer.inputs for layer in self.layers)
         if self.kept == "none":
-            return "the refit brought the outputs no closer on sequences held out, so none is kept"
-        if gains and median(gains) < NO_GAIN:
-            return "the refit gains nothing in most layers on sequences that it does not see"
+            return "the refit brought the outputs further off on sequences held out, so none is kept"
+        if before > 0 and after > (1 - NO_GAIN) * before:
+            return "the refit gains nothing on sequences that it does not see"
         if self.num_tokens < inputs and self.fits != "scale":
             return f"{self.num_tokens:,} tokens were fitted to output projections of {inputs:,} inputs"
         return ""
@@ -143,7 +143,7 @@ def refit_line(report: RefitReport | None) -> str:
         line += f", of about {needed:,} that it can use"
     if report.held_out is not None:
         tried = ", ".join(f"{name} {error:.3g}" for name, error in report.held_out.errors.items())
-        line += f"\n{report.held_out.num_sequences:,} sequences held out, distance of outputs: {tried}"
+        line += f"\nsequences held out: {report.held_out.num_sequences:,}; distance of outputs: {tried}"
         line += f"; kept: {report.kept}"
     return line + (f"\ntoo little calibration: {report.warning}" if report.warning else "")
 

@@ -131,7 +131,7 @@ def test_in_bfloat16(tmp_path: Path) -> None:
         ("opt", "does not run with fewer heads"),
         ("gpt_neox", "does not run with fewer heads"),
         ("modernbert", "does not run with fewer heads"),
-        ("bloom", "never calls Transformers' attention interface"),
+        ("falcon", "never calls Transformers' attention interface"),
         ("deepseek_v3", "latent attention"),
         ("olmo2", r"q_proj\.weight: every query head depends on all of it"),
     ],

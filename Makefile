@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: demo check test test-lowest lint docs clean
+.PHONY: demo check test tests test-lowest lint docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,9 +25,13 @@ demo: .venv/installed
 check: lint
 	$(BIN)/python -m pytest --numprocesses auto -m 'not slow'
 
-# Everything.
-test: lint docs
-	$(BIN)/python -m pytest --numprocesses auto
+# Everything: lint, types and docs while the tests run.
+test: .venv/installed
+	$(MAKE) --no-print-directory --jobs 2 lint docs tests
+
+# In the order of their files: a file's tests and what they share stay together in one process.
+tests: .venv/installed
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The fast tests, which call every public function.
 test-lowest: .venv-lowest/installed

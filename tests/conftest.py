@@ -3,12 +3,12 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy and scikit-learn too
 
 import pytest
 import torch
 import transformers
-from support import slow
-from support.collector import freeze
+from support import collector, slow
 from support.recipe_runs import checkpoint, tokenizer  # noqa: F401
 from support.text_runs import byte_tokenizer, text, text_checkpoint  # noqa: F401
 
@@ -24,6 +24,7 @@ def _seed() -> None:
 
 def pytest_configure() -> None:
     slow.watch()
+    collector.rarely()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    freeze()
+    collector.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -40,5 +41,5 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
     with slow.running(item):
         result = yield
     if nextitem is None or nextitem.path != item.path:  # nothing of this file is asked for again
-        freeze()
+        collector.freeze()
     return result

@@ -13,3 +13,8 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def rarely() -> None:
+    """Collect less often than after each 700 new objects: a small model is thousands of them."""
+    gc.set_threshold(50_000, 20, 20)

@@ -171,6 +171,15 @@ def write_models(folder: Path) -> None:
         text.save_pretrained(folder / name)
 
 
+def ends_of_list(words: list[str], flag: str) -> list[str]:
+    """The words with the first and the last of the values that the flag has."""
+    if flag not in words:
+        return words
+    start = words.index(flag) + 1
+    stop = next((i for i in range(start, len(words)) if words[i].startswith("-")), len(words))
+    return [*words[: start + 1], *words[max(stop - 1, start + 1) : stop], *words[stop:]]
+
+
 class Workplace:
     """A folder in which a shown command finds the models, data and files that it names, small ones.
 
@@ -216,6 +225,7 @@ class Workplace:
                 values += glob.glob(word, root_dir=self.folder)
             else:
                 values.append(word)
+        values = ends_of_list(values, "--num_key_value_heads")
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
         for flag, value in SMALLER.items():

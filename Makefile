@@ -27,7 +27,7 @@ check: lint
 
 # Everything: lint, types and docs while the tests run.
 test: .venv/installed
-	$(MAKE) --no-print-directory --jobs 2 lint docs tests
+	$(MAKE) --no-print-directory --jobs 2 tests lint docs
 
 # In the order of their files: a file's tests and what they share stay together in one process.
 tests: .venv/installed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_attnkit.common.checks import choice, integer, number
@@ -50,6 +50,14 @@ class RefitOptions:
         integer(self.query_steps, "query_steps", minimum=0)
         choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
         number(self.held_out, "held_out", minimum=0, below=1)
+        unread = {"none": ("ridge", "query_steps", "token_weights", "held_out"), "full": ()}
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if field.name in unread.get(self.fits, ("query_steps",)) and given != field.default:
+                raise ValueError(
+                    f"{field.name}={given!r} has no effect on a refit of {REFITS[self.fits]} ({self.fits!r}); leave it "
+                    "out, or give another refit"
+                )
 
 
 def refit_options(

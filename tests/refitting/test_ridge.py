@@ -194,6 +194,21 @@ def test_options_name_what_is_wrong(options: dict[str, Any]) -> None:
         RefitOptions("all")
 
 
+@pytest.mark.parametrize(
+    ("fits", "options"),
+    [
+        ("none", {"ridge": 0.1}),
+        ("none", {"held_out": 0.0}),
+        ("output", {"query_steps": 3}),
+        ("scale", {"query_steps": 3}),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(fits: str, options: dict[str, Any]) -> None:
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value} has no effect on a refit of .*'{fits}'"):
+        RefitOptions(fits, **options)
+
+
 def test_options_go_where_words_go() -> None:
     model = build("llama")
     batches = [batch(model, seed=seed) for seed in range(4)]

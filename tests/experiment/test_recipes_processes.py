@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,41 +13,15 @@ import prune_heads_glue
 import pytest
 import torch
 import uptrain_gqa_glue
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from support.recipe_runs import flags, run
+from support.sharded import run_recipes
+from support.subprocesses import launched
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 import hf_attnkit
 from hf_attnkit.experiment import sharding as sharded
-
-# accelerate shards on accelerators alone, PyTorch on the CPU as well. Where FSDP is asked for the processes are passed
-# off as a GPU's each, after their devices have been chosen. KILL_AT: the training step that they die before.
-LAUNCHED = """
-import json, os, runpy, signal, sys, torch, transformers
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-
-start = AcceleratorState.__init__
-
-def passed_off(self, *arguments, **options):
-    if PartialState._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    start(self, *arguments, **options)
-
-commands = json.loads(sys.argv[1])
-if "--fsdp" in commands[0] or "ACCELERATE_USE_FSDP" in os.environ:
-    AcceleratorState.__init__ = passed_off
-if "KILL_AT" in os.environ:
-    train, seen = transformers.Trainer.training_step, []
-    def killed(*arguments, **options):
-        seen.append(1)
-        if len(seen) == int(os.environ["KILL_AT"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return train(*arguments, **options)
-    transformers.Trainer.training_step = killed
-torch.set_num_threads(1)
-for sys.argv in commands:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 # Plain gradient descent, since Adam would turn rounding of small gradients into steps of full size. 37 sentences to
 # evaluate on: the last batch is shared unevenly.
@@ -74,25 +45,22 @@ def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:
     return folder
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-ACCELERATE = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
-              "--fsdp_state_dict_type", "FULL_STATE_DICT", "--main_process_port", "0")  # fmt: skip
+def launch(runs: Sequence[tuple[Any, list[str]]], *, kill_at: int | None = None, **environment: str) -> None:
+    """Run recipes one after the other on the same two processes; dying before the training step of a number."""
+    commands = [(str(Path(recipe.__file__)), arguments) for recipe, arguments in runs]
+    for done in launched(2, run_recipes, commands, kill_at, environment=environment):
+        assert (done.returncode != 0) == (kill_at is not None), done.stderr[-9000:]
 
 
-def launch(
-    runs: Sequence[tuple[Any, list[str]]], folder: Path, *, by: Sequence[str] = TORCHRUN, kill_at: int | None = None
-) -> str:
-    """Run recipes one after the other on the same two processes; what these wrote to standard error."""
-    commands = json.dumps([[str(Path(recipe.__file__)), *arguments] for recipe, arguments in runs])
-    (folder / "launched.py").write_text(LAUNCHED)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {} if kill_at is None else {"KILL_AT": str(kill_at)}
-    done = subprocess.run(
-        [sys.executable, "-m", *by, str(folder / "launched.py"), commands],
-        capture_output=True, text=True, env=environment, timeout=500,
-    )  # fmt: skip
-    assert (done.returncode != 0) == (kill_at is not None), done.stderr[-9000:]
-    return done.stderr
+def as_accelerate_launch_asks(*options: str) -> dict[str, str]:
+    """The variables that it sets for the processes which it starts."""
+    what = ("--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    words = [*what, *options, "script"]
+    return {
+        name: value
+        for name, value in prepare_multi_gpu_env(launch_command_parser().parse_args(words)).items()
+        if name.startswith(("ACCELERATE_", "FSDP_"))
+    }
 
 
 def assert_same(two: Path, one: Path, start: Path) -> None:
@@ -126,9 +94,7 @@ HALVED = ("--per_device_train_batch_size", "8")
 def two(checkpoint: Path, tmp_path_factory) -> Path:
     """Where each run is that two processes made."""
     folder = tmp_path_factory.mktemp("two")
-    launch(
-        [(recipe, flags(checkpoint, folder / name, *more, *HALVED)) for name, (recipe, more) in RUNS.items()], folder
-    )
+    launch([(recipe, flags(checkpoint, folder / name, *more, *HALVED)) for name, (recipe, more) in RUNS.items()])
     return folder
 
 
@@ -138,7 +104,7 @@ def sharded_runs(checkpoint: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     runs = [(recipe, flags(checkpoint, folder / name, *more, *HALVED, "--fsdp"))
             for name, (recipe, more) in SHARDED.items()]  # fmt: skip
-    launch(runs, folder)
+    launch(runs)
     return folder
 
 
@@ -166,7 +132,7 @@ def test_sharded_training_on_gpus(checkpoint, tmp_path) -> None:
     """What is passed off as a GPU's process above, on GPUs."""
     arguments = flags(checkpoint, tmp_path / "out", *CONVERTED, "--per_device_train_batch_size", "8", "--fsdp")
     arguments.remove("--use_cpu")
-    launch([(uptrain_gqa_glue, arguments)], tmp_path)
+    launch([(uptrain_gqa_glue, arguments)])
     last, final = (hf_attnkit.load_pretrained(tmp_path / "out" / name) for name in ("checkpoint-4", "."))
     assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
     before = hf_attnkit.load_pretrained(checkpoint).state_dict()
@@ -177,10 +143,11 @@ def test_a_sharded_run_that_was_killed_goes_on(checkpoint, tmp_path) -> None:
     """As accelerate launch asks for it, to what it would have been, bit for bit."""
     arguments = (*CONVERTED, "--optim", "adamw_torch", "--per_device_train_batch_size", "8", "--save_steps", "2")
     whole, killed = (flags(checkpoint, tmp_path / name, *arguments) for name in ("whole", "killed"))
-    launch([(uptrain_gqa_glue, whole)], tmp_path, by=ACCELERATE)
-    launch([(uptrain_gqa_glue, killed)], tmp_path, by=ACCELERATE, kill_at=4)
+    shard = as_accelerate_launch_asks("--use_fsdp", "--fsdp_version", "2", "--fsdp_state_dict_type", "FULL_STATE_DICT")
+    launch([(uptrain_gqa_glue, whole)], **shard)
+    launch([(uptrain_gqa_glue, killed)], kill_at=4, **shard)
     assert not (tmp_path / "killed" / "results.json").exists()
-    launch([(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"])], tmp_path, by=ACCELERATE)
+    launch([(uptrain_gqa_glue, [*killed, "--resume_from_checkpoint"])], **shard)
     recovered = json.loads((tmp_path / "killed" / "results.json").read_text())["stages"][-1]
     assert recovered["resumed_from"].endswith("checkpoint-2")
     found, expected = (hf_attnkit.load_pretrained(tmp_path / name).state_dict() for name in ("killed", "whole"))

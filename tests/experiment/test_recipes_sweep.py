@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import uptrain_gqa_glue
 from support.fakes import never
 from support.glue_files import tiny_checkpoint, write_glue
+from support.subprocesses import launched, run_script
 from support.task_runs import flags, same_predictions, server_file
 from transformers import Trainer, TrainingArguments
 
@@ -300,15 +299,12 @@ def test_bad_input_of_a_later_run_is_named_before_the_first(
 
 def test_two_processes_loop_alike_and_keep_the_order_of_predictions(glue, checkpoint, tmp_path) -> None:
     more = ("--seeds", "0", "1", "--predict", "--train_sampling_strategy", "group_by_length")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     arguments = flags(checkpoint, "cola,mrpc", glue, tmp_path, *more)
-    script = str(RECIPES / "finetune_glue.py")
-    done = subprocess.run([*command, script, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = launched(2, run_script, str(RECIPES / "finetune_glue.py"), arguments)
+    assert not any(done.returncode for done in two), two[0].stderr[-3000:] + two[1].stderr[-3000:]
     results = read(tmp_path)
     assert results["runs"] == ["cola/seed-0", "cola/seed-1", "mrpc/seed-0", "mrpc/seed-1"]
-    assert done.stdout.count("sample standard deviation") == 1
+    assert (two[0].stdout + two[1].stdout).count("sample standard deviation") == 1
     for name in results["runs"]:
         task = name.split("/")[0]
         (file,) = (tmp_path / name / "predictions").iterdir()

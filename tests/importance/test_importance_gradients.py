@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import textwrap
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from support.every_type import small_model
 from support.models import batch, build
-from support.subprocesses import run_python
+from support.subprocesses import run_code, together
 from support.unchanged import unchanged
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -312,12 +313,9 @@ PROCESS = """
 
 @pytest.mark.slow
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(run_python, PROCESS, rank, count, tmp_path) for rank, count in ((0, 1), (0, 2), (1, 2))]
-        for run in runs:
-            run.result()
+    shares = [[str(rank), str(count), str(tmp_path)] for rank, count in ((0, 1), (0, 2), (1, 2))]
+    for done in together([(run_code, (textwrap.dedent(PROCESS), share)) for share in shares]):
+        assert done.returncode == 0, done.stderr
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for method, scores in one.items():
         assert torch.equal(two[0][method], two[1][method]), method

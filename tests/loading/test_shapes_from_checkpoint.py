@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from support.any_model import TYPES, UnseenModel, any_model
 from support.cutting import a_group
 from support.every_type import small_model
+from support.subprocesses import finished_python
 from transformers import (
     AutoModel,
     BertConfig,
@@ -117,7 +116,7 @@ def test_one_number_for_all_layers_needs_no_package(tmp_path: Path) -> None:
 def test_plain_transformers_refuses_it_by_our_name(tmp_path: Path) -> None:
     cut(small_model("gpt2"), [0]).save_pretrained(tmp_path)
     code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    run = finished_python(code, tmp_path)
     assert run.returncode and 'ValueError: Specified `attn_implementation="hf_attnkit"`' in run.stderr, run.stderr
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,6 +11,7 @@ import pytest
 import torch
 import uptrain_gqa_lm
 from support.fakes import never
+from support.subprocesses import launched, run_script
 from support.text_runs import HELD_OUT, LINES, flags, run
 from transformers import (
     AutoModelForCausalLM,
@@ -236,10 +234,8 @@ def test_an_encoder_is_refused(text, byte_tokenizer, tmp_path, monkeypatch) -> N
 
 
 def launch(processes: int, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(RECIPE), *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in launched(processes, run_script, str(RECIPE), arguments):
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("more", [("--distill",), ("--distill", "--lora")])

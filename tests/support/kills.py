@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 import uptrain_gqa_glue
 from support.recipe_runs import flags, run
+from support.subprocesses import run_script, together
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -42,13 +41,12 @@ def checkpoint(tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:
 
 # Real kills: of a process, by itself, at a chosen moment.
 
-KILLED = """
-import os, runpy, signal, sys, torch, transformers
-what, number, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
-def kill_at(owner, name, chosen, half):
+def kill_at(owner: Any, name: str, number: int, chosen: Callable[..., bool], *, half: bool = False) -> None:
+    """From here on this process dies before the call of this number that is chosen, or after it wrote half a file."""
     real, seen = getattr(owner, name), []
-    def replaced(*arguments, **options):
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
         seen.append(chosen(*arguments))
         now = seen[-1] and sum(seen) == number
         result = None if now and not half else real(*arguments, **options)
@@ -57,25 +55,21 @@ def kill_at(owner, name, chosen, half):
         if now:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
+
     setattr(owner, name, replaced)
 
-if what == "step":
-    kill_at(transformers.Trainer, "training_step", lambda *_: True, half=False)
-if what == "file":  # the optimizer's of a checkpoint, half of it
-    kill_at(torch, "save", lambda _, file, *__: str(file).endswith("optimizer.pt"), half=True)
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-sys.argv = sys.argv[3:]
-sys.path.insert(0, os.path.dirname(script))
-runpy.run_path(script, run_name="__main__")
-"""
+
+def dying(what: str, number: int, script: str, arguments: list[str]) -> None:
+    if what == "step":
+        kill_at(Trainer, "training_step", number, lambda *_: True)
+    if what == "file":  # the optimizer's of a checkpoint, half of it
+        kill_at(torch, "save", number, lambda _, file, *__: str(file).endswith("optimizer.pt"), half=True)
+    run_script(script, arguments)
 
 
 def killed(what: str, number: int, recipe: Any, arguments: list[str]) -> None:
     """Run a recipe in a process of its own that dies of SIGKILL."""
-    command = [sys.executable, "-c", KILLED, what, str(number), str(Path(recipe.__file__))]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    (done,) = together([(dying, (what, number, str(Path(recipe.__file__)), arguments))])
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
 
 

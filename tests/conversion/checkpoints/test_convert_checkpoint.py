@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.models import SAMPLES, batch, build
+from support.subprocesses import finished_python
 from torch import Tensor
 
 from hf_attnkit import convert_to_gqa, load_pretrained
@@ -181,8 +179,7 @@ def test_killed(tmp_path: Path) -> None:
     Writer._write = write
     convert_checkpoint(sys.argv[1], sys.argv[2], 2)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(source), str(tmp_path / "out")]
-    assert subprocess.run(command, capture_output=True, timeout=300).returncode == -9
+    assert finished_python(code, source, tmp_path / "out").returncode == -9
     assert len([name for name in files(tmp_path / "out") if name.endswith(".safetensors")]) == 1
     with pytest.raises((OSError, ValueError)):
         load_pretrained(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Merge key/value heads of a model whose heads are found by running it: what `Change` is for models of the table.
+"""Merge key/value heads of a model: new weights, numbers of heads and config together, or not at all, and proven.
 
     1  the model is given the merged heads at full size, each repeated over its group; what it puts out then is noted
     2  all but the first of each group are cut, numbers of heads are found by running, and the result is proven:
@@ -101,7 +101,9 @@ class OwnedChange:
         new = {one.layer.index: len(one.groups) for one in merges}
         self.heads = [(layer.num_heads, new.get(layer.index, layer.num_key_value_heads)) for layer in layers]
         require_nothing_learned_by([layer.attention for layer in layers if layer.attention is not None])
-        require_grouping(model, layers, self.heads, [_running(model, layer) for layer in layers])
+        require_grouping(
+            model, [layer.module for layer in layers], self.heads, [_running(model, layer) for layer in layers]
+        )
 
     @contextmanager
     def made(self) -> Iterator[CutHeads]:

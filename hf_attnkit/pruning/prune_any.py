@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
-from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
+from hf_attnkit.editing.saved_cut import cache_bytes_of, require_nothing_learned_by, save_cut
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.known import probe_of, transformers_attention
-from hf_attnkit.models.layers import discovered_layers
+from hf_attnkit.models.known import probe_of, require_runnable, transformers_attention
+from hf_attnkit.models.layers import attention_layers, discovered_layers
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
@@ -41,7 +42,8 @@ def prune_discovered(
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
-    require_no_adapters(model)
+    require_runnable(model)
+    require_consistent(model, attention_layers(model))
     with transformers_attention(model):
         found = discover(model, probe_of(model) if probe is None else probe)
     removed = by_index(heads, found.attentions)

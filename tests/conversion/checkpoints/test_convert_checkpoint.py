@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support.models import SAMPLES, batch, build
+from support.models import EDITABLE, SAMPLES, batch, build
 from torch import Tensor
 
 from hf_attnkit import convert_to_gqa, load_pretrained
@@ -24,10 +24,8 @@ from hf_attnkit.conversion.checkpoints.safetensors_stream import Reader, Writer
 from hf_attnkit.conversion.checkpoints.source import MARKER
 from hf_attnkit.conversion.methods.table import transforms
 from hf_attnkit.conversion.statistics import collect
-from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import editable_layers
+from hf_attnkit.models.layers import projected_layers
 
-EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 # Every family with the method that changes least and the one that changes most; the others with a family that has
 # biases and no rotation and with one that has a fused projection and rotates.
 CASES = [(family, method) for family in EDITABLE for method in ("mean", "pca+statistics")]
@@ -50,7 +48,7 @@ def saved(folder: Path, family: str = "llama", size: str = SHARD, **options: Any
 
 def statistics_of(folder: Path, path: Path) -> Path:
     model = load_pretrained(folder, dtype=torch.float32)
-    collect(model, editable_layers(model), [batch(model, seed=seed) for seed in range(6)]).save(path)
+    collect(model, projected_layers(model), [batch(model, seed=seed) for seed in range(6)]).save(path)
     return path
 
 
@@ -197,7 +195,7 @@ def test_queries_and_outputs_that_stay_are_copied_byte_by_byte(family: str, meth
     """A NaN with a payload, which no conversion of dtypes keeps, comes through."""
     model = build(family).bfloat16()
     bits = torch.tensor(0x7FA5, dtype=torch.int16)
-    layers = editable_layers(model)
+    layers = projected_layers(model)
     for layer in layers:
         for linear, rows in ((layer.query, layer.rows("query")), (layer.output, layer.rows("output"))):
             for parameter in linear.parameters():
@@ -318,7 +316,7 @@ def test_statistics_are_collected_from_text(tmp_path: Path, monkeypatch) -> None
     collect_statistics.write_statistics(str(source), target, text, 5, 2)
     model = load_pretrained(source)
     ids = ([3, 3], [5], [4, 4])
-    expected = collect(model, editable_layers(model), [{"input_ids": torch.tensor([i])} for i in ids])
+    expected = collect(model, projected_layers(model), [{"input_ids": torch.tensor([i])} for i in ids])
     found = Statistics.load(target)
     assert found.num_tokens == 5
     for a, b in zip(found.second_moments, expected.second_moments, strict=True):

@@ -12,6 +12,7 @@ from support.accuracy import EPS64, assert_as_accurate
 from support.every_type import small_model
 from support.models import CLASSES, DECODERS, aligned, batch, build, outputs
 from support.pooling import pooled
+from support.pruned import numbers
 from support.subprocesses import run_python
 from support.unchanged import unchanged
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def test_equals_a_model_with_repeated_heads(family: str, number: int) -> None:
 )
 def test_default_is_at_most_a_quarter(family: str, heads: int, kv_heads: int | None, expected: int) -> None:
     model = convert_to_gqa(build(family, "base", heads, kv_heads))
-    assert model.config.num_key_value_heads == expected
+    assert numbers(model) == [(heads, expected)] * 2
 
 
 def test_default_where_a_quarter_does_not_divide() -> None:
@@ -99,7 +100,7 @@ def test_mqa_is_one_head(family: str) -> None:
     model, same = build(family), build(family)
     assert convert_to_mqa(model) is model
     convert_to_gqa(same, 1)
-    assert model.config.num_key_value_heads == 1
+    assert numbers(model) == [(8, 1)] * 2
     for one, other in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.equal(one, other)
     swap_attention(model, "mqa")  # accepted: exactly one head
@@ -109,7 +110,8 @@ def test_mqa_is_one_head(family: str) -> None:
 @every_family
 def test_weights_attributes_and_config_agree(family: str) -> None:
     model = convert_to_gqa(build(family), 2)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (8, 2)
+    assert numbers(model) == [(8, 2)] * 2 and model.config.num_attention_heads == 8
+    assert family == "bert" or model.config.num_key_value_heads == 2
     for layer in projected_layers(model):
         assert layer.module.num_key_value_groups == 4
         for linear, features in ((layer.query, 64), (layer.key, 16), (layer.value, 16)):

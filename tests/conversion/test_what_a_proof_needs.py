@@ -27,7 +27,7 @@ def test_a_conversion_is_proven(family: str, monkeypatch: pytest.MonkeyPatch) ->
         return replace(plan, key_value_heads=tuple(range(len(plan.key_value_heads))))
 
     monkeypatch.setattr(LayerMerge, "plan", wrong)
-    with unchanged(model), pytest.raises(ValueError, match="differs"):
+    with unchanged(model), pytest.raises(ValueError, match="differ"):
         convert_to_gqa(model, 2)
 
 

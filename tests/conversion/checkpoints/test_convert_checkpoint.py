@@ -123,7 +123,7 @@ def test_interrupted_anywhere_and_started_again(error: Exception, tmp_path: Path
     monkeypatch.setattr(Writer, "_write", counted)
     convert_checkpoint(source, tmp_path / "counted", 2, method="pca")
     total, whole = count, files(tmp_path / "whole")
-    assert total > 40
+    assert total > 25
     for point in range(1, total + 1, 19):
         target, count, stop = tmp_path / f"out {point}", 0, point
         with pytest.raises(type(error)):
@@ -199,7 +199,7 @@ def test_queries_and_outputs_that_stay_are_copied_byte_by_byte(family: str, meth
     for layer in layers:
         for linear, rows in ((layer.query, layer.rows("query")), (layer.output, layer.rows("output"))):
             for parameter in linear.parameters():
-                parameter.data.view(torch.int16)[rows][-1] = bits
+                parameter.data.view(torch.int16)[rows[-1] if isinstance(rows, Tensor) else -1] = bits
     assert bits.view(torch.bfloat16).double().bfloat16().view(torch.int16) != bits
     model.save_pretrained(tmp_path / "in")
     convert_checkpoint(tmp_path / "in", tmp_path / "out", 2, method=method)
@@ -207,7 +207,7 @@ def test_queries_and_outputs_that_stay_are_copied_byte_by_byte(family: str, meth
     for name, old in tensors(tmp_path / "in").items():
         assert old.dtype == torch.bfloat16
         changed = [part for part in ("qkv_proj", "key", "value") if f".{part}." in name]
-        rows = slice(0, layers[0].rows("query").stop if changed == ["qkv_proj"] else None)
+        rows = layers[0].rows("query") if changed == ["qkv_proj"] else slice(None)
         if changed in ([], ["qkv_proj"]):
             assert torch.equal(found[name][rows].view(torch.int16), old[rows].view(torch.int16)), name
             compared += bool((old[rows].view(torch.int16) == bits).any())

@@ -109,6 +109,11 @@ def require_runnable(model: PreTrainedModel) -> None:
                 f"{type(model).__name__}: {name} is offloaded, so what belongs to a head cannot be told; load it with "
                 "a device_map that does not offload"
             )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise ValueError(
+                f"{type(model).__name__}: {name} is a {type(parameter).__name__}, spread over devices, so rows cannot "
+                "be cut out of it; change the model first and spread it then (without FSDP)"
+            )
         if not parameter.is_floating_point() and not parameter.is_complex():
             raise ValueError(
                 f"{type(model).__name__}: {name} is quantized ({parameter.dtype}), so what belongs to a head cannot "
@@ -168,6 +173,7 @@ def _first_run(
                 raise ValueError(
                     f"{type(model).__name__} does not run on the probe {list(given)}: {reasons[0]}"
                 ) from error
+    require_runnable(model)  # for quantized weights on a device that cannot multiply them
     raise ValueError(
         f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give them "
         f"by hf_attnkit.set_probe(model, {{...}}), or as probe={{...}} to describe_attention. Tried, and it failed "

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.models import known
-from hf_attnkit.models.attention import Attention
+from hf_attnkit.models.attention import Attention, is_linear
 from hf_attnkit.models.attention_layer import AttentionLayer, weight_of
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "discovered_layers", "in_running_order", "layers_sharing_a_bias",
-           "output_of", "ownership_of", "projected_layers", "require_plain", "scored_layers", "weight_of",
-           "without_heads"]  # fmt: skip
+           "output_of", "ownership_of", "projected_layers", "require_parameters", "require_plain", "scored_layers",
+           "weight_of", "without_heads"]  # fmt: skip
 
 
 def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
@@ -93,9 +93,25 @@ def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     require_plain(model)
     known.require_runnable(model)
+    require_parameters(discovered_layers(model))
     projections, owned = known.projections(model), known.owned(model)
     parts = zip(discovered_layers(model), projections, owned, strict=True)
     return [_projected(layer, found, own) for layer, found, own in parts]
+
+
+def require_parameters(layers: Sequence[AttentionLayer]) -> None:
+    """Raise `ValueError` if another tool computes a weight or bias of a layer's matrix products from others."""
+    for layer in layers:
+        inside = {f"{layer.name}, {path}": module for path, module in layer.module.named_modules() if is_linear(module)}
+        for where, linear in (inside | {f"{layer.name}, its output projection": layer.output}).items():
+            for which in ("weight", "bias"):
+                parametrized = which in getattr(linear, "parametrizations", {})
+                if parametrized or (getattr(linear, which, None) is not None and which not in linear._parameters):
+                    raise ValueError(
+                        f"{where}: its {which} is computed from other parameters at each call, so rows cannot be cut "
+                        "out of it; make it a plain parameter first (torch.nn.utils.prune.remove, remove_weight_norm, "
+                        "parametrize.remove_parametrizations), change the model and wrap it then"
+                    )
 
 
 def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> AttentionLayer:

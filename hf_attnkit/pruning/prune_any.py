@@ -15,7 +15,7 @@ from hf_attnkit.editing.saved_cut import cache_bytes_of, require_nothing_learned
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.known import probe_of, require_runnable, transformers_attention
-from hf_attnkit.models.layers import attention_layers, discovered_layers
+from hf_attnkit.models.layers import attention_layers, discovered_layers, require_parameters
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
@@ -43,7 +43,8 @@ def prune_discovered(
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
     require_runnable(model)
-    require_consistent(model, attention_layers(model))
+    layers = attention_layers(model)
+    require_consistent(model, layers)
     with transformers_attention(model):
         found = discover(model, probe_of(model) if probe is None else probe)
     removed = by_index(heads, found.attentions)
@@ -52,6 +53,7 @@ def prune_discovered(
     for index, given in removed.items():
         if has_no_heads(found.attentions[index].module):
             raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
+    require_parameters([layer for layer in layers if layer.index in removed])
     require_nothing_learned_by([found.attentions[index] for index in removed])
     with transformers_attention(model):
         owned = ownerships(model, found.attentions)

@@ -105,7 +105,7 @@ def test_layers_are_numbered_in_one_sequence(family: str) -> None:
     assert [layer.index for layer in layers] == list(range(len(layers)))
     names = [layer.name for layer in layers]
     if family in EDITABLE:
-        assert names == ["layer 0", "layer 1"]
+        assert names == [f"layer {layer.index} ({layer.saved_as})" for layer in layers]
     if family not in ENCODER_DECODERS:
         assert len(layers) == 2
         return
@@ -271,9 +271,9 @@ def test_conversion_equals_repeated_means(family: str, number: int) -> None:
         for layer in projected_layers(repeated):
             for name in ("key", "value"):
                 for p in getattr(layer, name).parameters():
-                    rows = p[layer.rows(name)]
-                    means = pooled(rows, number, layer.head_dim).unflatten(0, (number, layer.head_dim))
-                    rows.copy_(means.repeat_interleave(8 // number, dim=0).flatten(0, 1))
+                    rows = layer.rows(name)
+                    means = pooled(p[rows], number, layer.head_dim).unflatten(0, (number, layer.head_dim))
+                    p[rows] = means.repeat_interleave(8 // number, dim=0).flatten(0, 1)
     convert_to_gqa(model, number)
     assert numbers(model) == [(8, number)] * 2
     assert_same(model, repeated, batch(model))
@@ -302,10 +302,8 @@ def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path
 
 def test_different_layers_are_refused_where_the_forward_reads_the_config() -> None:
     model = build("phi3")
-    with unchanged(model), pytest.raises(ValueError, match="'phi3' takes the numbers of heads of every layer"):
+    with unchanged(model), pytest.raises(ValueError, match="all layers must lose the same heads"):
         prune_heads(model, {0: [0], 1: [1, 2]})
-    with unchanged(model), pytest.raises(ValueError, match="change every layer alike"):
-        convert_to_gqa(model, [2, 4])
 
 
 @every_editable

@@ -15,7 +15,7 @@ from hf_attnkit.editing.saved_cut import cache_bytes_of, require_nothing_learned
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.known import probe_of, require_runnable, transformers_attention
-from hf_attnkit.models.layers import attention_layers, discovered_layers, require_parameters
+from hf_attnkit.models.layers import attention_layers, discovered_layers, require_parameters, require_plain
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
@@ -42,6 +42,7 @@ def prune_discovered(
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
+    require_plain(model)
     require_runnable(model)
     layers = attention_layers(model)
     require_consistent(model, layers)

@@ -28,6 +28,7 @@ from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
 from hf_attnkit.editing.cut_plan import CutPlan, require_own_parameters
 from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
+from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
@@ -106,8 +107,11 @@ class OwnedChange:
         )
 
     @contextmanager
-    def made(self) -> Iterator[CutHeads]:
+    def made(self, *, thins: bool = False) -> Iterator[CutHeads]:
         """Change the model, then run the block; an error in either, also an interruption, puts the model back.
+
+        Args:
+            thins: as of `cut_heads`.
 
         Raises:
             ValueError: for parameters that another module uses too, an attention that does not run with fewer heads,
@@ -123,7 +127,7 @@ class OwnedChange:
         fewer = [one for one in self._merges if one.group_size > 1]
         as_before = None if fewer else SameOutputs(model, found.inputs)
         alike = SameAttentions(model, [one.layer for one in self._merges if one.group_size == 1], found.attentions)
-        cut = CutHeads()
+        cut = CutHeads(steps=Undo(thins=thins))
         try:
             for layer in self._layers:  # a refit gives all of them new parameters
                 for module in (layer.output, layer.query):

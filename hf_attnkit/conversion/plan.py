@@ -13,7 +13,7 @@ from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import heads
-from hf_attnkit.conversion.heads import ABSENT
+from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.merging import Merging, choose_merging
 from hf_attnkit.conversion.methods.table import Merged, transforms
 from hf_attnkit.conversion.owned_change import LayerMerge, OwnedChange, trial
@@ -79,7 +79,7 @@ class GQAPlan:
             raise ValueError("the plan was applied already; make a new one")
         work.made_for.require_same(self.model)
         refit: RefitReport | None = None
-        with work.change.made() as made:
+        with work.change.made(thins=self.refit == "none") as made:
             if self.refit != "none":
                 order = [[head for group in layer.groups for head in group] for layer in self.layers]
                 layers = projected_layers(self.model)
@@ -203,7 +203,22 @@ def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tupl
     new, reordered = merged.heads, merging.grouping == "best"
     query = new.query if reordered or transforms(merging.key_method) else ABSENT
     output = new.output if reordered or transforms(merging.method) else ABSENT
-    return LayerMerge(layer, replace(new, query=query, output=output), merged.constant, groups)
+    return LayerMerge(layer, _as_stored(layer, replace(new, query=query, output=output)), merged.constant, groups)
+
+
+def _as_stored(layer: AttentionLayer, new: Heads) -> Heads:
+    """The same in the dtype that they will be stored in, where that is one: float64 is four times bfloat16."""
+    roles = {"query": layer.query, "key": layer.key, "value": layer.value, "output": layer.output}
+    return replace(
+        new,
+        **{
+            role: getattr(new, role).to(linear.weight.dtype)
+            for role, linear in roles.items()
+            if linear is not None
+            and getattr(new, role).numel()
+            and (linear.bias is None or linear.bias.dtype == linear.weight.dtype)
+        },
+    )
 
 
 def _possible(layer: AttentionLayer) -> list[int]:

@@ -62,7 +62,7 @@ def prune_discovered(
         (0, 0) if has_no_heads(each.module) else (each.num_heads, own.num_key_value_heads)
         for each, own in zip(found.attentions, owned, strict=True)
     ]
-    cut = cut_heads(model, removed, found, owned)
+    cut = cut_heads(model, removed, found, owned, thins=refit.fits == "none")
     try:
         save_cut(model, found, owned, cut, before)
         reached = None

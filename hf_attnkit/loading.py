@@ -1,9 +1,9 @@
 """`load_pretrained`: load what plain `from_pretrained` cannot rebuild.
 
 Transformers builds a model from its config and then fills in the weights. Where its classes cannot
-express the config (heads per layer, grouped or fewer heads on BERT), a subclass made on the fly
-builds the stock model and then cuts its still empty projections to size, so that `from_pretrained`
-itself does everything else: dtype, device_map, shards, quantization.
+express the numbers of heads (by layer, grouped or fewer heads on BERT), a subclass made on the fly
+builds the stock model and then gives its still empty parameters the checkpoint's shapes, so that
+`from_pretrained` itself does everything else: dtype, device_map, shards, quantization.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
-from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
-from hf_attnkit.editing import projections
-from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked
-from hf_attnkit.editing.in_table import cut_by_table
-from hf_attnkit.models.attributes import set_attributes
+from hf_attnkit.attention.swap import add_saved_parameters, install_saved
+from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, recorded_heads
+from hf_attnkit.editing.heads_before import record_heads_before, require_heads_before, take_heads_before
 from hf_attnkit.models.checkpoint_shapes import loading_arguments, renamed, resize, stored_shapes
-from hf_attnkit.models.config_heads import config_heads, read_pruned_heads
 from hf_attnkit.models.global_reads import expect_global_reads
-from hf_attnkit.models.layers import attention_layers, in_table
+from hf_attnkit.models.layers import attention_layers
 
 # On a model that is being loaded: modules whose parameters get the checkpoint's shapes.
 _SIZED = "_hf_attnkit_sized"
@@ -67,7 +64,7 @@ def load_pretrained(
         kind: Any = getattr(auto_class, "config_class", None) if is_model else None
         config = (kind or AutoConfig).from_pretrained(config or pretrained_model_name_or_path, **located)
     config = copy.deepcopy(config)  # a caller's stays as it is
-    read_pruned_heads(config)
+    before = take_heads_before(config)  # refuses what is wrong before weights are read
     swapped = is_saved(config)
     if swapped and kwargs.get("attn_implementation") not in (None, NAME):
         raise ValueError(
@@ -93,17 +90,19 @@ def load_pretrained(
         ) from error
     model.__class__ = model_class
     _require_attention_weights(model, info)
+    if before:
+        require_heads_before(model)
     if is_marked(model):
         _align(model)
     if config._attn_implementation == NAME:
         model.config.attn_implementation = NAME  # building consumed it; saving again needs it
-    if in_table(model):
-        layers = attention_layers(model)
-        running = [saved_kind(model, layer.index) for layer in layers]
-        require_grouping(model, layers, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
     if swapped:
         restore_names(model.config)
         install_saved(model)
+    else:
+        modules, heads = recorded_heads(model)
+        running = [getattr(module, "config", model.config)._attn_implementation for module in modules]
+        require_grouping(model, modules, heads, running)
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
@@ -164,11 +163,10 @@ def _attention_paths(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def _describe(config: PreTrainedConfig) -> str:
-    try:
-        heads = {config_heads(config, index) for index in range(config.num_hidden_layers)}
-    except (AttributeError, TypeError):  # other fields say it
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # other fields say it
         return str(config.model_type)
-    return ", ".join(f"{n} query and {kv} key/value heads" for n, kv in sorted(heads, reverse=True))
+    return f"{heads} query and {getattr(config, 'num_key_value_heads', None) or heads} key/value heads"
 
 
 def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedModel]:
@@ -195,13 +193,12 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass that has the numbers of heads of its config also where the stock class does not."""
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        read_pruned_heads(config)
+        before = take_heads_before(config)
         build_by_stock(config)
         model_class.__init__(self, config, *args, **kwargs)
+        record_heads_before(self, before)
         if sized := build_as_recorded(self):
             self.__dict__[_SIZED] = sized
-        for part in _parts_of_the_table(self):
-            _resize(part)
         add_saved_parameters(self)
 
     def _load_pretrained_model(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -219,27 +216,3 @@ def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__qualname__": model_class.__qualname__,
     }
     return type(model_class.__name__, (model_class,), names)
-
-
-def _parts_of_the_table(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The model, or the models inside it, whose configs say their numbers of heads by the table of families."""
-    found: dict[int, PreTrainedModel] = {}
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and id(part.config) not in found and cut_by_table(part):
-            found[id(part.config)] = part
-    return list(found.values())
-
-
-def _resize(model: PreTrainedModel) -> None:
-    for layer in attention_layers(model):
-        width, kv_width = layer.num_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
-        hidden_in, hidden_out = layer.query.in_features, layer.output.out_features
-        inputs = [(layer.query, width), (layer.key, kv_width), (layer.value, kv_width)]
-        if layer.fused:
-            inputs = [(layer.query, width + 2 * kv_width)]
-        shapes = [(linear, rows, hidden_in) for linear, rows in inputs] + [(layer.output, hidden_out, width)]
-        for linear, rows, columns in shapes:
-            if linear.weight.shape != (rows, columns):
-                bias = None if linear.bias is None else linear.bias.new_empty(rows)
-                projections.apply(projections.Edit(linear, linear.weight.new_empty(rows, columns), bias))
-        set_attributes(layer.module, layer.num_heads, layer.num_key_value_heads, layer.head_dim)

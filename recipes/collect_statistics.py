@@ -16,8 +16,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from hf_attnkit import load_pretrained
-from hf_attnkit.conversion.plan import layers_to_convert
 from hf_attnkit.conversion.statistics import collect
+from hf_attnkit.models.layers import projected_layers
 
 
 def batches(tokenizer: Any, path: Path, num_tokens: int, max_length: int) -> Iterator[dict[str, Any]]:
@@ -44,7 +44,7 @@ def write_statistics(model_path: str, target: Path, train_file: Path, num_tokens
     if not train_file.is_file():
         raise FileNotFoundError(f"--train_file {train_file} does not exist")
     model, tokenizer = load_pretrained(model_path), AutoTokenizer.from_pretrained(model_path)
-    layers = layers_to_convert(model)
+    layers = projected_layers(model)
     longest = getattr(model.config, "max_position_embeddings", None) or max_length
     statistics = collect(model, layers, batches(tokenizer, train_file, num_tokens, min(max_length, longest)))
     target.parent.mkdir(parents=True, exist_ok=True)

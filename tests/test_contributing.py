@@ -24,12 +24,10 @@ from hf_attnkit.attention.table import KINDS
 from hf_attnkit.conversion import METHODS as conversions
 from hf_attnkit.experiment.glue.tasks import TASKS
 from hf_attnkit.importance import METHODS as scores
-from hf_attnkit.models.families import FAMILIES
 
 KINDS["unfinished"] = KINDS["mha"]
 scores["unfinished"] = scores["magnitude"]
 conversions["unfinished"] = conversions["mean"]
-FAMILIES["unfinished"] = FAMILIES["bert"]
 TASKS["unfinished"] = replace(TASKS["cola"], name="unfinished")
 """
 
@@ -59,7 +57,7 @@ def test_what_is_unfinished_is_noticed(tmp_path: Path) -> None:
     (copy / "unfinished_rows.py").write_text(UNFINISHED)
     for name in ("recipes/unfinished.py", "recipes/benchmarks/unfinished.py"):
         (copy / name).write_text('"""A recipe."""\n')
-    tests = sorted({test for _, tests in TABLE.values() for test in tests})
+    tests = sorted({test for thing, (_, tests) in TABLE.items() if thing != "model" for test in tests})
     environment = os.environ | {"PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "unfinished_rows", "-n", "0", "-rA", "-p", "no:cacheprovider", *tests],

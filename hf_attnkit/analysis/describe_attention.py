@@ -147,6 +147,7 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
             inputs that cannot be made, or under which the model does not run.
     """
     with known.transformers_attention(model):
+        known.require_runnable(model)
         found = discover(model, known.probe_of(model) if probe is None and _is_model(model) else probe)
     trials = Trials(model, found, None if probe is None else found.inputs)
     with known.transformers_attention(model):

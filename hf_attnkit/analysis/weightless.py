@@ -23,9 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_attnkit.analysis.describe_attention import AttentionReport, AttentionRow, cache_bytes, describe_attention
 from hf_attnkit.analysis.trials import silent
 from hf_attnkit.editing.head_record import record_of
+from hf_attnkit.editing.heads_before import says_heads_before
 from hf_attnkit.loading import load_pretrained, skeleton
-from hf_attnkit.models.config_heads import layers_without_heads
-from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.whole import configs_in
 
 # Windows of different parameters begin so far apart.
@@ -47,7 +46,7 @@ def inspect_checkpoint(name: str, config: PreTrainedConfig) -> AttentionReport:
     dtype = config.dtype or torch.float32
     quantized = getattr(config, "quantization_config", None) is not None
     with silent():
-        if any(record_of(each) for each in configs_in(config)):
+        if says_heads_before(config) or any(record_of(each) for each in configs_in(config)):
             return describe_attention(load_pretrained(name))
         model = weightless(config)
         report = _in_short(model)
@@ -78,18 +77,7 @@ def weightless(config: PreTrainedConfig) -> PreTrainedModel:
         values = pool[start : start + shape.numel()].view(shape)
         state[name] = values if len(shape) > 1 else 1 + values if name.endswith("weight") else values.clone()
     model: PreTrainedModel = load_pretrained(None, config=config, state_dict=state)  # type: ignore[arg-type]
-    _empty(model)
     return model.eval()
-
-
-def _empty(model: PreTrainedModel) -> None:
-    """The stand-in of a layer without heads has weights of zero."""
-    if not layers_without_heads(model.config):
-        return
-    for layer in attention_layers(model):
-        for linear in (layer.query, layer.key, layer.value, layer.output) if layer.is_empty else ():
-            for name, parameter in list(linear.named_parameters()):
-                setattr(linear, name, nn.Parameter(torch.zeros_like(parameter)))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.dispatch import stock_function
@@ -41,17 +42,17 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
 
 def require_grouping(
     model: PreTrainedModel,
-    layers: Sequence[AttentionLayer],
+    modules: Sequence[nn.Module],
     heads: Sequence[tuple[int, int]],
     implementations: Sequence[str],
 ) -> None:
-    """Raise `ValueError` if a layer's attention implementation cannot run its numbers of heads.
+    """Raise `ValueError` if the implementation of a module that attends cannot run its numbers of heads.
 
     The eager attention of many classes (BERT, GPT-2) multiplies queries and keys as they are: with as many, or with one
     key/value head, which is broadcast.
     """
-    for layer, (num_heads, num_key_value_heads), implementation in zip(layers, heads, implementations, strict=True):
-        if implementation == "eager" and num_key_value_heads not in (1, num_heads) and not _eager_groups(layer):
+    for module, (num_heads, num_key_value_heads), implementation in zip(modules, heads, implementations, strict=True):
+        if implementation == "eager" and num_key_value_heads not in (1, num_heads) and not _eager_groups(module):
             raise ValueError(
                 f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
                 f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), "
@@ -59,13 +60,13 @@ def require_grouping(
             )
 
 
-def _eager_groups(layer: AttentionLayer) -> bool:
-    """Whether the eager attention of the layer's class lets query heads share key/value heads: tried."""
-    module = copy.copy(layer.module)
+def _eager_groups(module: nn.Module) -> bool:
+    """Whether the eager attention of the module's class lets query heads share key/value heads: tried."""
+    original, module = module, copy.copy(module)
     module.__dict__["num_key_value_groups"] = 2
-    query, key = torch.zeros(1, 4, 3, layer.head_dim), torch.zeros(1, 2, 3, layer.head_dim)
+    query, key = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
     try:
-        stock_function("eager", layer.module)(module, query, key, key, None, scaling=1.0, dropout=0.0)
+        stock_function("eager", original)(module, query, key, key, None, scaling=1.0, dropout=0.0)
     except RuntimeError:  # of shapes that do not fit
         return False
     except (AttributeError, TypeError):  # a class without one, or one that takes more: running the model will tell

@@ -20,7 +20,7 @@ and those that are padding, are left out: what comes of them is read by nobody, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +38,8 @@ from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models import known
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.interface import Call, watched
-from hf_attnkit.models.layers import AttentionLayer, in_table
-from hf_attnkit.models.sample_inputs import input_device, sample_inputs
+from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.sample_inputs import input_device
 from hf_attnkit.models.tensors import cloned, mapped, tensors_in
 
 FACTOR = 16
@@ -76,10 +76,11 @@ def prove_swap(
             "the model is on the meta device, so the swap cannot be proved by running it; load the weights first "
             "(hf_attnkit.load_pretrained builds a swapped checkpoint on its devices)"
         )
+    inputs = known.known(model).discovery.inputs
     modules = [layer.module for layer in layers if not layer.refusal]
     names = {id(layer.module): layer.name for layer in layers}
     with quiet(model), evaluation_mode(model):
-        runner, inputs, seen, outputs = _swapped_run(model, layers, modules, swapped)
+        seen, outputs = _swapped_run(model, layers, modules, swapped, inputs)
         problems: list[str] = []
 
         def compare(call: Call) -> tuple[Tensor, Any]:
@@ -93,7 +94,7 @@ def prove_swap(
             return one.output, None
 
         with known.transformers_attention(model, preferred=bases(model)), watched(modules, compare):
-            again = _run(runner, inputs)
+            again = _run(model, inputs)
     if not problems and any(seen.values()):
         late = [names[number] for number, calls in seen.items() if calls]
         problems.append(f"{', '.join(late)}: called less often by the model as Transformers runs it")
@@ -108,63 +109,49 @@ def prove_swap(
 
 
 def _swapped_run(
-    model: PreTrainedModel, layers: Sequence[AttentionLayer], modules: Sequence[Any], swapped: Sequence[AttentionLayer]
-) -> tuple[PreTrainedModel, dict[str, Any], dict[int, list[_Seen]], list[Tensor]]:
-    """What runs, the first inputs that reach all layers to be swapped, the calls they lead to, and the outputs."""
-    failed: Exception | None = None
-    missing: list[AttentionLayer] = []
-    for runner, inputs in _inputs(model):
-        seen: dict[int, list[_Seen]] = {}
+    model: PreTrainedModel,
+    layers: Sequence[AttentionLayer],
+    modules: Sequence[Any],
+    swapped: Sequence[AttentionLayer],
+    inputs: Mapping[str, Any],
+) -> tuple[dict[int, list[_Seen]], list[Tensor]]:
+    """The calls that a run leads to, which must reach all layers to be swapped, and its outputs."""
+    seen: dict[int, list[_Seen]] = {}
 
-        def note(call: Call, seen: dict[int, list[_Seen]] = seen) -> tuple[Tensor, Any]:
-            if call.function.__name__ != attention_forward.__name__:
-                return call.run()  # Transformers' function, which a layer that keeps it runs inside of ours
-            exact = None
-            if call.query.dtype.itemsize == 2 and CACHE_ARGUMENT not in call.keywords:
-                exact, _ = _in_float32(call).run()
-            query, key, value = call.query, call.key, call.value
-            output, weights = call.run()
-            seen.setdefault(id(call.module), []).append(_Seen(query, key, value, output, exact))
-            return output, weights
+    def note(call: Call) -> tuple[Tensor, Any]:
+        if call.function.__name__ != attention_forward.__name__:
+            return call.run()  # Transformers' function, which a layer that keeps it runs inside of ours
+        exact = None
+        if call.query.dtype.itemsize == 2 and CACHE_ARGUMENT not in call.keywords:
+            exact, _ = _in_float32(call).run()
+        query, key, value = call.query, call.key, call.value
+        output, weights = call.run()
+        seen.setdefault(id(call.module), []).append(_Seen(query, key, value, output, exact))
+        return output, weights
 
-        try:
-            with watched(modules, note):
-                outputs = _run(runner, inputs)
-        except Exception as error:  # whatever a model's code raises
-            failed = failed or error
-            continue
-        missing = [layer for layer in swapped if id(layer.module) not in seen]
-        if not missing:
-            return runner, inputs, seen, outputs
-    if missing:
-        raise ValueError(
-            f"layers {[layer.index for layer in missing]} of {type(model).__name__} never called the attention "
-            "interface, so swapping it has no effect on them; the model is unchanged"
+    try:
+        with watched(modules, note):
+            outputs = _run(model, inputs)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a model's code raises
+        others = [layer.name for layer in layers if layer.refusal]
+        why = (
+            f". {others[0]} and what else never calls Transformers' attention interface ({len(others)} attentions) "
+            "gets the mask of a swapped model too, which has another form, and cannot read it"
+            if others
+            else ""
         )
-    assert failed is not None
-    if isinstance(failed, ValueError) or in_table(model):
-        raise failed
-    others = [layer.name for layer in layers if layer.refusal]
-    why = (
-        f". {others[0]} and what else never calls Transformers' attention interface ({len(others)} attentions) gets "
-        "the mask of a swapped model too, which has another form, and cannot read it"
-        if others
-        else ""
-    )
-    raise ValueError(
-        f"{type(model).__name__} does not run with the new attention: {type(failed).__name__}: {str(failed)[:200]}"
-        f"{why}; the model is unchanged"
-    ) from failed
-
-
-def _inputs(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
-    """Inputs, and the model or the base model inside it, which has all attention: a head may want inputs of its own."""
-    if not in_table(model) or known.probe_of(model) is not None:
-        yield model, known.known(model).discovery.inputs
-        return
-    for runner in dict.fromkeys((model, model.base_model)):
-        for inputs in sample_inputs(runner):
-            yield runner, inputs
+        raise ValueError(
+            f"{type(model).__name__} does not run with the new attention: {type(error).__name__}: {str(error)[:200]}"
+            f"{why}; the model is unchanged"
+        ) from error
+    if missing := [layer.index for layer in swapped if id(layer.module) not in seen]:
+        raise ValueError(
+            f"layers {missing} of {type(model).__name__} never called the attention interface, so swapping it has no "
+            "effect on them; the model is unchanged"
+        )
+    return seen, outputs
 
 
 def _run(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Tensor]:

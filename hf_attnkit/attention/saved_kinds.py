@@ -1,13 +1,11 @@
 """Where a model keeps which kinds its layers run: in its config, and in those of its parts.
 
-    config.hf_attnkit = {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
     config.text_config.hf_attnkit = {"version": 2, "base": "sdpa", "layers": {"layers.0.self_attn": ["flash", {}]}}
 
-A layer is named by its number in models of the table of families, else by its module's path within the part whose
-config has the entry: the innermost part with a config of its own that is saved inside the model's. So a part that is
-saved alone, and a model one of whose parts was swapped alone, both say what runs. A kind that learns something adds
-the numbers of heads `[num_heads, num_key_value_heads, head_dim]` behind its options. Version 0.1 named the layers of
-some other types by number too, see `models.numbered_before`.
+A layer is named by its module's path within the part whose config has the entry: the innermost part with a config of
+its own that is saved inside the model's. So a part that is saved alone, and a model one of whose parts was swapped
+alone, both say what runs. A kind that learns something adds the numbers of heads `[num_heads, num_key_value_heads,
+head_dim]` behind its options. Version 0.1 named the layers of some types by number, see `models.numbered_before`.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Kind
 from hf_attnkit.attention.table import make_kind
 from hf_attnkit.common import options as kind_options
 from hf_attnkit.common.checks import in_range
-from hf_attnkit.models.layers import AttentionLayer, attention_layers
+from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.models.numbered_before import attentions_by_number, head_numbers
 from hf_attnkit.models.whole import configs_in, enclosing
 
@@ -47,11 +45,10 @@ def clear(config: PreTrainedConfig) -> None:
         config.__dict__.pop("attn_implementation", None)
 
 
-def _put(config: PreTrainedConfig, base: str, *, numbered: bool = False) -> None:
+def _put(config: PreTrainedConfig, base: str) -> None:
     """Begin to say what runs; what the key says of removed heads stays."""
     heads = {name: value for name, value in (getattr(config, KEY, None) or {}).items() if name == "heads"}
-    version = {} if numbered and not heads else {"version": VERSION}
-    setattr(config, KEY, version | heads | {"base": base, "layers": {}})
+    setattr(config, KEY, {"version": VERSION} | heads | {"base": base, "layers": {}})
     config.attn_implementation = NAME  # a plain key of config.json; the private one is not saved
 
 
@@ -62,9 +59,8 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mappi
         bases: by the id of each part's config, the implementation that it ran before the first swap.
     """
     base = bases[id(model.config)]
-    numbered = all(layer.attention is None for layer in layers)
-    _put(model.config, base, numbered=numbered)
-    parts = [(path, part) for path, part in saved_parts(model) if path and not numbered]
+    _put(model.config, base)
+    parts = [(path, part) for path, part in saved_parts(model) if path]
     for _, part in parts:
         clear(part.config)
         if bases[id(part.config)] != base:
@@ -80,7 +76,7 @@ def write(model: PreTrainedModel, layers: Sequence[AttentionLayer], bases: Mappi
             _put(owner.config, base)
         if isinstance(kind, Kind):
             entry: list[Any] = [kind.name, kind_options.changed(kind)]
-            if not numbered and getattr(layer.module, PARAMETERS, None) is not None:
+            if getattr(layer.module, PARAMETERS, None) is not None:
                 entry.append([layer.num_heads, layer.num_key_value_heads, layer.head_dim])
             owner.config.hf_attnkit["layers"][name] = entry
 
@@ -143,11 +139,7 @@ def read(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> dict[int, 
     numbers = {id(layer.module): layer.index for layer in layers}
     kinds = {}
     for part, name, entry in _entries(model):
-        if name.isdecimal():
-            own = layers if part is model else attention_layers(part)
-            module = own[in_range(int(name), len(own), "layer")].module
-        else:
-            module = _module(part, name)
+        module = _module(part, name)
         if id(module) not in numbers:
             raise ValueError(f"the config names a kind for {name!r}, where {type(part).__name__} has no attention")
         kinds[numbers[id(module)]] = make_kind(entry[0], entry[1])

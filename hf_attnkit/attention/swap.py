@@ -3,12 +3,11 @@
 The chosen kinds are kept in two places that are written together: on each attention module (what runs)
 and in the config (what is saved), under `hf_attnkit`:
 
-    {"base": "sdpa", "layers": {"0": ["sliding_window", {"window": 64}]}}
+    {"base": "sdpa", "layers": {"model.layers.0.self_attn": ["sliding_window", {"window": 64}]}}
 
-with the layer's number, or its module's path where the table of families does not know the model; a model of several
-parts keeps them in the config of the part that has the layer. `config.json` then also says
-`"attn_implementation": "hf_attnkit"`, so that Transformers alone, which does not know that name, refuses the checkpoint
-instead of running other attention.
+with the path of the layer's module; a model of several parts keeps them in the config of the part that has the layer.
+`config.json` then also says `"attn_implementation": "hf_attnkit"`, so that Transformers alone, which does not know that
+name, refuses the checkpoint instead of running other attention.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from hf_attnkit.attention.proof import prove_swap
 from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
-from hf_attnkit.models.layers import AttentionLayer, attention_layers, in_table
+from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.whole import saved_with
 
 
@@ -143,7 +142,9 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"(it runs {model.config._attn_implementation!r})"
         )
     heads = [(layer.num_heads, layer.num_key_value_heads) for layer in model_layers]
-    require_grouping(model, model_layers, heads, [base_of(model, layer) for layer in model_layers])
+    require_grouping(
+        model, [layer.module for layer in model_layers], heads, [base_of(model, layer) for layer in model_layers]
+    )
     before = bases(model)
     model.set_attn_implementation(base_of(model))
     for layer in model_layers:
@@ -187,11 +188,6 @@ def saved_kind(model: PreTrainedModel, index: int) -> str:
 
 def add_saved_parameters(model: PreTrainedModel) -> None:
     """Give the modules of a model that is being loaded what their kinds learn, before the weights are read."""
-    for _, part in list(saved_kinds.saved_parts(model)):
-        if in_table(part) and saved_kinds.saved_in(part.config) is not None:
-            layers = attention_layers(part)
-            for index, kind in saved_kinds.read(part, layers).items():
-                add_parameters(layers[index], kind)
     for module, new in saved_kinds.learned(model):
         like = next(p for p in module.parameters() if p.is_floating_point())
         _set_parameters(module, new.to(device=like.device, dtype=like.dtype))

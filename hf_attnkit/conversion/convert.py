@@ -37,12 +37,12 @@ def convert_to_gqa(
     checkpoint if all layers have the same number; BERT's config has no such field, so a converted BERT reloads with
     `load_pretrained`.
 
-    Before it returns, a model outside the table of families is proven: it puts out what it does with the merged heads
+    Before it returns, the model is proven: it puts out what it does with the merged heads
     at full size, each repeated over its group, or, with as many heads as before, what it did.
 
     Args:
-        model: any model that calls Transformers' attention interface; changed in place. Where the table of families
-            does not know it, it is run on a few tokens to find its heads. Grouped models can be grouped further.
+        model: any model that calls Transformers' attention interface; changed in place. It is run on a few tokens to
+            find its heads. Grouped models can be grouped further.
         num_key_value_heads: for all layers, or a list with one for each; must divide a layer's present
             number. Default: the largest such number that is at most a quarter of the query heads. The present
             number itself is possible for "pca", which then only changes bases.

@@ -87,9 +87,11 @@ def _rows(layer: AttentionLayer, name: str) -> Tensor:
     linear = getattr(layer, name)
     whole = weight_of(linear)
     rows = layer.rows(name)
-    weight = whole[rows].double()
-    bias = linear.bias.detach() if linear.bias is not None else whole.new_zeros(len(whole))
-    return torch.cat([weight, bias[rows].double()[:, None]], dim=1)
+    weight = whole[rows]
+    found = torch.empty(len(weight), whole.shape[1] + 1, dtype=torch.float64, device=whole.device)
+    found[:, :-1] = weight
+    found[:, -1] = 0 if linear.bias is None else linear.bias.detach()[rows]
+    return found
 
 
 def write(layer: AttentionLayer, heads: Heads, constant: Tensor | None = None) -> list[Edit]:

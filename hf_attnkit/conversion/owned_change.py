@@ -1,4 +1,4 @@
-"""Merge key/value heads of a model whose heads are found by running it: what `Change` is for models of the table.
+"""Merge key/value heads of a model: new weights, numbers of heads and config together, or not at all, and proven.
 
     1  the model is given the merged heads at full size, each repeated over its group; what it puts out then is noted
     2  all but the first of each group are cut, numbers of heads are found by running, and the result is proven:
@@ -28,6 +28,7 @@ from hf_attnkit.editing import projections
 from hf_attnkit.editing.cut_heads import CutHeads, cut_planned
 from hf_attnkit.editing.cut_plan import CutPlan, require_own_parameters
 from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
+from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
@@ -101,11 +102,16 @@ class OwnedChange:
         new = {one.layer.index: len(one.groups) for one in merges}
         self.heads = [(layer.num_heads, new.get(layer.index, layer.num_key_value_heads)) for layer in layers]
         require_nothing_learned_by([layer.attention for layer in layers if layer.attention is not None])
-        require_grouping(model, layers, self.heads, [_running(model, layer) for layer in layers])
+        require_grouping(
+            model, [layer.module for layer in layers], self.heads, [_running(model, layer) for layer in layers]
+        )
 
     @contextmanager
-    def made(self) -> Iterator[CutHeads]:
+    def made(self, *, thins: bool = False) -> Iterator[CutHeads]:
         """Change the model, then run the block; an error in either, also an interruption, puts the model back.
+
+        Args:
+            thins: as of `cut_heads`.
 
         Raises:
             ValueError: for parameters that another module uses too, an attention that does not run with fewer heads,
@@ -121,7 +127,7 @@ class OwnedChange:
         fewer = [one for one in self._merges if one.group_size > 1]
         as_before = None if fewer else SameOutputs(model, found.inputs)
         alike = SameAttentions(model, [one.layer for one in self._merges if one.group_size == 1], found.attentions)
-        cut = CutHeads()
+        cut = CutHeads(steps=Undo(thins=thins))
         try:
             for layer in self._layers:  # a refit gives all of them new parameters
                 for module in (layer.output, layer.query):

@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
 from hf_attnkit.conversion import heads
-from hf_attnkit.conversion.heads import ABSENT
+from hf_attnkit.conversion.heads import ABSENT, Heads
 from hf_attnkit.conversion.merging import Merging, choose_merging
 from hf_attnkit.conversion.methods.table import Merged, transforms
 from hf_attnkit.conversion.owned_change import LayerMerge, OwnedChange, trial
 from hf_attnkit.conversion.report import ConversionReport, LayerPlan, conversion_table, summary
 from hf_attnkit.conversion.statistics import Statistics, statistics_of
-from hf_attnkit.conversion.table_merge import TableMerge
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
-from hf_attnkit.editing.change import MadeChange
-from hf_attnkit.editing.cut_heads import CutHeads
 from hf_attnkit.editing.fingerprint import Fingerprint
-from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.editing.last_change import record_change
-from hf_attnkit.editing.projections import Edit
-from hf_attnkit.models.layers import AttentionLayer, editable_layers, projected_layers
+from hf_attnkit.models.layers import AttentionLayer, projected_layers
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
-
-
-class _Change(Protocol):
-    """A change of all layers that was computed: `Change` for models of the table, `OwnedChange` for all others."""
-
-    heads: list[tuple[int, int]]
-
-    def made(self) -> AbstractContextManager[MadeChange | CutHeads]:
-        """Change the model, then run the block; an error in either puts the model back."""
 
 
 @dataclass(frozen=True)
 class _Work:
     """What `GQAPlan.apply` does; let go of afterwards, since it holds new weights, and the refit's batches."""
 
-    change: _Change
+    change: OwnedChange
     made_for: Fingerprint
     heads_before: tuple[tuple[int, int], ...]
     batches: list[Mapping[str, Any]]
@@ -93,10 +79,10 @@ class GQAPlan:
             raise ValueError("the plan was applied already; make a new one")
         work.made_for.require_same(self.model)
         refit: RefitReport | None = None
-        with work.change.made() as made:
+        with work.change.made(thins=self.refit == "none") as made:
             if self.refit != "none":
                 order = [[head for group in layer.groups for head in group] for layer in self.layers]
-                layers = layers_to_convert(self.model)
+                layers = projected_layers(self.model)
                 refit = refit_layers(self.model, layers, made, work.batches, work.refit, key_order=order)
         self._work = None
         self.report = ConversionReport(
@@ -140,7 +126,8 @@ def plan_gqa(
     Raises:
         TypeError, ValueError: as `convert_to_gqa`.
     """
-    in_table, layers = cut_by_table(model), layers_to_convert(model)
+    layers = projected_layers(model)
+    require_consistent(model, layers)
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     options = refit_options(refit, default="full", batches=has_batches, given=given)
@@ -157,7 +144,7 @@ def plan_gqa(
         # Before a long calibration, so that a wrong number costs nothing.
         numbers = target_heads(layers, num_key_value_heads, budget, allow_same=merging.uses_statistics)
         merging.check_numbers(layers, numbers)
-        if not in_table and calibration is not None:
+        if calibration is not None:
             trial(model, layers, numbers)
     batches: list[Mapping[str, Any]] = []
     if options.fits != "none" and calibration is not None and not isinstance(calibration, Statistics):
@@ -168,7 +155,6 @@ def plan_gqa(
         merging.check_numbers(layers, numbers)
     merging.check_tokens(layers, numbers, statistics.num_tokens)
 
-    edits: list[list[Edit]] = []
     merges: list[LayerMerge] = []
     planned = []
     for layer, number, moment in zip(
@@ -177,23 +163,20 @@ def plan_gqa(
         statistics.second_moments,
         strict=True,
     ):
-        if not in_table and not merging.changes(layer, number):
+        if not merging.changes(layer, number):
             planned.append(_as_it_is(layer))
             continue
         present = statistics.with_others(layer.index, heads.read(layer))
         groups = merging.groups(present, number, moment)
         merged = merging.merge(present, groups, moment)
-        if in_table:
-            edits.append(heads.write(layer, merged.heads, merged.constant))
-        else:
-            merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
+        merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
         planned.append(
             LayerPlan(
                 layer.index, layer.num_heads, number, layer.head_dim,
                 tuple(tuple(group) for group in groups), merged.key_loss, merged.value_loss,
             )
         )  # fmt: skip
-    if not in_table and not merges:
+    if not merges:
         reason = next((why for layer in layers for why in layer.problems.values()), "it has no output projection")
         raise ValueError(f"nothing would change: no layer's heads can get another basis ({layers[0].name}: {reason})")
     before, after = ([(layer.num_heads, layer.num_key_value_heads) for layer in part] for part in (layers, planned))
@@ -202,22 +185,12 @@ def plan_gqa(
         * model.dtype.itemsize
         for part in (before, after)
     )
-    change = TableMerge(model, layers, edits, after) if in_table else OwnedChange(model, layers, merges)
-    made_for = Fingerprint(model, layers) if in_table else Fingerprint(model, layers, projected_layers)
+    change, made_for = OwnedChange(model, layers, merges), Fingerprint(model, layers, projected_layers)
     work = _Work(change, made_for, tuple(before), batches, options)
     return GQAPlan(
         model, merging.method, merging.key_method, merging.grouping, options.fits, tuple(planned),
         statistics.num_tokens, bytes_before, bytes_after, work,
     )  # fmt: skip
-
-
-def layers_to_convert(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The layers with their projections: as the table knows them, or as they are found by running the model.
-
-    Raises:
-        TypeError, ValueError: as `editable_layers` and `projected_layers`.
-    """
-    return editable_layers(model) if cut_by_table(model) else projected_layers(model)
 
 
 def _as_it_is(layer: AttentionLayer) -> LayerPlan:
@@ -230,7 +203,22 @@ def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tupl
     new, reordered = merged.heads, merging.grouping == "best"
     query = new.query if reordered or transforms(merging.key_method) else ABSENT
     output = new.output if reordered or transforms(merging.method) else ABSENT
-    return LayerMerge(layer, replace(new, query=query, output=output), merged.constant, groups)
+    return LayerMerge(layer, _as_stored(layer, replace(new, query=query, output=output)), merged.constant, groups)
+
+
+def _as_stored(layer: AttentionLayer, new: Heads) -> Heads:
+    """The same in the dtype that they will be stored in, where that is one: float64 is four times bfloat16."""
+    roles = {"query": layer.query, "key": layer.key, "value": layer.value, "output": layer.output}
+    return replace(
+        new,
+        **{
+            role: getattr(new, role).to(linear.weight.dtype)
+            for role, linear in roles.items()
+            if linear is not None
+            and getattr(new, role).numel()
+            and (linear.bias is None or linear.bias.dtype == linear.weight.dtype)
+        },
+    )
 
 
 def _possible(layer: AttentionLayer) -> list[int]:

@@ -78,6 +78,8 @@ def cut_heads(
     removed: Mapping[int, Iterable[int]],
     discovery: Discovery,
     owned: Sequence[Ownership] | None = None,
+    *,
+    thins: bool = False,
 ) -> CutHeads:
     """Cut query heads, and the key/value heads that no query head is left for; in place.
 
@@ -85,6 +87,7 @@ def cut_heads(
         removed: by the attention's index in `discovery`, the heads.
         discovery: of this model as it is, made under `known.transformers_attention`.
         owned: what belongs to heads, as of `ownerships(model, discovery.attentions)`.
+        thins: whether of old parameters only what went is kept, see `undo`; for a cut that is not undone often.
 
     Raises:
         ValueError: for heads that are not there, groups that would be unequal, parameters that cannot be cut, an
@@ -100,7 +103,7 @@ def cut_heads(
         for index, heads in removed.items()
     ]
     require_own_parameters(model, plans)
-    cut = CutHeads()
+    cut = CutHeads(steps=Undo(thins=thins))
     try:
         cut_planned(model, plans, discovery, cut)
     except BaseException:

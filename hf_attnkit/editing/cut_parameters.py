@@ -27,11 +27,10 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tup
         keep = owners.kept(heads)
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        tensor = getattr(owner, leaf)
         if not len(keep):
             gone.setdefault(_list_entry(module, name), set()).add(_position(name))
             continue
-        if len(keep) < tensor.shape[owners.dim]:
+        if len(keep) < getattr(owner, leaf).shape[owners.dim]:
             edits.append((owner, leaf, owners.dim, keep))
     if len(plan.heads) < plan.attention.num_heads:
         assert plan.owned.output is not None
@@ -40,8 +39,7 @@ def cut_parameters(model: nn.Module, plan: CutPlan, undo: Undo) -> tuple[set[tup
         columns = torch.cat([torch.arange(head * size, (head + 1) * size) for head in plan.heads])
         edits.append((output, "weight", 0 if isinstance(output, Conv1D) else 1, columns))
     for owner, leaf, dim, keep in edits:
-        tensor = getattr(owner, leaf)
-        sizes.add((tensor.shape[dim], len(keep)))
+        sizes.add((getattr(owner, leaf).shape[dim], len(keep)))
         _keep(owner, leaf, dim, keep, undo)
     for (path, name), positions in gone.items():
         owner = module.get_submodule(path)
@@ -87,8 +85,11 @@ def _keep(owner: nn.Module, leaf: str, dim: int, keep: Tensor, undo: Undo) -> No
     with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
         new = old.detach().index_select(dim, keep.to(old.device)).contiguous()
         undo.set(owner, leaf, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    shape = new.shape
+    del old, new
+    undo.thin(dim, keep)
     if leaf == "weight":
         names = sizes_of(owner)
-        for name, size in zip(names, new.shape, strict=False):
+        for name, size in zip(names, shape, strict=False):
             if type(vars(owner).get(name)) is int and vars(owner)[name] != size:
                 undo.set(owner, name, size)

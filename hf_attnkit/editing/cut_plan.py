@@ -54,7 +54,7 @@ def plan_cut(attention: Attention, owned: Ownership, removed: Iterable[int]) -> 
     Raises:
         ValueError: as `cut_heads`.
     """
-    name, number = attention.path, attention.num_heads
+    name, number = f"layer {attention.index} ({attention.path})", attention.num_heads
     gone = [in_range(head, number, "head", f"{name}: ") for head in removed]
     if len(set(gone)) != len(gone):
         raise ValueError(f"{name}: a head is named twice in {gone}")

@@ -217,6 +217,18 @@ def build_as_recorded(model: PreTrainedModel) -> list[str]:
     return sized
 
 
+def recorded_heads(model: PreTrainedModel) -> tuple[list[nn.Module], list[tuple[int, int]]]:
+    """The modules of a built model whose heads were changed, and their numbers of query and key/value heads."""
+    modules: list[nn.Module] = []
+    heads: list[tuple[int, int]] = []
+    for _, part in _recorded_parts(model):
+        for path, layer in record_of(part.config).get("layers", {}).items():
+            if (where := _present(part, path)) is not None and "heads" in layer:
+                modules.append(part.get_submodule(where))
+                heads.append((layer["heads"][0], layer["heads"][1]))
+    return modules, heads
+
+
 def _tell_copies(part: PreTrainedModel, heads: dict[str, Any], known: set[int]) -> None:
     """Let the copies that parts of the model have of its config (T5's encoder and decoder) speak of these parts."""
     for path, inner in part.named_modules():

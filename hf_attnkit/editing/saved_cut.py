@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,15 +18,6 @@ from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.checkpoint_shapes import require_reloadable
 from hf_attnkit.models.discovery import Discovery
 from hf_attnkit.models.owners import Ownership
-
-
-def require_no_adapters(model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a model with PEFT adapters."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters, which are bound to the projections' sizes; change the "
-            "model first and add adapters after, or merge them: model = model.merge_and_unload()"
-        )
 
 
 def require_nothing_learned_by(attentions: Sequence[Attention]) -> None:
@@ -71,18 +64,13 @@ def save_cut(
         layers[attention.path] = layer
     record(model, layers, cut.steps)
     by_config: dict[int, tuple[Any, dict[str, tuple[int, int]]]] = {}
-    size = max((each.head_dim for each in found.attentions if each.index in cut.heads), default=0)
-    rotates = any("inv_freq" in name and 2 * len(buffer) <= size for name, buffer in model.named_buffers())
     for config, name, old, now in cut.config:
-        if rotates and getattr(config, "head_dim", None) is None:
-            raise ValueError(
-                f"{type(config).__name__} has no head_dim: when the model is loaded, its rotary embedding would be "
-                f"made for heads of another size, since {name} is {now} and was {old}; the model is unchanged"
-            )
         by_config.setdefault(id(config), (config, {}))[1][name] = old, now
     for config, fields in by_config.values():
         record_config(config, fields, cut.steps)
-    into_stock_fields(model, found, cut, [cut.heads.get(index, pair) for index, pair in enumerate(before)])
+    heads = [cut.heads.get(index, pair) for index, pair in enumerate(before)]
+    if not into_stock_fields(model, found, cut, heads):
+        _say_size_of_heads(model, found, cut)
     beside = [path for own in layers.values() for path in (own.get("output"), *own.get("shared", ())) if path]
     require_reloadable(model, [*layers, *beside])
     try:
@@ -92,6 +80,36 @@ def save_cut(
             f"{type(model.config).__name__} does not accept what it would save, so that the model could not be loaded "
             f"again ({str(error)[:200]}); the model is unchanged"
         ) from error
+
+
+def _say_size_of_heads(model: PreTrainedModel, found: Discovery, cut: CutHeads) -> None:
+    """Say the size of a head where the number of heads no longer implies it, so that a loaded model rotates as before.
+
+    Raises:
+        ValueError: if its class does not read it.
+    """
+    size = max((each.head_dim for each in found.attentions if each.index in cut.heads), default=0)
+    unsaid = [each for each in cut.config if getattr(each[0], "head_dim", None) is None]
+    if not unsaid or not any(2 * shape[0] <= size for shape in _rotations(model).values()):
+        return
+    config, name, old, now = unsaid[0]
+    for other, *_ in unsaid:
+        cut.steps.set(other, "head_dim", size)
+    try:
+        with torch.device("meta"):
+            built = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+        same = _rotations(built) == _rotations(model)
+    except Exception:  # whatever a class says that is built from such numbers
+        same = False
+    if not same:
+        raise ValueError(
+            f"{type(config).__name__} has no head_dim: when the model is loaded, its rotary embedding would be made "
+            f"for heads of another size, since {name} is {now} and was {old}; the model is unchanged"
+        )
+
+
+def _rotations(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if "inv_freq" in name}
 
 
 def cache_bytes_of(found: Discovery, numbers: Sequence[tuple[int, int]], itemsize: int) -> int:

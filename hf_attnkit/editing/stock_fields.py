@@ -79,7 +79,10 @@ def _uniform_fields(
         ((num_heads, groups, head_dim),) = by_config[key]
         values = {"num_attention_heads": num_heads, "num_key_value_heads": groups, "head_dim": head_dim}
         fields[key] = {name: value for name, value in values.items() if getattr(config, name, None) is not None}
-        if getattr(config, "head_dim", None) is None and hasattr(config, "head_dim"):
+        # Some classes (Phi-3) read it, though their config does not have it.
+        if getattr(config, "head_dim", None) is None and (
+            hasattr(config, "head_dim") or num_heads * head_dim != getattr(config, "hidden_size", num_heads * head_dim)
+        ):
             fields[key]["head_dim"] = head_dim
     return fields
 

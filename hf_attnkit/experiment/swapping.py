@@ -15,7 +15,7 @@ from hf_attnkit.attention.kind import Kind
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.pruning import parse_options
 from hf_attnkit.experiment.training.lora import LoraArguments
-from hf_attnkit.models.layers import AttentionLayer, attention_layers, editable_layers
+from hf_attnkit.models.layers import AttentionLayer, attention_layers, projected_layers
 
 
 @dataclass
@@ -70,7 +70,7 @@ def check(model: PreTrainedModel, arguments: SwapArguments, lora: LoraArguments)
     """
     kinds = swap.check(model, arguments.specification)
     if lora.lora:
-        layers = editable_layers(model)  # refuses a model that cannot have adapters
+        layers = projected_layers(model)  # refuses a model that cannot have adapters
         learning = [index for index, kind in kinds.items() if _learns(kind, layers[index])]
         if learning:
             raise ValueError(

@@ -20,7 +20,7 @@ class AttentionLayer:
         name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
         block: the model's layer that it is part of, whose output the next block takes first.
         module: the module whose forward calls the attention interface.
-        query, key, value, output: the projections; `nn.Linear` in the layers of `editable_layers`, perhaps Conv1D in
+        query, key, value, output: the projections; `nn.Linear` in the layers of `projected_layers`, perhaps Conv1D in
             those of `projected_layers`, `None` where `problems` says why.
         num_heads, num_key_value_heads, head_dim: as the config says.
         is_empty: whether its one head is a stand-in; see `without_heads.py`.

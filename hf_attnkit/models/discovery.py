@@ -52,10 +52,10 @@ def discover(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> 
 
     Raises:
         TypeError: if `model` is no `PreTrainedModel`.
-        ValueError: for weights that are on the meta device or quantized, inputs that cannot be made or do not run, a
+        ValueError: for weights that are on the meta device, inputs that cannot be made or do not run, a
             model without attention, or one whose forward pass differs from run to run.
     """
-    require_runnable(model)
+    require_weights(model)
     with quiet(model):
         inputs, calls, before = _first_run(model, probe)
         found, after, not_run = _second_run(model, inputs, calls)
@@ -81,25 +81,38 @@ def _numbered(found: Sequence[Attention]) -> list[Attention]:
     return [replace(each, index=index) for index, each in enumerate(ordered)]
 
 
-def running_inputs(model: PreTrainedModel, probe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Inputs under which the model runs; arguments and errors as of `discover`."""
-    require_runnable(model)
-    with quiet(model):
-        return _first_run(model, probe)[0]
+def require_weights(model: PreTrainedModel) -> None:
+    """Raise `TypeError` or `ValueError` for a model that cannot run: no model, or without weights.
 
-
-def require_runnable(model: PreTrainedModel) -> None:
-    """Raise `TypeError` or `ValueError` for a model that cannot be looked at: no model, without weights, quantized."""
+    Those that an offloading hook brings in when a module runs are there.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"expected a transformers.PreTrainedModel, got {type(model).__name__}; pass the model itself, before "
             "torch.compile, accelerator.prepare or another wrapper"
         )
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and not (hasattr(module, "_hf_hook") and input_device(model).type != "meta"):
+                raise ValueError(
+                    f"{type(model).__name__}: {path}.{name} is on the meta device, so the model cannot run; load its "
+                    "weights first (from_pretrained with a device_map that does not offload)"
+                )
+
+
+def require_runnable(model: PreTrainedModel) -> None:
+    """Raise `TypeError` or `ValueError` for a model whose heads cannot be told: as `require_weights`, and quantized."""
+    require_weights(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"{type(model).__name__}: {name} is on the meta device, so the model cannot run; load its weights "
-                "first (from_pretrained with a device_map that does not offload)"
+                f"{type(model).__name__}: {name} is offloaded, so what belongs to a head cannot be told; load it with "
+                "a device_map that does not offload"
+            )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise ValueError(
+                f"{type(model).__name__}: {name} is a {type(parameter).__name__}, spread over devices, so rows cannot "
+                "be cut out of it; change the model first and spread it then (without FSDP)"
             )
         if not parameter.is_floating_point() and not parameter.is_complex():
             raise ValueError(
@@ -160,6 +173,7 @@ def _first_run(
                 raise ValueError(
                     f"{type(model).__name__} does not run on the probe {list(given)}: {reasons[0]}"
                 ) from error
+    require_runnable(model)  # for quantized weights on a device that cannot multiply them
     raise ValueError(
         f"no inputs could be made for {type(model).__name__}, whose forward takes {_arguments(model)}; give them "
         f"by hf_attnkit.set_probe(model, {{...}}), or as probe={{...}} to describe_attention. Tried, and it failed "

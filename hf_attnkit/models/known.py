@@ -100,6 +100,7 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
     Raises:
         TypeError, ValueError: as `discover` and `ownerships`.
     """
+    require_runnable(model)
     one = known(model)
     if not one.owned:
         found = _discover(model)
@@ -114,6 +115,7 @@ def projections(model: PreTrainedModel) -> list[Projected]:
     Raises:
         TypeError, ValueError: as `owned`.
     """
+    require_runnable(model)
     one = known(model)
     if not one.projected:
         found = _discover(model)

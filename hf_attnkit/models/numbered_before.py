@@ -1,4 +1,4 @@
-"""Types whose layers a table once numbered: version 0.1 named the swapped layers of their checkpoints by these numbers.
+"""Types whose layers a table once numbered: version 0.1 named the layers of their checkpoints by these numbers.
 
 They are found by running today, and named by path. A checkpoint of then is told apart before its weights are read, so
 the paths are here.
@@ -10,6 +10,8 @@ import re
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from hf_attnkit.models.without_heads import HEADS_LEFT
 
 # config.model_type -> paths from the base model, whose numbers of layers went on from one to the next.
 _PATHS = {
@@ -25,7 +27,17 @@ _PATHS = {
         r"decoder\.layers\.(\d+)\.self_attn",
         r"decoder\.layers\.(\d+)\.encoder_attn",
     ),
+    "distilbert": (r"transformer\.layer\.(\d+)\.attention",),
+    "vit": (r"layers\.(\d+)\.attention",),
 }
+_BERT = ("bert", "roberta", "electra")
+_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "stablelm", "phi", "phi3", "cohere", "glm")
+_PATHS |= dict.fromkeys(_BERT, (r"encoder\.layer\.(\d+)\.attention\.self",))
+_PATHS |= dict.fromkeys(_LLAMA, (r"layers\.(\d+)\.self_attn",))
+
+# Of these the config said the heads of each layer; the first know no `num_key_value_heads` of their own.
+UNGROUPED = (*_BERT, "distilbert", "vit")
+CUT = (*UNGROUPED, *_LLAMA)
 
 
 def attentions_by_number(model: PreTrainedModel) -> list[nn.Module] | None:
@@ -37,9 +49,20 @@ def attentions_by_number(model: PreTrainedModel) -> list[nn.Module] | None:
     return [module for pattern in patterns for path, module in modules if re.fullmatch(pattern, path)]
 
 
+def output_outside(model_type: str, path: str) -> str | None:
+    """The path of an attention's output projection, where it is in another module."""
+    return f"{path.removesuffix('.self')}.output.dense" if model_type in _BERT else None
+
+
+def size_of_heads(module: nn.Module) -> int:
+    """The size of a head of one of them."""
+    names = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+    return int(next(vars(module)[name] for name in names if name in vars(module)))
+
+
 def head_numbers(module: nn.Module) -> tuple[int, int, int]:
-    """`(num_heads, num_key_value_heads, head_dim)` of one of them; their heads were never merged."""
+    """`(num_heads, num_key_value_heads, head_dim)` of one of them."""
     own, config = vars(module), vars(module)["config"]
-    heads = next((own[name] for name in ("num_heads", "n_heads") if name in own), None) or config.num_attention_heads
-    size = next(own[name] for name in ("head_dim", "head_size", "key_value_proj_dim") if name in own)
-    return heads, heads, size
+    names = (HEADS_LEFT, "num_heads", "n_heads", "num_attention_heads")
+    heads = next((own[name] for name in names if own.get(name)), None) or config.num_attention_heads
+    return heads, heads // own.get("num_key_value_groups", 1), size_of_heads(module)

@@ -50,6 +50,8 @@ def sample_inputs(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if states := _of_an_encoder(model, known, generator):
         yield text | states
     yield text
+    if getattr(model.config, "pad_token_id", None) is None:  # without one, classifiers find the last token of one row
+        yield {name: each[:1] if isinstance(each, Tensor) else each for name, each in text.items()}
     if "pixel_values" in known:
         yield text | {"pixel_values": _pixels(model, generator)}
     # Several choices a text, along an axis of their own.

@@ -7,14 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
-from hf_attnkit.editing.saved_cut import cache_bytes_of, require_no_adapters, require_nothing_learned_by, save_cut
+from hf_attnkit.editing.saved_cut import cache_bytes_of, require_nothing_learned_by, save_cut
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.known import probe_of, transformers_attention
-from hf_attnkit.models.layers import discovered_layers
+from hf_attnkit.models.known import probe_of, require_runnable, transformers_attention
+from hf_attnkit.models.layers import attention_layers, discovered_layers, require_parameters, require_plain
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
@@ -41,7 +42,10 @@ def prune_discovered(
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
-    require_no_adapters(model)
+    require_plain(model)
+    require_runnable(model)
+    layers = attention_layers(model)
+    require_consistent(model, layers)
     with transformers_attention(model):
         found = discover(model, probe_of(model) if probe is None else probe)
     removed = by_index(heads, found.attentions)
@@ -50,6 +54,7 @@ def prune_discovered(
     for index, given in removed.items():
         if has_no_heads(found.attentions[index].module):
             raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
+    require_parameters([layer for layer in layers if layer.index in removed])
     require_nothing_learned_by([found.attentions[index] for index in removed])
     with transformers_attention(model):
         owned = ownerships(model, found.attentions)
@@ -57,7 +62,7 @@ def prune_discovered(
         (0, 0) if has_no_heads(each.module) else (each.num_heads, own.num_key_value_heads)
         for each, own in zip(found.attentions, owned, strict=True)
     ]
-    cut = cut_heads(model, removed, found, owned)
+    cut = cut_heads(model, removed, found, owned, thins=refit.fits == "none")
     try:
         save_cut(model, found, owned, cut, before)
         reached = None

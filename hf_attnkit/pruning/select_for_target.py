@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from hf_attnkit.common.checks import integer, number
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.editing.cut_plan import parameters_cut, plan_cut
-from hf_attnkit.editing.in_table import cut_by_table
 from hf_attnkit.models import known
-from hf_attnkit.models.layers import AttentionLayer, scored_layers
+from hf_attnkit.models.layers import scored_layers
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import Unit, heads_of, removable, units_of
@@ -69,7 +68,7 @@ def select_for_target(
     if latency is None and batches is not None:
         raise ValueError("parameters are counted, so batches would have no effect; leave them out")
     repeats = integer(repeats, "repeats", minimum=1)
-    layers = scored_layers(model)
+    scored_layers(model)  # refuses what has no heads to score
     inputs = [to_device(batch, model) for batch in batches or ()]
     if latency is not None and not inputs:
         raise ValueError("batches is empty; give at least one batch of model inputs")
@@ -81,7 +80,7 @@ def select_for_target(
 
     def share(count: int) -> float:
         if latency is None:
-            return parameter_share(model, layers, selection(count))
+            return parameter_share(model, selection(count))
         return forward_share(model, prune_heads(copy.deepcopy(model), selection(count)), inputs, repeats)
 
     # share(fewest) is above the target, share(most) at most the target.
@@ -101,28 +100,12 @@ def select_for_target(
     return selection(most)
 
 
-def parameter_share(
-    model: PreTrainedModel, layers: Sequence[AttentionLayer], heads: Mapping[int, Sequence[int]]
-) -> float:
+def parameter_share(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> float:
     """Parameters of the model without these heads, as a share of what it has."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    if not cut_by_table(model):
-        attentions, owned = known.known(model).attentions, known.owned(model)
-        plans = [plan_cut(attentions[index], owned[index], gone) for index, gone in heads.items()]
-        return float(1 - parameters_cut(model, plans) / total)
-    removed = 0
-    for layer in layers:
-        kept = [head for head in layer.heads if head not in heads.get(layer.index, ())]
-        # A layer without heads keeps a stand-in, see `models.without_heads`.
-        query_heads = layer.num_heads - max(len(kept), 1)
-        groups = layer.num_key_value_heads - max(len({head // layer.group_size for head in kept}), 1)
-        width = layer.query.in_features + (layer.query.bias is not None)
-        removed += layer.head_dim * (query_heads * (width + layer.output.out_features) + groups * _kv_width(layer))
-    return float(1 - removed / total)
-
-
-def _kv_width(layer: AttentionLayer) -> int:
-    return sum(linear.in_features + (linear.bias is not None) for linear in (layer.key, layer.value))
+    attentions, owned = known.known(model).attentions, known.owned(model)
+    plans = [plan_cut(attentions[index], owned[index], gone) for index, gone in heads.items()]
+    return float(1 - parameters_cut(model, plans) / total)
 
 
 def forward_share(

@@ -10,14 +10,12 @@ import pytest
 import torch
 from support.any_model import UnseenConfig, UnseenModel
 from support.calibrated import CONVERTED, FIXED, batches_for, divergence, lively, logits
-from support.models import batch, build
 from support.refits import plain
 from support.unchanged import unchanged
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import hf_attnkit.conversion.plan as plan_module
 from hf_attnkit import convert_to_gqa, last_change, load_pretrained, plan_gqa, swap_attention
 from hf_attnkit.conversion.statistics import Statistics, collect
 from hf_attnkit.models.layers import projected_layers
@@ -193,26 +191,6 @@ def test_a_stale_plan_is_refused(change: str) -> None:
     act(model)
     with unchanged(model), pytest.raises(ValueError, match=f"no longer what the plan was made for: .*({message})"):
         plan.apply()
-
-
-@pytest.mark.parametrize("refit", ["none", "output", "full"])
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_without_the_table_the_same_comes_out(family: str, refit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of the table as one that is found by running: the same losses, the same model."""
-    model = build(family, kv_heads=4) if family == "llama" else build(family)
-    batches = [batch(model, seed=seed) for seed in range(6)]
-    by_table = copy.deepcopy(model)
-    known = plan_gqa(by_table, 2, calibration=batches, refit=refit)
-    known.apply()
-    monkeypatch.setattr(plan_module, "cut_by_table", lambda model: False)
-    found = plan_gqa(model, 2, calibration=batches, refit=refit)
-    found.apply()
-    for one, other in zip(known.layers, found.layers, strict=True):
-        assert (one.groups, one.num_heads) == (other.groups, other.num_heads)
-        assert other.key_loss == pytest.approx(one.key_loss, rel=1e-9)
-        assert other.value_loss == pytest.approx(one.value_loss, rel=1e-9)
-    assert divergence(model, by_table, batches) < 1e-4
-    assert known.bytes_after == found.bytes_after
 
 
 def test_statistics_of_two_sequences_are_saved(tmp_path: Any) -> None:

@@ -12,13 +12,14 @@ from support.accuracy import EPS64, assert_as_accurate
 from support.every_type import small_model
 from support.models import CLASSES, DECODERS, aligned, batch, build, outputs
 from support.pooling import pooled
+from support.pruned import numbers
 from support.subprocesses import run_python
 from support.unchanged import unchanged
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 from hf_attnkit import convert_to_gqa, convert_to_mqa, load_pretrained, swap_attention
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 FAMILIES = ("bert", *DECODERS)
 
@@ -55,7 +56,7 @@ def test_equals_a_model_with_repeated_heads(family: str, number: int) -> None:
     inputs = batch(model)
     repeated = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in attention_layers(repeated):
+        for layer in projected_layers(repeated):
             for projection in (layer.key, layer.value):
                 for p in projection.parameters():
                     heads = pooled(p, number).unflatten(0, (number, 8))
@@ -79,7 +80,7 @@ def test_equals_a_model_with_repeated_heads(family: str, number: int) -> None:
 )
 def test_default_is_at_most_a_quarter(family: str, heads: int, kv_heads: int | None, expected: int) -> None:
     model = convert_to_gqa(build(family, "base", heads, kv_heads))
-    assert model.config.num_key_value_heads == expected
+    assert numbers(model) == [(heads, expected)] * 2
 
 
 def test_default_where_a_quarter_does_not_divide() -> None:
@@ -99,7 +100,7 @@ def test_mqa_is_one_head(family: str) -> None:
     model, same = build(family), build(family)
     assert convert_to_mqa(model) is model
     convert_to_gqa(same, 1)
-    assert model.config.num_key_value_heads == 1
+    assert numbers(model) == [(8, 1)] * 2
     for one, other in zip(model.parameters(), same.parameters(), strict=True):
         assert torch.equal(one, other)
     swap_attention(model, "mqa")  # accepted: exactly one head
@@ -109,8 +110,9 @@ def test_mqa_is_one_head(family: str) -> None:
 @every_family
 def test_weights_attributes_and_config_agree(family: str) -> None:
     model = convert_to_gqa(build(family), 2)
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (8, 2)
-    for layer in attention_layers(model):
+    assert numbers(model) == [(8, 2)] * 2 and model.config.num_attention_heads == 8
+    assert family == "bert" or model.config.num_key_value_heads == 2
+    for layer in projected_layers(model):
         assert layer.module.num_key_value_groups == 4
         for linear, features in ((layer.query, 64), (layer.key, 16), (layer.value, 16)):
             assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape) == (features, 64)
@@ -129,7 +131,7 @@ def test_step_by_step_equals_at_once() -> None:
 @every_family
 def test_dtype_training_flags_and_hooks_are_kept(family: str) -> None:
     model = build(family).to(torch.bfloat16)
-    layer = attention_layers(model)[0]
+    layer = projected_layers(model)[0]
     exact = pooled(layer.key.weight.double(), 2)
     layer.key.weight.requires_grad = False
     called = []
@@ -161,12 +163,12 @@ def test_trains_saves_and_reloads(family: str, tmp_path: Path) -> None:
     model = convert_to_gqa(build(family, "sequence"), 2).train()
     inputs = batch(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = [p.detach().clone() for layer in attention_layers(model) for p in layer.key.parameters()]
+    before = [p.detach().clone() for layer in projected_layers(model) for p in layer.key.parameters()]
     model(**inputs, labels=torch.tensor([0, 1, 1])).loss.backward()
-    for layer in attention_layers(model):
+    for layer in projected_layers(model):
         assert all(projection.weight.grad.abs().max() > 0 for projection in (layer.key, layer.value, layer.query))
     optimizer.step()
-    after = [p for layer in attention_layers(model) for p in layer.key.parameters()]
+    after = [p for layer in projected_layers(model) for p in layer.key.parameters()]
     assert not torch.equal(before[0], after[0])
     model.eval().save_pretrained(tmp_path)
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), inputs), outputs(model, inputs))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import CLASSES, SAMPLES, batch, build, outputs
+from support.models import CLASSES, EDITABLE, SAMPLES, batch, build, outputs
 from support.unchanged import unchanged
 from torch import Tensor
 from transformers import DynamicCache
@@ -24,11 +24,9 @@ from hf_attnkit.conversion.heads import Heads, read
 from hf_attnkit.conversion.methods import pca
 from hf_attnkit.conversion.methods.table import group_loss, merge, merge_keys, merge_values, transforms
 from hf_attnkit.conversion.statistics import collect
-from hf_attnkit.models.families import FAMILIES
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 from hf_attnkit.models.rotary_pairs import Rope
 
-EDITABLE = [family for family in SAMPLES if family in FAMILIES]
 NORMED = ("qwen3",)
 ROPES = [None, Rope("half", 8), Rope("interleaved", 8), Rope("half", 4), Rope("interleaved", 4)]
 
@@ -66,7 +64,7 @@ def test_as_many_heads_as_before_change_nothing(family: str, calibrated: bool) -
     model = build(family, kv_heads=4 if SAMPLES[family].grouped else None).double()
     before = outputs(model, batch(model))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    present = attention_layers(model)[0].num_key_value_heads
+    present = projected_layers(model)[0].num_key_value_heads
     options = {"key_method": "mean"} if family in NORMED else {}
     calibration = many(model) if calibrated else None
     convert_to_gqa(model, present, method="pca", calibration=calibration, refit=False, **options)
@@ -195,7 +193,7 @@ def test_pca_loses_the_discarded_share_of_the_spectrum(output_bias: bool) -> Non
 def test_statistics_are_the_mean_over_tokens_without_padding(tmp_path: Path) -> None:
     model = build("llama")
     batches, seen = many(model, 2), []
-    layers = attention_layers(model)
+    layers = projected_layers(model)
     for layer in layers:
         rows: list[Tensor] = []
         handle = layer.query.register_forward_pre_hook(
@@ -222,7 +220,7 @@ def test_statistics_are_the_mean_over_tokens_without_padding(tmp_path: Path) -> 
 
 def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path: Path) -> None:
     model = build("llama")
-    statistics = collect(model, attention_layers(model), many(model))
+    statistics = collect(model, projected_layers(model), many(model))
     statistics.second_moments[1][0, 0] = torch.nan
     statistics.save(tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match="layer 1: the calibration statistics contain NaN"):
@@ -230,7 +228,7 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
     with unchanged(model), pytest.raises(ValueError, match="layer 1: the calibration statistics contain NaN"):
         convert_to_gqa(model, 4, method="pca", calibration=statistics)
     bert = build("bert")
-    other = collect(bert, attention_layers(bert), many(bert))
+    other = collect(bert, projected_layers(bert), many(bert))
     other.second_moments.pop()
     with unchanged(model), pytest.raises(ValueError, match="statistics are of 1 layers"):
         convert_to_gqa(model, 4, method="pca", calibration=other)
@@ -279,13 +277,13 @@ def test_a_plan_prints_changes_nothing_and_is_applied_once() -> None:
     assert "8 -> 2" in lines[1] and "8 -> 4" in lines[2] and "60" not in lines[0]
     assert "180 calibration tokens" in lines[-1] and "1,024 -> 384 bytes" in lines[-1]
     assert plan.apply() is model
-    assert [layer.num_key_value_heads for layer in attention_layers(model)] == [2, 4]
+    assert [layer.num_key_value_heads for layer in projected_layers(model)] == [2, 4]
     with unchanged(model), pytest.raises(ValueError, match="applied already"):
         plan.apply()
     other = build("llama")
     stale = plan_gqa(other, 2)
     with torch.no_grad():
-        attention_layers(other)[0].key.weight.mul_(2)
+        projected_layers(other)[0].key.weight.mul_(2)
     with unchanged(other), pytest.raises(ValueError, match=r"k_proj.weight' was written"):
         stale.apply()
 
@@ -307,7 +305,7 @@ def test_a_norm_on_the_keys_forbids_their_transform_and_not_that_of_values() -> 
     model = build("qwen3")
     with (
         unchanged(model),
-        pytest.raises(ValueError, match=r"k_norm of layer 0 is between.*give key_method, one of mean"),
+        pytest.raises(ValueError, match=r"k_norm.weight of layer 0 is between.*give key_method, one of mean"),
     ):
         convert_to_gqa(model, 2, method="pca")
     values = plan_gqa(model, 2, method="pca", key_method="mean")
@@ -319,9 +317,9 @@ def test_a_norm_on_the_keys_forbids_their_transform_and_not_that_of_values() -> 
 
 def test_tied_projections_are_refused() -> None:
     model = build("llama")
-    first, second = (layer.key for layer in attention_layers(model))
+    first, second = (layer.key for layer in projected_layers(model))
     second.weight = first.weight
-    with unchanged(model), pytest.raises(ValueError, match=r"weight of .*k_proj is shared with"):
+    with unchanged(model), pytest.raises(ValueError, match=r"k_proj.weight is shared with"):
         convert_to_gqa(model, 2)
 
 
@@ -333,7 +331,7 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     expected = outputs(model, batch(model))
     again = copy.deepcopy(load_pretrained(tmp_path).eval())
     assert torch.equal(outputs(again, batch(model)), expected)
-    if FAMILIES[family].has_key_value_heads:
+    if SAMPLES[family].grouped:
         plain = copy.deepcopy(CLASSES[family]["base"].from_pretrained(tmp_path).eval())
         assert torch.equal(outputs(plain, batch(model)), expected)
 
@@ -342,7 +340,7 @@ def test_heads_that_are_zero_are_merged_without_dividing_by_zero() -> None:
     model = build("llama")
     with torch.no_grad():
         for name in ("query", "key", "value", "output"):
-            getattr(attention_layers(model)[0], name).weight.zero_()
+            getattr(projected_layers(model)[0], name).weight.zero_()
     for method in METHODS:
         changed = copy.deepcopy(model)
         convert_to_gqa(changed, 2, method=method)
@@ -350,6 +348,6 @@ def test_heads_that_are_zero_are_merged_without_dividing_by_zero() -> None:
 
 
 def test_the_private_helpers_agree_on_shapes() -> None:
-    heads = read(attention_layers(build("phi3", kv_heads=4))[0])
+    heads = read(projected_layers(build("phi3", kv_heads=4))[0])
     assert heads.query.shape == (4, 2, 8, 65) and heads.key.shape == (4, 8, 65) and heads.output.shape == (4, 2, 64, 8)
     assert pca.covariance(torch.eye(3))[-1].abs().max() == 0 and loss is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 import hf_attnkit
 from hf_attnkit import convert_to_gqa, last_change, load_pretrained, plan_gqa, prune_heads
 from hf_attnkit.conversion import ConversionReport
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 # Sums of 2e4 squares in another order, in float64, and a difference of sums that are at most 1e4 times as large.
 CLOSE = {"rel": 1e-8, "abs": 1e-12}
@@ -29,8 +29,8 @@ def many(model: Any, count: int = 8) -> list[dict[str, Tensor]]:
 def with_module(model: Any, index: int, name: str, of: Any) -> Any:
     """A copy of the model with one projection of another one."""
     changed = copy.deepcopy(model)
-    getattr(attention_layers(changed)[index], name).load_state_dict(
-        getattr(attention_layers(of)[index], name).state_dict()
+    getattr(projected_layers(changed)[index], name).load_state_dict(
+        getattr(projected_layers(of)[index], name).state_dict()
     )
     return changed
 
@@ -94,7 +94,7 @@ def test_factors_for_heads_are_the_least_squares_solution() -> None:
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2)
     fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain("scale"))
-    for index, (layer, before) in enumerate(zip(*map(attention_layers, (fitted, merged)), strict=True)):
+    for index, (layer, before) in enumerate(zip(*map(projected_layers, (fitted, merged)), strict=True)):
         gets: list[Tensor] = []
         handle = layer.output.register_forward_pre_hook(lambda _, args, gets=gets: gets.append(args[0].detach()))
         for inputs in batches:

@@ -11,14 +11,14 @@ from support.models import batch, build, outputs
 
 from hf_attnkit import plan_gqa
 from hf_attnkit.conversion import budget, grouping
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 
 def test_best_grouping_finds_equal_heads() -> None:
     """Heads 0 and 2, and 1 and 3, are the same: grouped together, even their mean is exact."""
     model = build("llama", kv_heads=4).double()
     with torch.no_grad():
-        for layer in attention_layers(model):
+        for layer in projected_layers(model):
             for name in ("key", "value"):
                 for p in getattr(layer, name).parameters():
                     halves = p.unflatten(0, (2, -1))
@@ -85,7 +85,7 @@ def test_budget_is_spent_where_it_costs_least() -> None:
     """Layer 1 has equal heads, so it can do with one; a uniform budget cannot know."""
     model = build("llama", kv_heads=4)
     with torch.no_grad():
-        layer = attention_layers(model)[1]
+        layer = projected_layers(model)[1]
         for name in ("key", "value"):
             for p in getattr(layer, name).parameters():
                 p.copy_(p[:8].repeat(4, *[1] * (p.dim() - 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,23 +14,20 @@ from support.models import build
 from support.unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, prune_heads
-from hf_attnkit.conversion import table_merge
+from hf_attnkit.conversion.owned_change import LayerMerge
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_a_conversion_of_the_table_is_proven(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys that are not the group's, as a wrong row would give, are noticed."""
-    model, right = build(family), table_merge.TableMerge.__init__
+def test_a_conversion_is_proven(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other key heads than the groups' first, as a wrong row would keep, are noticed."""
+    model, right = build(family), LayerMerge.plan
 
-    def wrong(self: Any, model: Any, layers: Any, edits: Any, heads: Any) -> None:
-        right(self, model, layers, edits, heads)
-        self._edits = [
-            edit if edit.linear is not layers[0].key else table_merge.replace(edit, weight=edit.weight.flip(0))
-            for edit in self._edits
-        ]
+    def wrong(self: LayerMerge, attention: Any, owned: Any) -> Any:
+        plan = right(self, attention, owned)
+        return replace(plan, key_value_heads=tuple(range(len(plan.key_value_heads))))
 
-    monkeypatch.setattr(table_merge.TableMerge, "__init__", wrong)
-    with unchanged(model), pytest.raises(ValueError, match="differs"):
+    monkeypatch.setattr(LayerMerge, "plan", wrong)
+    with unchanged(model), pytest.raises(ValueError, match="differ"):
         convert_to_gqa(model, 2)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.every_type import small_model
 from support.models import CLASSES, aligned, batch, build, outputs
+from support.pruned import numbers
 from support.unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, head_importance, load_pretrained, prune_heads, restore_attention, swap_attention
@@ -48,10 +49,13 @@ def test_after_a_plain_load(call, implementation: dict, tmp_path: Path) -> None:
 
 
 def test_config_names_exactly_the_kinds_on_the_modules() -> None:
+    def path(layer: int) -> str:
+        return f"encoder.layer.{layer}.attention.self"
+
     model = swap_attention(build("bert"), "flash", layers=[1])
-    assert model.config.hf_attnkit == {"base": "sdpa", "layers": {"1": ["flash", {}]}}
+    assert model.config.hf_attnkit == {"version": 2, "base": "sdpa", "layers": {path(1): ["flash", {}]}}
     swap_attention(model, {0: ("sliding_window", {"window": 3})})
-    assert model.config.hf_attnkit["layers"] == {"0": ["sliding_window", {"window": 3}], "1": ["flash", {}]}
+    assert model.config.hf_attnkit["layers"] == {path(0): ["sliding_window", {"window": 3}], path(1): ["flash", {}]}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -77,10 +81,9 @@ def test_load_with_information_and_a_config_folder(tmp_path: Path) -> None:
 def test_mismatched_attention_is_never_left_at_random(tmp_path: Path) -> None:
     model = convert_to_gqa(build("bert", "sequence"), 2)
     model.save_pretrained(tmp_path)
-    other = model.config
-    other.num_key_value_heads = 4
+    other = build("bert", "sequence").config  # without the record
     with pytest.raises(ValueError, match=r"attention projections, .*would be random.*|numbers of heads"):
-        load_pretrained(tmp_path, config=other, ignore_mismatched_sizes=True)
+        load_pretrained(tmp_path, type(model), config=other, ignore_mismatched_sizes=True)
     # A classifier of another size is what the option is for.
     assert load_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True).classifier.out_features == 5
 
@@ -108,7 +111,7 @@ def test_other_overrides_per_layer_survive(family: str) -> None:
     assert model.config.num_key_value_heads == 4
     prune_heads(model, {1: [0, 1]})
     assert [layer.attention_dropout for layer in model.config.per_layer_config] == [0.25, 0.0]
-    assert [layer.num_attention_heads for layer in model.config.per_layer_config] == [8, 6]
+    assert numbers(model) == [(8, 4), (6, 3)]
 
 
 def test_scores_of_nothing_are_refused() -> None:

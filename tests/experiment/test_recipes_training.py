@@ -28,6 +28,7 @@ from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun, prepare_paddi
 from hf_attnkit.experiment.training import quantized
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.quantized import QuantizationArguments
+from hf_attnkit.models.layers import attention_layers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip
@@ -58,7 +59,7 @@ def converted(tokenizer: PreTrainedTokenizerFast, tmp_path_factory) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     model = hf_attnkit.load_pretrained(folder)
-    assert model.config.num_key_value_heads == 2
+    assert {layer.num_key_value_heads for layer in attention_layers(model)} == {2}
     return model.state_dict()
 
 

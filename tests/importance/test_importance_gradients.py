@@ -23,7 +23,7 @@ from hf_attnkit import head_gradients, head_importance, prune_heads, swap_attent
 from hf_attnkit.editing.proof import heads_changed
 from hf_attnkit.importance.methods import l0
 from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import attention_layers, projected_layers
 
 GRADIENTS = ("gradient", "taylor", "fisher")
 CASES = {
@@ -183,7 +183,7 @@ def test_gradient_checkpointing_and_low_precision() -> None:
 @pytest.mark.parametrize("method", ["entropy", "confidence", "contribution", "gradient", "fisher", "taylor", "l0"])
 def test_activations_that_are_not_finite(method: str) -> None:
     model, inputs = problem("bert", "sequence", None)
-    attention_layers(model)[1].query.weight.data.fill_(torch.inf)
+    projected_layers(model)[1].query.weight.data.fill_(torch.inf)
     before = copy.deepcopy(model.config.__dict__)
     with pytest.raises(ValueError, match="NaN or infinity"):
         head_importance(model, [inputs], method=method)

@@ -10,8 +10,16 @@ import torch
 from support.every_type import small_model
 from support.unchanged import unchanged
 from torch import nn
-from transformers import AttentionInterface, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
+from hf_attnkit import convert_to_gqa, prune_heads, swap_attention
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.discovery import Discovery, discover
 
@@ -142,3 +150,14 @@ def test_quantized_models() -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         discover(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_classifier_without_a_padding_token() -> None:
+    """It takes one row only, and is looked at, swapped, pruned and converted as any other."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+    )
+    model = LlamaForSequenceClassification(config).eval()
+    assert [each.num_heads for each in discover(model).attentions] == [4, 4]
+    convert_to_gqa(prune_heads(swap_attention(model, "flash"), {0: [0, 1]}), 1)
+    assert [each.num_heads for each in discover(model).attentions] == [2, 4]

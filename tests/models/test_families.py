@@ -22,9 +22,7 @@ from torch import Tensor
 from transformers import BartForCausalLM, PreTrainedModel, T5EncoderModel
 
 from hf_attnkit import convert_to_gqa, head_importance, load_pretrained, prune_heads, restore_attention, swap_attention
-from hf_attnkit.models import families
-from hf_attnkit.models.families import FAMILIES as FAMILY_TABLE
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 FAMILIES = list(SAMPLES)
 EDITABLE = [family for family in FAMILIES if SAMPLES[family].editable]
@@ -45,10 +43,6 @@ CROSSING = [pair for pair in PAIRS if pair[1] in ENCODER_DECODERS]
 # BERT, Llama and Mistral with all their heads are in test_swap.py.
 HEADS = [(*pair, head) for pair in PAIRS for head in CLASSES[pair[1]] if pair[1] not in ("bert", *DECODERS)]
 GENERATORS = ["roberta", "electra", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox", *ENCODER_DECODERS]
-
-
-def test_every_family_of_the_table_is_tested() -> None:
-    assert set(EDITABLE) == set(families.FAMILIES)
 
 
 def check(name: str, model: PreTrainedModel, inputs: dict[str, Tensor], options: dict[str, Any], stock: str) -> None:
@@ -107,11 +101,11 @@ def test_layers_that_keep_what_they_run(stock: str, family: str) -> None:
 
 @every_family
 def test_layers_are_numbered_in_one_sequence(family: str) -> None:
-    layers = attention_layers(build(family))
+    layers = projected_layers(build(family))
     assert [layer.index for layer in layers] == list(range(len(layers)))
     names = [layer.name for layer in layers]
     if family in EDITABLE:
-        assert names == ["layer 0", "layer 1"]
+        assert names == [f"layer {layer.index} ({layer.saved_as})" for layer in layers]
     if family not in ENCODER_DECODERS:
         assert len(layers) == 2
         return
@@ -150,7 +144,7 @@ def test_saves_reloads_and_restores(family: str, tmp_path: Path) -> None:
     inputs = batch(model)
     expected = outputs(model, inputs)
     state = model.config.to_json_string(use_diff=False)
-    crosses = {layer.index: "gqa" for layer in attention_layers(model) if layer.is_cross}
+    crosses = {layer.index: "gqa" for layer in projected_layers(model) if layer.is_cross}
     ours = swapped(model, "sliding_window", window=3)
     if crosses:
         swap_attention(ours, crosses)
@@ -158,7 +152,7 @@ def test_saves_reloads_and_restores(family: str, tmp_path: Path) -> None:
     again = aligned(load_pretrained(tmp_path))
     assert type(again) is type(model)
     assert again.config.hf_attnkit == ours.config.hf_attnkit
-    assert len(again.config.hf_attnkit["layers"]) == len(attention_layers(model))
+    assert len(again.config.hf_attnkit["layers"]) == len(projected_layers(model))
     assert torch.equal(outputs(again, inputs), outputs(ours, inputs))
     assert not torch.equal(outputs(ours, inputs), expected)
     assert torch.equal(outputs(restore_attention(again), inputs), expected)
@@ -175,7 +169,7 @@ def test_an_error_in_the_proof_leaves_all_configs(family: str, monkeypatch: pyte
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(attention_layers(model)[7].module, "forward", broken)
+    monkeypatch.setattr(projected_layers(model)[7].module, "forward", broken)
     with unchanged(model), pytest.raises(ValueError, match="no memory"):
         swap_attention(model, "gqa")
 
@@ -244,7 +238,7 @@ def test_half_of_an_encoder_decoder(make: Any, layers: int, tmp_path: Path) -> N
         inputs |= {"encoder_hidden_states": torch.randn(3, 5, 64), "encoder_attention_mask": torch.ones(3, 5)}
         inputs["use_cache"] = False
         inputs["encoder_attention_mask"][1, 2:] = 0
-    assert len(attention_layers(model)) == layers
+    assert len(projected_layers(model)) == layers
     ours = swap_attention(copy.deepcopy(model), "gqa")
     expected = outputs(model, inputs).detach()
     exact = inputs | {name: x.double() for name, x in inputs.items() if name == "encoder_hidden_states"}
@@ -274,18 +268,18 @@ def test_conversion_equals_repeated_means(family: str, number: int) -> None:
     model = build(family)
     repeated = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in attention_layers(repeated):
+        for layer in projected_layers(repeated):
             for name in ("key", "value"):
                 for p in getattr(layer, name).parameters():
-                    rows = p[layer.rows(name)]
-                    means = pooled(rows, number, layer.head_dim).unflatten(0, (number, layer.head_dim))
-                    rows.copy_(means.repeat_interleave(8 // number, dim=0).flatten(0, 1))
+                    rows = layer.rows(name)
+                    means = pooled(p[rows], number, layer.head_dim).unflatten(0, (number, layer.head_dim))
+                    p[rows] = means.repeat_interleave(8 // number, dim=0).flatten(0, 1)
     convert_to_gqa(model, number)
     assert numbers(model) == [(8, number)] * 2
     assert_same(model, repeated, batch(model))
 
 
-@pytest.mark.parametrize("family", [family for family in EDITABLE if not FAMILY_TABLE[family].reads_config])
+@pytest.mark.parametrize("family", [family for family in EDITABLE if family != "phi3"])
 @pytest.mark.parametrize("grouped", [False, True], ids=["multi-head", "grouped"])
 def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path: Path) -> None:
     """Another number of heads in each layer; then swapped, saved and loaded."""
@@ -294,7 +288,7 @@ def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path
     reference = zeroed(model, selection)
     prune_heads(model, selection)
     assert numbers(model) == ([(4, 1), (4, 2)] if grouped else [(5, 5), (3, 3)])
-    for layer in attention_layers(model):
+    for layer in projected_layers(model):
         own = {getattr(layer.module, name, None) for name in ("n_heads", "num_heads", "num_attention_heads")}
         assert own <= {None, layer.num_heads}
     inputs = batch(model)
@@ -308,10 +302,8 @@ def test_pruning_equals_zeroing_and_reloads(grouped: bool, family: str, tmp_path
 
 def test_different_layers_are_refused_where_the_forward_reads_the_config() -> None:
     model = build("phi3")
-    with unchanged(model), pytest.raises(ValueError, match="'phi3' takes the numbers of heads of every layer"):
+    with unchanged(model), pytest.raises(ValueError, match="all layers must lose the same heads"):
         prune_heads(model, {0: [0], 1: [1, 2]})
-    with unchanged(model), pytest.raises(ValueError, match="change every layer alike"):
-        convert_to_gqa(model, [2, 4])
 
 
 @every_editable
@@ -325,8 +317,8 @@ def test_uniform_changes_load_plainly_where_transformers_can(change: str, family
     model.save_pretrained(tmp_path)
     inputs = batch(model)
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), inputs), outputs(model, inputs))
-    table = FAMILY_TABLE[family]
-    if table.has_key_value_heads if change == "converted" else table.has_head_dim:
+    no_head_dim = ("bert", "roberta", "electra", "distilbert", "stablelm")
+    if SAMPLES[family].grouped if change == "converted" else family not in no_head_dim:
         plain = aligned(type(model).from_pretrained(tmp_path))
         assert torch.equal(outputs(plain, inputs), outputs(model, inputs))
     else:
@@ -349,7 +341,7 @@ def test_importance(family: str) -> None:
     assert (entropy - expected).abs().max() <= tolerance(3)
     assert entropy.max() - entropy.min() > 0.05
     assert random.shape == magnitude.shape == (2, 8) and random.isfinite().all()
-    for layer, scores in zip(attention_layers(model), magnitude.double(), strict=True):
+    for layer, scores in zip(projected_layers(model), magnitude.double(), strict=True):
         only = [getattr(layer, name).weight[layer.rows(name)].double().unflatten(0, (8, -1)).square().sum((1, 2))
                 for name in ("query", "key", "value")]  # fmt: skip
         only.append(layer.output.weight.double().unflatten(1, (8, -1)).square().sum((0, 2)))

@@ -115,18 +115,24 @@ def test_bad_arguments(call, error, message) -> None:
 @pytest.mark.parametrize("family", EDITABLE)
 def test_scales_by_definition(family: str) -> None:
     """Per layer, the least squares factors of the heads for the residual stream behind the untouched attention."""
+
+    def stream(args: tuple[Tensor, ...], out: Tensor, attended: list[Tensor]) -> Tensor:
+        """What the attention's output is added to; next to a feed-forward part, that is in it too."""
+        return out.detach() - attended[-1] if family in ("phi", "cohere") else args[0].detach()
+
     original = build(family).double()
     batches = [batch(original, seed=seed) for seed in range(6)]
     selection = {0: [1, 2, 5], 1: [0, 4, 7]}
     plain = prune_heads(copy.deepcopy(original), selection)
     fitted = prune_heads(copy.deepcopy(original), selection, calibration=iter(batches), refit=plain_refit("scale"))
     for layer, old, cut in zip(*map(attention_layers, (fitted, original, plain)), strict=True):
-        seen: dict[str, list[Tensor]] = {"a": [], "x": [], "y": [], "x'": []}
+        seen: dict[str, list[Tensor]] = {"a": [], "x": [], "y": [], "x'": [], "b": []}
         hooks = [
             layer.output.register_forward_hook(lambda _, args, out, s=seen: s["a"].append(args[0].detach())),
-            layer.block.register_forward_hook(lambda _, args, out, s=seen: s["x"].append(args[0].detach())),
+            layer.output.register_forward_hook(lambda _, args, out, s=seen: s["b"].append(out.detach())),
+            layer.block.register_forward_hook(lambda _, args, out, s=seen: s["x"].append(stream(args, out, s["b"]))),
             old.output.register_forward_hook(lambda _, args, out, s=seen: s["y"].append(out.detach())),
-            old.block.register_forward_hook(lambda _, args, out, s=seen: s["x'"].append(args[0].detach())),
+            old.block.register_forward_hook(lambda _, args, out, s=seen: s["x'"].append(stream(args, out, s["y"]))),
         ]
         for inputs in batches:
             fitted(**inputs)
@@ -134,7 +140,7 @@ def test_scales_by_definition(family: str) -> None:
         for hook in hooks:
             hook.remove()
         masks = [i["attention_mask"].bool() for i in batches]
-        a, x, y, x_old = (torch.cat([t[m] for t, m in zip(seen[name], masks, strict=True)]) for name in seen)
+        a, x, y, x_old, _ = (torch.cat([t[m] for t, m in zip(seen[name], masks, strict=True)]) for name in seen)
         target = x_old + y - x - (0 if layer.output.bias is None else cut.output.bias)
         before = cut.output.weight.detach().unflatten(1, (5, -1))
         parts = torch.einsum("mhd,thd->tmh", before, a.unflatten(1, (5, -1))).flatten(0, 1)

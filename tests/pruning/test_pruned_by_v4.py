@@ -38,7 +38,7 @@ def test_loads_and_is_saved_in_todays_fields(family: str, tmp_path: Path) -> Non
     loaded.save_pretrained(tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "config.json").read_text())
     assert "pruned_heads" not in saved
-    assert saved["per_layer_config"]["1"] == {"num_attention_heads": 3, "num_key_value_heads": 3}
+    assert [layer["heads"] for layer in saved["hf_attnkit"]["heads"]["layers"].values()] == [[5, 5], [3, 3]]
     again = aligned(load_pretrained(tmp_path / "new"))
     assert torch.equal(outputs(again, inputs), outputs(model, inputs))
     prune_heads(again, {0: [0]})
@@ -90,9 +90,8 @@ def test_families_without_it_are_refused(family: str, tmp_path: Path) -> None:
 
 
 def test_both_ways_of_saying_it_are_refused(tmp_path: Path) -> None:
-    model = prune_heads(build("bert"), UNEVEN)
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text()) | {"pruned_heads": {"0": [1]}}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
+    by_layer = {"1": {"num_attention_heads": 3, "num_key_value_heads": 3}}
+    others = {"num_key_value_heads": 8, "allow_global_per_layer_attribute_access": True}
+    write(tmp_path, "bert", pruned_heads={"0": [1]}, per_layer_config=by_layer, **others)
     with pytest.raises(ValueError, match="and per_layer_config are both there"):
         load_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from support.models import batch, build
 from support.unchanged import unchanged
 
 from hf_attnkit import convert_to_gqa, head_importance, prune_heads, select_for_target, select_heads
-from hf_attnkit.models.layers import attention_layers, editable_layers
+from hf_attnkit.models.layers import attention_layers, projected_layers
 from hf_attnkit.pruning import select_for_target as targets
 
 
@@ -32,16 +32,14 @@ def test_counted_parameters_are_those_of_the_pruned_model(family: str, groups: s
     original = convert_to_gqa(build(family), 4)
     selection = select_heads(scores(original), num_heads=4, num_key_value_heads=4, groups=groups)
     for model in (original, prune_heads(copy.deepcopy(original), selection)):
-        layers = editable_layers(model)
+        layers = projected_layers(model)
         counts = [layer.num_key_value_heads for layer in layers]
         total = sum(len(layer.heads) for layer in layers)
         for number in range(4, total + 1, 4):
             options = {"num_key_value_heads": counts, "groups": groups, "min_heads": 0}
             chosen = select_heads(scores(model), num_heads=number, **options)
             pruned = prune_heads(copy.deepcopy(model), chosen)
-            assert targets.parameter_share(model, layers, chosen) == pytest.approx(
-                size(pruned) / size(model), rel=1e-12
-            )
+            assert targets.parameter_share(model, chosen) == pytest.approx(size(pruned) / size(model), rel=1e-12)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "phi3"])
@@ -149,9 +147,7 @@ def test_counted_parameters_of_models_found_by_running(model_type: str) -> None:
     for number in (4, 8):
         chosen = select_heads(importance, num_heads=number, model=model, min_heads=0)
         pruned = prune_heads(copy.deepcopy(model), chosen)
-        assert targets.parameter_share(model, attention_layers(model), chosen) == pytest.approx(
-            size(pruned) / size(model), rel=1e-12
-        )
+        assert targets.parameter_share(model, chosen) == pytest.approx(size(pruned) / size(model), rel=1e-12)
     chosen = select_heads(importance, num_heads=4, model=model)
     target = size(prune_heads(copy.deepcopy(model), chosen)) / size(model) + 1e-9
     with unchanged(model):

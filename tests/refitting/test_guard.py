@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_attnkit.refitting.refit as refit_module
 from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import attention_layers, projected_layers
 from hf_attnkit.observing.outputs import OutputDistance, final_outputs, real_outputs
 from hf_attnkit.observing.rows import num_rows, rows_of, split
 from hf_attnkit.refitting.guard import _is_worse
@@ -153,7 +153,7 @@ def test_what_is_worse_by_no_more_than_chance_is_kept() -> None:
 def test_queries_alone_are_kept_where_outputs_harm(monkeypatch: pytest.MonkeyPatch) -> None:
     original = build("bert", "sequence")
     with torch.no_grad():  # values that merge exactly, so that keys alone lose
-        for layer in attention_layers(original):
+        for layer in projected_layers(original):
             for parameter in layer.value.parameters():
                 halves = parameter.unflatten(0, (4, 2, -1))
                 halves[:, 1] = halves[:, 0]

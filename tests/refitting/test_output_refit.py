@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_attnkit import convert_to_gqa, plan_gqa
 from hf_attnkit.conversion.statistics import collect
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 
 def batches_of(model: Any, count: int = 6) -> list[dict[str, Tensor]]:
@@ -28,10 +28,10 @@ def test_refit_by_definition(family: str, method: str) -> None:
     model's gave, with the ridge as rows of their own."""
     original = build(family).double()
     batches = batches_of(original, 12)
-    statistics = collect(original, attention_layers(original), batches) if method == "pca" else None
+    statistics = collect(original, projected_layers(original), batches) if method == "pca" else None
     merged = plan_gqa(copy.deepcopy(original), 2, method=method, calibration=statistics).apply()
     model = convert_to_gqa(copy.deepcopy(original), 2, method=method, calibration=iter(batches), refit=plain("full"))
-    for layer, old, before in zip(*map(attention_layers, (model, original, merged)), strict=True):
+    for layer, old, before in zip(*map(projected_layers, (model, original, merged)), strict=True):
         seen: dict[str, list[Tensor]] = {"a": [], "y": []}
         layer.output.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach()))
         old.output.register_forward_hook(lambda _, args, out, s=seen["y"]: s.append(out.detach()))

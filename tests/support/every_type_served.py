@@ -29,7 +29,7 @@ SERVED: dict[str, str] = {
     "swap window entropy contribution alike convert": """
         canary cohere_asr molmo2_text mt5 nemotron3_5_asr nemotron_asr_streaming
         nemotron_asr_streaming_encoder parakeet_ctc parakeet_encoder parakeet_rnnt parakeet_tdt phi3
-        pop2piano t5
+        phi4_multimodal pop2piano t5
     """,
     "swap window contribution prune": """
         aimv2_vision_model got_ocr2 pp_chart2table pp_formulanet
@@ -41,7 +41,7 @@ SERVED: dict[str, str] = {
         inkling2_text nllb-moe splinter
     """,
     "swap window entropy contribution convert": """
-        bitnet phi4_multimodal
+        bitnet
     """,
     "contribution alike": """
         cpmant mpnet

@@ -10,7 +10,7 @@ from support.models import outputs
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 
 UNEVEN = {0: [1, 3, 4], 1: [0, 2, 5, 6, 7]}
 
@@ -23,7 +23,7 @@ def zeroed(model: PreTrainedModel, heads: dict[int, list[int]]) -> PreTrainedMod
     """A copy in which the output projection ignores these heads."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in attention_layers(model):
+        for layer in projected_layers(model):
             for head in heads.get(layer.index, []):
                 layer.output.weight[:, head * layer.head_dim : (head + 1) * layer.head_dim] = 0
     return model
@@ -35,4 +35,4 @@ def assert_same(model: PreTrainedModel, reference: PreTrainedModel, inputs: dict
 
 
 def numbers(model: PreTrainedModel) -> list[tuple[int, int]]:
-    return [(layer.num_heads, layer.num_key_value_heads) for layer in attention_layers(model)]
+    return [(layer.num_heads, layer.num_key_value_heads) for layer in projected_layers(model)]

@@ -23,14 +23,12 @@ from transformers import PreTrainedConfig
 
 from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion.checkpoints import safetensors_stream
-from hf_attnkit.conversion.checkpoints.owned_shards import OwnedShards
-from hf_attnkit.conversion.checkpoints.shards import ShardConversion, Shards
+from hf_attnkit.conversion.checkpoints.shards import Shards
 from hf_attnkit.conversion.checkpoints.source import CONFIG, INDEX, MARKER, Checkpoint, read_json
 from hf_attnkit.conversion.merging import choose_merging
 from hf_attnkit.conversion.report import summary
 from hf_attnkit.conversion.statistics import StatisticsFile, require_sizes
 from hf_attnkit.conversion.target_heads import target_heads
-from hf_attnkit.editing.change import with_heads
 from hf_attnkit.models.whole import configs_in
 
 
@@ -112,11 +110,8 @@ def convert_checkpoint(
         merging.check_tokens(layers, numbers, moments.num_tokens)
         for index in range(len(moments.sizes)):
             moments.second_moment(index)  # refuses what is not finite, before anything is written
-    if checkpoint.small is None:
-        config = with_heads(checkpoint.model, [(a.num_heads, n) for a, n in zip(layers, numbers, strict=True)])
-    else:
-        merging.check_numbers(layers, numbers)
-        config = checkpoint.small.converted_config(numbers)
+    merging.check_numbers(layers, numbers)
+    config = checkpoint.small.converted_config(numbers)
     key_dtype = checkpoint.key_dtype
     for each in configs_in(config):
         if each.dtype is None:
@@ -124,11 +119,7 @@ def convert_checkpoint(
     marker = _marker(checkpoint, numbers, method, key_method, statistics)
     _claim(source, target, marker)
 
-    conversion: Shards
-    if checkpoint.small is None:
-        conversion = ShardConversion(checkpoint, numbers, method, key_method, moments)
-    else:
-        conversion = OwnedShards(checkpoint, numbers, merging, moments)
+    conversion = Shards(checkpoint, numbers, merging, moments)
     conversion.write_shards(target)
     _finish(checkpoint, conversion, config, target)
     before, after = tuple(layer.num_key_value_heads for layer in layers), tuple(numbers)

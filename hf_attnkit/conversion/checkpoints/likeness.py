@@ -164,6 +164,7 @@ def _shrunk(config: PreTrainedConfig, depth: int | None, is_narrow: bool) -> Pre
     if is_narrow and True not in [_narrowed(each) for each in configs_in(found)]:
         raise ValueError(f"{type(config).__name__} has no size of heads of its own")
     for each in configs_in(found):
+        each.dtype = torch.float32  # else a class whose parts are built by their configs has several
         names = [n for n, v in _numbers(each) if _DEPTH.fullmatch(n) and depth is not None and v > depth]
         deep = {getattr(each, name) for name in names}
         for name in names:

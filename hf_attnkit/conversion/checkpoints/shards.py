@@ -1,8 +1,7 @@
-"""The new shards of a checkpoint: read, merge and write one group of heads at a time.
+"""The new shards of a checkpoint: one layer's projections are read, merged and cut at a time.
 
-Keys are merged with their queries, and values with their output projections, by the functions that convert a
-model in memory; a method that does not transform leaves queries and outputs as they are, and they are copied
-byte by byte, as are all other tensors.
+A layer's new tensors are those that `OwnedChange` makes in memory, by the same functions: merged heads at full size,
+each repeated over its group, of which all rows but those of the first of each group are cut away.
 """
 
 from __future__ import annotations
@@ -10,26 +9,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attnkit.common.progress import progress_bar
+from hf_attnkit.conversion.checkpoints.likeness import Likeness, module_of
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES, Entry, Reader, Writer
-from hf_attnkit.conversion.checkpoints.source import PROJECTIONS, Checkpoint
+from hf_attnkit.conversion.checkpoints.source import Checkpoint
 from hf_attnkit.conversion.grouping import adjacent
 from hf_attnkit.conversion.heads import ABSENT, Heads
+from hf_attnkit.conversion.merging import Merging
 from hf_attnkit.conversion.methods.table import merge_keys, merge_values, total_constant, transforms
 from hf_attnkit.conversion.statistics import StatisticsFile
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.editing.cut_plan import CutPlan
+from hf_attnkit.models.layers import AttentionLayer, weight_of
+from hf_attnkit.models.owners import Owners
 
 
 class Shards:
-    """The new shards of a checkpoint; a subclass fills them."""
+    """Computes the new tensors of a checkpoint and writes its shards.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        numbers: of key/value heads, one for each layer.
+        moments: second moments for methods that use them; `None` is the identity.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, numbers: Sequence[int], merging: Merging, moments: StatisticsFile | None
+    ) -> None:
         self._checkpoint = checkpoint
         self._resized: dict[str, Entry] = {}
+        self._numbers, self._merging, self._moments = numbers, merging, moments
+        self._layer_of: dict[str, Likeness] = {}
+        self._last: tuple[int, dict[str, Tensor]] | None = None
+        for one, number in zip(checkpoint.small.likenesses, numbers, strict=True):
+            if not merging.changes(one.layer, number):
+                continue
+            keep = self._plan(one, number).by_role()
+            for name, owners in self._cut(one):
+                tensor = checkpoint.saved[f"{one.path}.{name}"]
+                entry = checkpoint.entry(tensor)
+                self._resized[tensor] = _with_size(entry, owners.dim, len(owners.kept(keep)))
+                self._layer_of[tensor] = one
+            for path in self._turned(one):
+                for leaf in ("weight", "bias"):
+                    if (tensor := checkpoint.saved.get(f"{path}.{leaf}", "")) and tensor not in self._layer_of:
+                        self._layer_of[tensor] = one
 
     def entries(self, shard: str) -> dict[str, Entry]:
         """The tensors of a new shard, in the order of the old one."""
@@ -55,141 +82,150 @@ class Shards:
             raise ValueError(f"{path} is not what an interrupted conversion left; empty the folder and start again")
         return True
 
-    def _write(self, reader: Reader, writer: Writer) -> None:
-        """Fill a shard."""
-        raise NotImplementedError
+    def _cut(self, one: Likeness) -> list[tuple[str, Owners]]:
+        """Parameters that have rows of keys or values, and those rows."""
+        return [(name, owners) for name, owners in one.owned.owned.items() if owners.rows.keys() & {"key", "value"}]
 
+    def _plan(self, one: Likeness, number: int) -> CutPlan:
+        size = one.layer.num_key_value_heads // number
+        firsts = tuple(range(0, one.layer.num_key_value_heads, size))
+        return CutPlan(one.mate, one.owned, tuple(range(one.mate.num_heads)), firsts)
 
-class ShardConversion(Shards):
-    """Computes the new tensors of a checkpoint of the table's families, a group of heads at a time.
+    def _turned(self, one: Likeness) -> list[str]:
+        """Paths of the modules whose heads get another basis next to the keys and values."""
+        paths = []
+        if transforms(self._merging.key_method):
+            paths.append(self._path(one, "query"))
+        if transforms(self._merging.method) and one.output is not None:
+            paths.append(one.output)
+        return paths
 
-    Args:
-        numbers: of key/value heads, one for each layer.
-        moments: second moments for methods that use them; `None` is the identity.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        numbers: Sequence[int],
-        method: str,
-        key_method: str,
-        moments: StatisticsFile | None,
-    ) -> None:
-        super().__init__(checkpoint)
-        self._numbers, self._moments = numbers, moments
-        self._method, self._key_method = method, key_method
-        self._moment: tuple[int, Tensor] | None = None
-        merged = {
-            "keys": ("query", "key") if transforms(key_method) else ("key",),
-            "values": ("value", "output") if transforms(method) else ("value",),
-        }
-        # Where rows of the new tensors begin, the new tensors' sizes, and which halves of which layers fill a tensor.
-        self._first: list[dict[str, int]] = []
-        self._halves: dict[str, list[tuple[AttentionLayer, str]]] = {}
-        for layer, number, places in zip(checkpoint.layers, numbers, checkpoint.places, strict=True):
-            fewer = (layer.num_key_value_heads - number) * layer.head_dim
-            first = {name: places[name].rows.start for name in PROJECTIONS}
-            if layer.fused:
-                first["value"] -= fewer
-            self._first.append(first)
-            for half, names in merged.items():
-                for name in names:
-                    for tensor in places[name].tensors:
-                        self._halves.setdefault(tensor, []).append((layer, half))
-            for name in ("key", "value"):
-                for tensor in places[name].tensors:  # one tensor, if fused
-                    self._resized[tensor] = _fewer_rows(checkpoint.entry(tensor), (2 if layer.fused else 1) * fewer)
+    def _path(self, one: Likeness, role: str) -> str:
+        """Path of a projection in the large model."""
+        found = getattr(one.layer, role)
+        inside = next(path for path, module in one.layer.module.named_modules() if module is found)
+        return f"{one.path}.{inside}"
 
     def _write(self, reader: Reader, writer: Writer) -> None:
-        """Fill a shard. A half of a layer that two shards share is computed for each of them."""
-        done = set()
+        """Fill a shard. A layer that two shards share is computed for each of them."""
         for tensor in reader.entries:
-            if tensor not in self._halves:
+            one = self._layer_of.get(tensor)
+            if one is None:
                 writer.copy(reader, tensor)
-            for layer, half in self._halves.get(tensor, ()):
-                if (layer.index, half) not in done:
-                    done.add((layer.index, half))
-                    (self._keys if half == "keys" else self._values)(layer, writer)
+                continue
+            if self._last is None or self._last[0] != one.layer.index:
+                self._last = None  # frees the last one before the next is read
+                self._last = one.layer.index, self._tensors(one)
+            writer.rows(tensor, self._last[1][tensor])
 
-    def _keys(self, layer: AttentionLayer, writer: Writer) -> None:
-        """Keys of a layer, and queries where they change with them."""
-        transformed = transforms(self._key_method)
-        if layer.fused and not transformed:
-            place = self._checkpoint.places[layer.index]["query"]
-            for tensor in writer.entries.keys() & place.tensors:
-                writer.copy(self._checkpoint.reader(tensor), tensor, place.rows)
-        for number, members in enumerate(self._groups(layer)):
-            query = ABSENT
-            if transformed:
-                query = self._read(layer, "query", number, len(members) * layer.group_size)
-                query = query.unflatten(0, (len(members), layer.group_size))
-            key = self._read(layer, "key", number, len(members))
-            heads = Heads(query, key, ABSENT, ABSENT, layer.rope, layer.norm)
-            query, key = merge_keys(heads, self._second_moment(layer), self._key_method)
-            if transformed:
-                self._put(writer, layer, "query", number, query.flatten(0, 2))
-            self._put(writer, layer, "key", number, key)
+    def _tensors(self, one: Likeness) -> dict[str, Tensor]:
+        """A layer's new tensors, by the checkpoint's names."""
+        modules: dict[str, nn.Linear] = {}
 
-    def _values(self, layer: AttentionLayer, writer: Writer) -> None:
-        """Values of a layer, and the output projection where it changes with them."""
-        transformed, place = transforms(self._method), self._checkpoint.places[layer.index]["output"]
-        # Its columns belong to heads, so all of it is read and written at once.
-        weight = self._checkpoint.rows(place.weight) if transformed else ABSENT
+        def loaded(path: str) -> nn.Linear:
+            if path not in modules:
+                weight, bias = (self._checkpoint.saved.get(f"{path}.{leaf}") for leaf in ("weight", "bias"))
+                rows = self._checkpoint.rows
+                assert weight is not None
+                large = self._checkpoint.model.get_submodule(path)
+                modules[path] = module_of(large, rows(weight), None if bias is None else rows(bias))
+            return modules[path]
+
+        turned, number = self._turned(one), self._numbers[one.layer.index]
+        roles = {role: loaded(self._path(one, role)) for role in ("key", "value")}
+        if transforms(self._merging.key_method):
+            roles["query"] = loaded(self._path(one, "query"))
+        if one.output in turned:
+            roles["output"] = loaded(one.output)
+        self._merge(one.layer, roles, number)
+        found: dict[str, Tensor] = {}
+        keep = self._plan(one, number).by_role()
+        for name, owners in self._cut(one):
+            path, _, leaf = f"{one.path}.{name}".rpartition(".")
+            tensor = self._checkpoint.saved[f"{path}.{leaf}"]
+            whole = getattr(modules[path], leaf).detach() if path in modules else self._checkpoint.rows(tensor)
+            found[tensor] = whole.index_select(owners.dim, owners.kept(keep)).contiguous()
+        for path in turned:
+            for leaf in ("weight", "bias"):
+                tensor = self._checkpoint.saved.get(f"{path}.{leaf}", "")
+                if tensor and tensor not in found:
+                    found[tensor] = getattr(modules[path], leaf).detach().contiguous()
+        return {name: value.to(DTYPES[self._checkpoint.entry(name).dtype]) for name, value in found.items()}
+
+    def _merge(self, layer: AttentionLayer, modules: dict[str, nn.Linear], number: int) -> None:
+        """Put merged heads, each repeated over its group, in place of the layer's: a group at a time, in float64."""
+        moment, others = self._moment(layer), self._other_moments(layer)
+        key_method, method = self._merging.key_method, self._merging.method
+        has_bias = layer.output is not None and layer.output.bias is not None and layer.passes_constants
+        common = Heads(ABSENT, ABSENT, ABSENT, ABSENT, layer.rope, layer.norm, has_bias, layer.shifts_cancel, **others)
+        of_values = moment if common.value_moment is None else common.value_moment
         constants = []
-        for number, members in enumerate(self._groups(layer)):
-            output = ABSENT
-            if transformed:
-                width = len(members) * layer.group_size * layer.head_dim
-                columns = weight[:, number * width : (number + 1) * width]
-                output = columns.double().unflatten(1, (len(members), -1, layer.head_dim))
-                output = output.permute(1, 2, 0, 3).contiguous()
-            value = self._read(layer, "value", number, len(members))
-            heads = Heads(ABSENT, ABSENT, value, output, layer.rope, layer.norm, place.bias is not None)
-            value, output, constant = merge_values(heads, self._second_moment(layer), self._method)
-            if transformed:
+        for members in adjacent(layer.num_key_value_heads, number):
+            heads = range(members[0] * layer.group_size, (members[-1] + 1) * layer.group_size)
+            query = ABSENT
+            if "query" in modules:
+                query = _read(layer, "query", modules["query"], heads).unflatten(0, (len(members), -1))
+            key = _read(layer, "key", modules["key"], members)
+            query, key = merge_keys(replace(common, query=query, key=key), moment, key_method)
+            _put(layer, "key", modules["key"], members, key.expand(len(members), -1, -1))
+            if "query" in modules:
+                _put(layer, "query", modules["query"], heads, query.flatten(0, 1))
+            output, columns = ABSENT, None
+            if "output" in modules:
+                size = layer.value_head_dim
+                columns = weight_of(modules["output"])[:, heads.start * size : heads.stop * size]
+                output = columns.double().unflatten(1, (len(members), -1, size)).permute(1, 2, 0, 3).contiguous()
+            value = _read(layer, "value", modules["value"], members)
+            value, output, constant = merge_values(replace(common, value=value, output=output), of_values, method)
+            _put(layer, "value", modules["value"], members, value.expand(len(members), -1, -1))
+            if columns is not None:
                 columns.copy_(output.permute(2, 0, 1, 3).flatten(1))
-            self._put(writer, layer, "value", number, value)
             constants.append(constant)
-        if not transformed:
-            return
-        if place.weight in writer.entries:
-            writer.rows(place.weight, weight)
-        if place.bias is not None and place.bias in writer.entries:
-            bias, moved = self._checkpoint.rows(place.bias), total_constant(constants)
-            writer.rows(place.bias, bias if moved is None else (bias.double() + moved).to(bias.dtype))
+        moved = total_constant(constants)
+        if moved is not None and "output" in modules and (bias := modules["output"].bias) is not None:
+            bias.data = (bias.detach().double() + moved).to(bias.dtype)
 
-    def _groups(self, layer: AttentionLayer) -> list[tuple[int, ...]]:
-        return adjacent(layer.num_key_value_heads, self._numbers[layer.index])
-
-    def _second_moment(self, layer: AttentionLayer) -> Tensor:
-        """The layer's, kept while it is the last one asked for."""
+    def _moment(self, layer: AttentionLayer) -> Tensor:
         if self._moments is None:
-            return torch.ones(layer.key.in_features + 1, dtype=torch.float64)
-        if self._moment is None or self._moment[0] != layer.index:
-            self._moment = None  # frees the last one before the next is read
-            self._moment = layer.index, self._moments.second_moment(layer.index)
-        return self._moment[1]
+            return torch.ones(weight_of(layer.key).shape[1] + 1, dtype=torch.float64)
+        return self._moments.second_moment(layer.index)
 
-    def _read(self, layer: AttentionLayer, name: str, number: int, heads: int) -> Tensor:
-        """A group's heads in float64, their bias appended, `(heads, head_dim, m + 1)`."""
-        place, count = self._checkpoint.places[layer.index][name], heads * layer.head_dim
-        rows = slice(place.rows.start + number * count, place.rows.start + (number + 1) * count)
-        weight = self._checkpoint.rows(place.weight, rows)
-        found = torch.empty(count, weight.shape[1] + 1, dtype=torch.float64)
-        found[:, :-1] = weight
-        found[:, -1] = 0 if place.bias is None else self._checkpoint.rows(place.bias, rows)
-        return found.view(heads, layer.head_dim, -1)
-
-    def _put(self, writer: Writer, layer: AttentionLayer, name: str, number: int, rows: Tensor) -> None:
-        """Write what belongs to this shard of a group's new rows, `(count, m + 1)`."""
-        place = self._checkpoint.places[layer.index][name]
-        first = self._first[layer.index][name] + number * len(rows)
-        for tensor, values in ((place.weight, rows[:, :-1]), (place.bias, rows[:, -1])):
-            if tensor is not None and tensor in writer.entries:
-                writer.rows(tensor, values.to(DTYPES[writer.entries[tensor].dtype]), first)
+    def _other_moments(self, layer: AttentionLayer) -> dict[str, Any]:
+        """Second moments of inputs that are not the keys'."""
+        if self._moments is not None:
+            return {f"{role}_moment": self._moments.other(layer.index, role) for role in ("query", "value")}
+        return {
+            f"{role}_moment": torch.ones(weight_of(getattr(layer, role)).shape[1] + 1, dtype=torch.float64)
+            for role in layer.other_inputs
+        }
 
 
-def _fewer_rows(entry: Entry, removed: int) -> Entry:
-    rows = entry.shape[0] - removed
-    return replace(entry, shape=(rows, *entry.shape[1:]), nbytes=entry.nbytes // entry.shape[0] * rows)
+def _rows(layer: AttentionLayer, role: str, heads: Sequence[int]) -> Tensor:
+    """Numbers of the rows of these heads."""
+    rows = layer.rows(role)
+    numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+    size = layer.value_head_dim if role == "value" else layer.head_dim
+    return numbers.unflatten(0, (-1, size))[list(heads)].flatten()
+
+
+def _read(layer: AttentionLayer, role: str, module: nn.Linear, heads: Sequence[int]) -> Tensor:
+    """Heads in float64, their bias appended, `(heads, size, m + 1)`."""
+    rows, weight = _rows(layer, role, heads), weight_of(module)
+    found = torch.empty(len(rows), weight.shape[1] + 1, dtype=torch.float64)
+    found[:, :-1] = weight[rows]
+    found[:, -1] = 0 if module.bias is None else module.bias.detach()[rows]
+    return found.unflatten(0, (len(heads), -1))
+
+
+def _put(layer: AttentionLayer, role: str, module: nn.Linear, heads: Sequence[int], values: Tensor) -> None:
+    """Write heads `(heads, size, m + 1)` over the present ones."""
+    rows, weight, flat = _rows(layer, role, heads), weight_of(module), values.flatten(0, 1)
+    weight[rows] = flat[:, :-1].to(weight.dtype)
+    if module.bias is not None:
+        bias: Tensor = module.bias.detach()
+        bias[rows] = flat[:, -1].to(bias.dtype)
+
+
+def _with_size(entry: Entry, dim: int, size: int) -> Entry:
+    shape = tuple(size if axis == dim else number for axis, number in enumerate(entry.shape))
+    return replace(entry, shape=shape, nbytes=entry.nbytes // entry.shape[dim] * size)

@@ -8,42 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from hf_attnkit.conversion.checkpoints.likeness import Likeness, SmallModel
 from hf_attnkit.conversion.checkpoints.safetensors_stream import DTYPES, Entry, Reader
-from hf_attnkit.editing.change import require_unshared
-from hf_attnkit.editing.in_table import cut_by_table
+from hf_attnkit.editing.heads_before import says_heads_before
 from hf_attnkit.loading import skeleton
-from hf_attnkit.models.layers import AttentionLayer, editable_layers
 from hf_attnkit.models.whole import configs_in
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MARKER = "conversion_unfinished.json"  # in a folder that a conversion has not completed
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json",
            ".partial")  # fmt: skip
-PROJECTIONS = ("query", "key", "value", "output")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A projection in a checkpoint: names of its tensors, and its rows in them."""
-
-    weight: str
-    bias: str | None
-    rows: slice
-
-    @property
-    def tensors(self) -> list[str]:
-        """The names that there are."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
 def carried(folder: Path) -> list[Path]:
@@ -63,15 +45,13 @@ class Checkpoint:
         carried: the other files, which a conversion copies.
         index: the content of the index, `None` for a single file.
         model: the skeleton.
+        small: a small model of the same class, which tells where heads lie.
         layers: the skeleton's attention layers.
-        places: per layer of a family of the table, projection -> place.
-        small: for any other model, a small one of the same class, which tells where heads lie; else `None`.
-        likenesses: of its attentions.
-        saved: by the names that such a model gives them, what the tensors of its attention are called in the files.
+        saved: by the names that the model gives them, what the tensors of its attention are called in the files.
 
     Raises:
         ValueError: for a checkpoint that is incomplete, damaged, quantized, swapped, in another format or layout,
-            or of a family whose heads are fixed.
+            or whose heads cannot be told.
         FileNotFoundError: if there is no config.
     """
 
@@ -94,29 +74,13 @@ class Checkpoint:
                 if tensor not in self.shards[name].entries:
                     raise ValueError(f"{folder / INDEX} lists {tensor!r} in {name}, which does not hold it")
         self.model: PreTrainedModel = skeleton(config)
-        self.places: list[dict[str, Place]] = []
-        self.small: SmallModel | None = None
-        self.saved: dict[str, str] = {}
-        if cut_by_table(self.model):
-            self.layers = editable_layers(self.model, skeleton=True)
-            require_unshared(self.model, self.layers)
-            saved = _saved_names(self.model, self.layers)
-            self.places = [self._places(layer, saved) for layer in self.layers]
-        else:
-            self.small = SmallModel(self.model)
-            self.layers = [one.layer for one in self.small.likenesses]
-            self.saved = self._owned_names(self.small.likenesses)
-
-    @property
-    def likenesses(self) -> list[Likeness]:
-        """Of the attentions of a model that is in no table."""
-        return [] if self.small is None else self.small.likenesses
+        self.small = SmallModel(self.model)
+        self.layers = [one.layer for one in self.small.likenesses]
+        self.saved = self._owned_names(self.small.likenesses)
 
     @property
     def key_dtype(self) -> torch.dtype:
-        """In which the keys of the first layer are stored."""
-        if self.small is None:
-            return DTYPES[self.entry(self.places[0]["key"].weight).dtype]
+        """In which the attentions are stored."""
         return DTYPES[self.entry(next(iter(self.saved.values()))).dtype]
 
     def entry(self, tensor: str) -> Entry:
@@ -130,16 +94,6 @@ class Checkpoint:
     def rows(self, tensor: str, rows: slice = slice(None)) -> Tensor:
         """These rows of a tensor."""
         return self.reader(tensor).rows(tensor, rows)
-
-    def _places(self, layer: AttentionLayer, saved: dict[int, str]) -> dict[str, Place]:
-        found = {}
-        for name in PROJECTIONS:
-            linear: nn.Linear = getattr(layer, name)
-            of = f"{layer.name}", f"the {name} projection"
-            weight = self._find(linear.weight, saved, *of)
-            bias = None if linear.bias is None else self._find(linear.bias, saved, *of)
-            found[name] = Place(weight, bias, layer.rows(name))  # type: ignore[arg-type]
-        return found
 
     def _owned_names(self, likenesses: Sequence[Likeness]) -> dict[str, str]:
         """By parameter of the attentions and their output projections, its name in the files."""
@@ -195,6 +149,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise ValueError(
             f"the checkpoint in {folder} is quantized; convert the one that it was made from, and quantize the result"
         )
+    recorded = says_heads_before(config)
     for each in configs_in(config):
         said = getattr(each, "hf_attnkit", None) or {}
         if "layers" in said:
@@ -202,7 +157,7 @@ def _config(folder: Path) -> PreTrainedConfig:
                 f"the attention of the checkpoint in {folder} was swapped; load it with hf_attnkit.load_pretrained, "
                 "call restore_attention or convert_to_gqa, and save it"
             )
-        if said.get("heads"):
+        if recorded or said.get("heads"):
             raise ValueError(
                 f"the config of the checkpoint in {folder} records other numbers of heads than its class has; load it "
                 "with hf_attnkit.load_pretrained, call convert_to_gqa and save it"
@@ -271,17 +226,6 @@ def _files(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     remedy = "load the model with hf_attnkit.load_pretrained (GGUF: gguf_file=...) and save it with save_pretrained"
     given = f"weights in another format ({', '.join(others[:3])}): {remedy}" if others else "no weights"
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}, but {given}")
-
-
-def _saved_names(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> dict[int, str]:
-    """What `save_pretrained` calls the projections' parameters, by their id: some classes save under older names."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    wanted = {}
-    for layer in layers:
-        for projection in PROJECTIONS:
-            for parameter in getattr(layer, projection).parameters():
-                wanted[names[id(parameter)]] = parameter
-    return _saved_as(model, wanted)
 
 
 def _saved_as(model: PreTrainedModel, wanted: Mapping[str, Tensor]) -> dict[int, str]:

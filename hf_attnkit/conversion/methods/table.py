@@ -100,13 +100,14 @@ def merge(heads: Heads, groups: Sequence[Sequence[int]], second_moment: Tensor, 
     A loss that needs queries (outputs) which are absent is NaN.
     """
     second_moment, heads = _on_device(heads, second_moment)
-    parts = [_merge_group(heads.group(members), second_moment, method, key_method) for members in groups]
+    in_order = [head for members in groups for head in members] == list(range(len(heads.key)))
+    parts = [_merge_group(heads, members, second_moment, method, key_method, in_order=in_order) for members in groups]
     merged = replace(
         heads,
-        query=_stacked([part.query for part in parts]),
+        query=_stacked([part.query for part in parts], heads.query),
         key=torch.stack([part.key for part in parts]),
         value=torch.stack([part.value for part in parts]),
-        output=_stacked([part.output for part in parts]),
+        output=_stacked([part.output for part in parts], heads.output),
     )
     losses = _lost_share([part.key_energy for part in parts]), _lost_share([part.value_energy for part in parts])
     return Merged(merged, total_constant([part.constant for part in parts]), *losses)
@@ -120,11 +121,11 @@ def group_loss(heads: Heads, second_moment: Tensor, method: str, key_method: str
     second_moment, heads = _on_device(heads, second_moment)
     of_values = second_moment if heads.value_moment is None else heads.value_moment
     by_keys, by_values = METHODS[key_method], METHODS[method]
-    each = [_merge_group(heads.group([head]), second_moment, "first", "first") for head in range(len(heads.key))]
+    each = [_merge_group(heads, [head], second_moment, "first", "first") for head in range(len(heads.key))]
     keys, values = (max(sum(energies), 1e-300) for energies in zip(*(part.energies for part in each), strict=True))
 
     def lost(members: Sequence[int]) -> tuple[float, float]:
-        part = _merge_group(heads.group(members), second_moment, method, key_method)
+        part = _merge_group(heads, members, second_moment, method, key_method)
         return part.key_energy[0], part.value_energy[0]
 
     if not (hasattr(by_keys, "key_lost") and hasattr(by_values, "value_lost")):
@@ -149,13 +150,30 @@ class _Part(NamedTuple):
         return self.key_energy[1], self.value_energy[1]
 
 
-def _merge_group(group: Heads, second_moment: Tensor, method: str, key_method: str) -> _Part:
-    of_values = second_moment if group.value_moment is None else group.value_moment
-    query, key = merge_keys(group, second_moment, key_method)
-    value, output, constant = merge_values(group, of_values, method)
+def _merge_group(
+    heads: Heads,
+    members: Sequence[int],
+    second_moment: Tensor,
+    method: str,
+    key_method: str,
+    *,
+    in_order: bool = False,
+) -> _Part:
+    """Keys with their queries first, then values with their outputs: copies are of one half at a time.
+
+    Args:
+        in_order: whether what a method leaves as it is may be absent, since it also keeps its place.
+    """
+    of_values = second_moment if heads.value_moment is None else heads.value_moment
     unknown = float("nan"), float("nan")
+    group = replace(heads, output=ABSENT).group(members)
+    query, key = merge_keys(group, second_moment, key_method)
     key_energy = loss.key_energy(group, query, key, second_moment) if query.numel() else unknown
+    query = ABSENT if in_order and not transforms(key_method) else query
+    group = replace(heads, query=ABSENT).group(members)
+    value, output, constant = merge_values(group, of_values, method)
     value_energy = loss.value_energy(group, value, output, of_values) if output.numel() else unknown
+    output = ABSENT if in_order and not transforms(method) else output
     return _Part(query, key, value, output, constant, key_energy, value_energy)
 
 
@@ -168,8 +186,11 @@ def _on_device(heads: Heads, second_moment: Tensor) -> tuple[Tensor, Heads]:
     return second_moment.to(heads.key), replace(heads, **moved)
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack([part.flatten(0, 1) for part in parts]) if parts[0].numel() else ABSENT
+def _stacked(parts: Sequence[Tensor], present: Tensor) -> Tensor:
+    """Those of all groups; the present ones where the parts are absent."""
+    if parts[0].numel():
+        return torch.stack([part.flatten(0, 1) for part in parts])
+    return present.flatten(0, 1).unflatten(0, (len(parts), -1)) if present.numel() else ABSENT
 
 
 def _lost_share(energies: Sequence[tuple[float, float]]) -> float:

@@ -13,12 +13,12 @@ from transformers import set_seed
 import hf_attnkit
 from hf_attnkit.conversion import METHODS
 from hf_attnkit.conversion.methods.table import uses_statistics
-from hf_attnkit.conversion.plan import layers_to_convert
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.run import Run
+from hf_attnkit.models.layers import projected_layers
 
 EXTRAS = ("data", "output", "refit", "best")
 VARIANTS = [
@@ -65,11 +65,11 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
         calibration: what its size is called in results.json, and the size: sentences or tokens.
     """
     for number in arguments.num_key_value_heads:
-        target_heads(layers_to_convert(run.model), number)  # refused before the first evaluation
+        target_heads(projected_layers(run.model), number)  # refused before the first evaluation
     original = run.model.to(run.training.device)
     run.evaluate("baseline")
     batches = list(run.calibration_batches(calibration[1]))
-    moments = collect(original, layers_to_convert(original), batches)
+    moments = collect(original, projected_layers(original), batches)
     for number in arguments.num_key_value_heads:
         for variant in arguments.variants:
             method, *extras = variant.split("+")

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from hf_attnkit.experiment.record import Change
-from hf_attnkit.models.layers import attention_layers, editable_layers
+from hf_attnkit.models.layers import attention_layers, projected_layers
 
 if TYPE_CHECKING:
     from hf_attnkit.experiment.run import Run
@@ -90,7 +90,7 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
     names = {id(module): name for name, module in model.named_modules()}
     projections = [
         names[id(linear)]
-        for layer in (attention_layers if is_quantized else editable_layers)(model)
+        for layer in (attention_layers if is_quantized else projected_layers)(model)
         for linear in dict.fromkeys((layer.query, layer.key, layer.value, layer.output))  # fused ones are the same
         if linear is not None  # not told, of a model found by running
     ]
@@ -135,6 +135,6 @@ def merge_adapters(wrapped: PeftModel) -> PreTrainedModel:
     """
     require_moved(wrapped)
     model = wrapped.merge_and_unload()
-    editable_layers(model)
+    projected_layers(model)
     model.requires_grad_(True)
     return model

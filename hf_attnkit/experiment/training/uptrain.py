@@ -13,12 +13,12 @@ from hf_attnkit.common.checks import choice
 from hf_attnkit.conversion import METHODS
 from hf_attnkit.conversion.grouping import GROUPINGS
 from hf_attnkit.conversion.merging import choose_merging
-from hf_attnkit.conversion.plan import layers_to_convert
 from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments, train_adapters
+from hf_attnkit.models.layers import projected_layers
 from hf_attnkit.refitting.options import REFITS, refit_options
 
 
@@ -77,7 +77,7 @@ def recover(
 
 def title(model: PreTrainedModel, number: int) -> str:
     """What the conversion does, in a phrase."""
-    before = sorted({layer.num_key_value_heads for layer in layers_to_convert(model)})
+    before = sorted({layer.num_key_value_heads for layer in projected_layers(model)})
     span = " to ".join(map(str, dict.fromkeys((before[0], before[-1]))))
     return f"{span} key/value heads merged into {number}"
 
@@ -90,7 +90,7 @@ def check(conversion: ConversionArguments, run: Run, calibration_size: int) -> t
     Raises:
         ValueError: a number or method that does not fit the model.
     """
-    layers, calibrated = layers_to_convert(run.model), calibration_size > 0
+    layers, calibrated = projected_layers(run.model), calibration_size > 0
     [number, *_] = target_heads(layers, conversion.num_key_value_heads)
     merging = choose_merging(layers, **conversion.names(), calibrated=calibrated)
     refit = refit_options(conversion.refit, default="full", batches=calibrated).fits

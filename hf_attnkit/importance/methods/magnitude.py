@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.importance.score import Batches, Score
@@ -25,24 +25,7 @@ class Magnitude(Score):
     needs_batches = False
 
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
-        scores = []
-        for layer in layers:
-            if layer.query is None or not isinstance(layer.output, nn.Linear):
-                scores.append(_owned(layer, ownership_of(model, layer)))
-                continue
-            query, key, value = (
-                getattr(layer, name)
-                .weight.detach()[layer.rows(name)]
-                .float()
-                .unflatten(0, (-1, layer.head_dim))
-                .square()
-                .sum((1, 2))
-                for name in ("query", "key", "value")
-            )
-            output = layer.output.weight.detach().float().unflatten(1, (-1, layer.head_dim)).square().sum((0, 2))
-            shared = (key + value).repeat_interleave(layer.group_size)
-            scores.append((query + shared + output).sqrt().cpu())
-        return scores
+        return [_owned(layer, ownership_of(model, layer)) for layer in layers]
 
 
 def _owned(layer: AttentionLayer, own: Ownership) -> Tensor:

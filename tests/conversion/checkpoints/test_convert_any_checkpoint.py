@@ -116,8 +116,8 @@ def test_many_layers_are_told_by_few(model_type: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "in")
     assert checkpoint.small is not None
     small = checkpoint.small._small
-    assert len(checkpoint.likenesses) == len(discover(model).attentions)
-    assert len(discover(small).attentions) < len(checkpoint.likenesses)
+    assert len(checkpoint.small.likenesses) == len(discover(model).attentions)
+    assert len(discover(small).attentions) < len(checkpoint.small.likenesses)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 import hf_attnkit
 from hf_attnkit.experiment.report import page as page_module
+from hf_attnkit.models.layers import attention_layers
 
 pytestmark = pytest.mark.slow
 only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
@@ -94,7 +95,7 @@ def test_the_card_is_what_the_hub_reads_and_its_code_loads_the_model(finished) -
     else:
         assert "hf_attnkit.load_pretrained(" in card.text
         stock = hf_attnkit.load_pretrained(output)
-    assert stock.config.num_key_value_heads == 2
+    assert {layer.num_key_value_heads for layer in attention_layers(stock)} == {2}
 
 
 def test_entropies_are_logged_at_the_interval_asked_for(finished) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import OutputDistance
-from hf_attnkit.observing.rows import num_rows
 from hf_attnkit.refitting.report import HeldOut
 
 
@@ -24,7 +23,6 @@ class Guard:
             batches: sequences that nothing is fitted to, on the model's device.
         """
         self._distance = OutputDistance(model, batches)
-        self._num_sequences = sum(map(num_rows, batches))
         self._errors: dict[str, Tensor] = {}
         self._outputs: list[projections.Edit] = []
         self._queries: list[projections.Edit] = []
@@ -40,11 +38,13 @@ class Guard:
         self._queries = _present([layer.query for layer in layers]) if queries else []
         self._errors["none"] = self._distance.now()
 
-    def keep(self, fits: str) -> HeldOut:
+    def keep(self, fits: str, once_more: Sequence[projections.Edit]) -> HeldOut:
         """Compare the fitted model with what it was before, and leave it as that where the fit did harm.
 
         Args:
             fits: the word of `REFITS` for what was fitted.
+            once_more: output projections fitted to these sequences too, which take the place of those that were
+                compared, where these are kept.
         """
         fitted = [_present([edit.linear for edit in part]) for part in (self._queries, self._outputs)]
         self._errors[fits] = self._distance.now()
@@ -53,22 +53,31 @@ class Guard:
             self._errors["queries"] = self._distance.now()
         kept = fits
         for other in self._errors:
-            if _is_worse(self._errors[kept], self._errors[other]):
+            if is_worse(self._errors[kept], self._errors[other], self._distance.counts):
                 kept = other
         _apply(fitted[0] if kept != "none" else self._queries)
-        _apply(fitted[1] if kept == fits else self._outputs)
-        errors = {name: float(each.mean()) for name, each in self._errors.items()}
-        return HeldOut(self._num_sequences, errors, kept)
+        _apply(once_more if kept == fits else self._outputs)
+        counts = self._distance.counts
+        errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}
+        return HeldOut(len(counts), errors, kept)
 
 
-def _is_worse(errors: Tensor, others: Tensor) -> bool:
-    """Whether errors `(positions,)` are larger, by more than the standard error of the mean difference.
+def is_worse(errors: Tensor, others: Tensor, counts: Tensor) -> bool:
+    """Whether errors are larger, by more than the standard error of the difference of their means.
 
-    A few sequences in which an answer flips make up most of a distance, so that means over few say little.
+    A few sequences in which an answer flips make up most of a distance, so that means over few say little. The error
+    is over sequences, since positions of one are alike: that of a ratio of sums over clusters.
+
+    Args:
+        errors, others: `(sequences,)`, each a sum over its positions.
+        counts: `(sequences,)`, how many these are.
     """
-    difference = errors - others
-    spread = difference.std() / len(difference) ** 0.5 if len(difference) > 1 else difference.new_zeros(())
-    return not bool(difference.mean() <= spread)  # NaN is worse
+    number, difference = len(counts), errors - others
+    mean = difference.sum() / counts.sum()
+    spread = (difference - mean * counts).square().sum().sqrt() / counts.sum()
+    if number > 1:
+        spread = spread * (number / (number - 1)) ** 0.5
+    return not bool(mean <= spread)  # NaN is worse
 
 
 def _present(modules: Sequence[nn.Module | None]) -> list[projections.Edit]:

@@ -5,6 +5,10 @@ perplexity (see docs/conversion.md). The models do not start again for each laye
 about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
 stays: `guard`.
 
+The sequences that the guard compares run along, and their sums are kept apart. What it compares is not fitted to them;
+what stays is, with the same ridges, on what the first fit's layers below give. That saves a second walk: fitted twice,
+layer by layer, models were no nearer (see docs/conversion.md).
+
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
 (x'_t + y'_t) - x_t, so that a layer also makes up for what those below it lost.
@@ -24,7 +28,7 @@ from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
 from hf_attnkit.observing.batches import real_mask, to_device
-from hf_attnkit.observing.rows import split
+from hf_attnkit.observing.rows import rows_of, set_aside
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
 from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.guard import Guard
@@ -87,9 +91,11 @@ def refit_layers(
         )
     layers = fitted
     _require_unshared(model, layers)
-    inputs, aside = split([to_device(batch, model) for batch in batches], options.held_out)
+    inputs = [to_device(batch, model) for batch in batches]
+    aside = set_aside(inputs, options.held_out)
+    held_out = [rows_of(batch, rows) for batch, rows in zip(inputs, aside, strict=True) if rows]
     with made.undone():
-        guard = Guard(model, aside) if aside else None
+        guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
     counted = "uniform" if norms is None else "gradient"
     full = options.fits == "full"
@@ -98,46 +104,39 @@ def refit_layers(
         guard.before(layers, queries=full)
     skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
-    unseen = aside if visible else []
-    untouched, changed, untouched_aside, changed_aside = (
-        [Walk(model, batch, layers, skips=skips) for batch in part] for part in (inputs, inputs, unseen, unseen)
-    )
+    untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     found: list[RefittedLayer] = []
+    once_more: list[projections.Edit] = []
     num_tokens = 0
     for layer in progress_bar(layers, description="refit", unit="layer"):
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
         assert made.covers(layer.output), layer.name
+        kinds, extra = 1 if weights is None else 2, 1 if held_out else 0
+        count = 1 if options.ridge is not None else num_folds(layer.output, kinds, aside=extra)
+        folds = Folds(inputs, count, aside)
         if key_order is not None and visible and can_fit_queries(layer):
             assert made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer) as run:
-                calls, calls_aside = (
-                    [run(walk).in_order(key_order[layer.index]) for walk in walks]
-                    for walks in (untouched, untouched_aside)
-                )
+                calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
             counts = [None] * len(calls) if weights is None else weights
-            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, strict=True)]
-            watched_aside = [Watched(*each) for each in zip(changed_aside, aside, calls_aside, strict=True)]
+            apart = [folds.is_aside(number, call.output.shape[:-1]) for number, call in enumerate(calls)]
+            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, apart, strict=True)]
             try:
-                divergences = fit_layer_queries(model, layer, watched, watched_aside, options.query_steps)
+                divergences = fit_layer_queries(model, layer, watched, options.query_steps)
             except NotLinearError:
                 if layer.attention is None:
                     raise
-                for walk in changed_aside:  # no walk may miss a layer
-                    _seen(walk, layer, stream)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-                for walk in untouched_aside:
-                    _seen(walk, layer, stream)
-            for walk in changed_aside:
-                _seen(walk, layer, stream)
-        count = 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2)
-        sums = _summed(layer, Folds(inputs, count), changed, targets, inputs, weights, stream)
-        found.append(_fit_output(layer, sums, options, divergences))
+        sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
+        fit, edit = _fit_output(layer, sums, rest, options, divergences)
+        found.append(fit)
+        once_more.append(edit)
         num_tokens = sum(own.alike.num_tokens for own in sums)
-    held = None if guard is None else guard.keep(options.fits)
+    held = None if guard is None else guard.keep(options.fits, once_more)
     report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
@@ -152,11 +151,14 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
-) -> list[Fold]:
-    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give."""
+) -> tuple[list[Fold], Fold | None]:
+    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give.
+
+    Those of the sequences set aside, where there are some, are the second result.
+    """
     sums = [
         Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
-        for _ in range(folds.count)
+        for _ in range(folds.count + folds.has_aside)
     ]
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
         now = _seen(walk, layer, stream)
@@ -171,18 +173,19 @@ def _summed(
             own.alike.add(*tokens)
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
-    return sums
+    return sums[: folds.count], sums[-1] if folds.has_aside else None
 
 
 def _fit_output(
     layer: AttentionLayer,
     folds: Sequence[Fold],
+    aside: Fold | None,
     options: RefitOptions,
     divergences: tuple[float | None, float | None],
-) -> RefittedLayer:
-    """Give the layer its new output projection, or leave it."""
+) -> tuple[RefittedLayer, projections.Edit]:
+    """Give the layer its new output projection, or leave it; and what it would be, fitted to what is aside too."""
     sums, linear = total(fold.at(MEASURED) for fold in folds), layer.output
-    if not sums.is_finite():
+    if not (sums.is_finite() and (aside is None or aside.alike.is_finite())):
         raise ValueError(
             f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
             "float32 and look for a batch that breaks it"
@@ -195,17 +198,24 @@ def _fit_output(
         else:
             chosen = choose_ridge(folds, linear)
     ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
+    edits = [projections.present(linear)]
     if ridge is not None:
-        if scales:
-            weight, bias = scaled(sums, linear, layer.value_head_dim, ridge)
-        else:
-            weight, bias = solve(total(fold.at(share) for fold in folds), linear, ridge)
-        projections.apply(projections.Edit(linear, weight, bias))
-    return RefittedLayer(
+        parts = [folds] if aside is None else [folds, [*folds, aside]]
+        edits = [_fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales) for part in parts]
+        projections.apply(edits[0])
+    fit = RefittedLayer(
         layer.index, *divergences, error, sums.error_of(linear),
         None if chosen is None else chosen.before, None if chosen is None else chosen.after,
         ridge, None if folds[0].seen is None else share, weight_of(linear).shape[1],
     )  # fmt: skip
+    return fit, edits[-1]
+
+
+def _fitted(layer: AttentionLayer, sums: OutputSums, ridge: float, *, scales: bool) -> projections.Edit:
+    """The output projection that fits the sums."""
+    linear = layer.output
+    fitted = scaled(sums, linear, layer.value_head_dim, ridge) if scales else solve(sums, linear, ridge)
+    return projections.Edit(linear, *fitted)
 
 
 def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:

@@ -10,9 +10,10 @@ G + lambda = V (s + lambda) V^T,
     error on f  =  |y - W_o a|^2  -  2 tr(D R'^T)  +  tr(D G' D^T)
 
 A ridge of infinity leaves the weights and fits the bias alone. The projection as it is, bias and all, is among the
-choices, and what is chosen is never worse on what it did not see than that, as far as the folds can tell. Sums about the
-mean are taken in float64; what follows is in the precision of the weights, float32 at least: eigenvalues below its
-rounding are far below the weakest ridge.
+choices, and what is chosen is never worse on what it did not see than that, as far as the folds can tell.
+
+Sums about the mean are taken in float64; what follows is in the precision of the weights, float32 at least: eigenvalues
+below its rounding are far below the weakest ridge.
 """
 
 from __future__ import annotations

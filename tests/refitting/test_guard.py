@@ -182,7 +182,7 @@ def test_what_is_kept_is_fitted_to_everything(family: str) -> None:
             for inputs in batches:
                 first(**inputs)
                 original(**inputs)
-        masks = [b.get("attention_mask", torch.ones(y.shape[:2])).bool() for b, y in zip(batches, seen["y"], strict=True)]
+        masks = [each["attention_mask"].bool() for each in batches]
         a, y = (torch.cat([x[m] for x, m in zip(seen[name], masks, strict=True)]) for name in "ay")
         if found.bias is not None:
             a, y = a - a.mean(0), y - y.mean(0)

@@ -76,12 +76,13 @@ class Walk:
         self._kept: dict[int, Any] = {}  # by list, what its last block below index - 1 put out
         self._last: Any = None  # what block index - 1 put out, once it has run
 
-    def seen(self, index: int, module: nn.Module, *, stream: bool = False) -> Seen:
+    def seen(self, index: int, module: nn.Module, *, stream: bool = False, grad: bool = False) -> Seen:
         """What `module`, a part of layer `index`, takes and puts out.
 
         Args:
             index: the layer asked for last, or the next one to run; a layer that was passed must not change any more.
             stream: whether to look for the residual stream too.
+            grad: whether the output has a graph.
         """
         found: list[tuple[Tensor, Tensor]] = []
         layer = self._layers[index]
@@ -101,7 +102,7 @@ class Walk:
             if adds is not None:
                 stack.callback(layer.block.register_forward_hook(adds.leave).remove)
                 stack.enter_context(adds)
-            self._run(layer, lambda: module.register_forward_hook(look))
+            self._run(layer, lambda: module.register_forward_hook(look), grad=grad)
         if not found:
             raise ValueError(f"{layer.name} does not run on a calibration batch; leave the batch out")
         if len(found) == 1:
@@ -120,7 +121,7 @@ class Walk:
         self._run(layer, lambda: layer.block.register_forward_pre_hook(look))
         return found[0]
 
-    def _run(self, layer: AttentionLayer, watch: Callable[[], RemovableHandle]) -> None:
+    def _run(self, layer: AttentionLayer, watch: Callable[[], RemovableHandle], *, grad: bool = False) -> None:
         """Run the model up to where a hook raises `_Reached`."""
         with ExitStack() as stack:
             if self._skips:
@@ -128,7 +129,7 @@ class Walk:
             stack.callback(watch().remove)
             stack.enter_context(evaluation_mode(self._model))
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(grad):
                     self._model(**self._inputs)
             except _Reached:
                 pass

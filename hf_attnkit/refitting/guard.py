@@ -38,15 +38,16 @@ class Guard:
         self._queries = _present([layer.query for layer in layers]) if queries else []
         self._errors["none"] = self._distance.now()
 
-    def keep(self, fits: str, once_more: Sequence[projections.Edit]) -> HeldOut:
-        """Compare the fitted model with what it was before, and leave it as that where the fit did harm.
+    def keep(self, fits: str, without: Sequence[projections.Edit]) -> HeldOut:
+        """Compare the fit with what the model was before, and leave the model as that where the fit did harm.
 
         Args:
             fits: the word of `REFITS` for what was fitted.
-            once_more: output projections fitted to these sequences too, which take the place of those that were
-                compared, where these are kept.
+            without: output projections that are not fitted to these sequences, which are compared in the place of those
+                that the model has.
         """
         fitted = [_present([edit.linear for edit in part]) for part in (self._queries, self._outputs)]
+        _apply(without)
         self._errors[fits] = self._distance.now()
         if self._queries:
             _apply(self._outputs)
@@ -56,7 +57,7 @@ class Guard:
             if is_worse(self._errors[kept], self._errors[other], self._distance.counts):
                 kept = other
         _apply(fitted[0] if kept != "none" else self._queries)
-        _apply(once_more if kept == fits else self._outputs)
+        _apply(fitted[1] if kept == fits else self._outputs)
         counts = self._distance.counts
         errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}
         return HeldOut(len(counts), errors, kept)

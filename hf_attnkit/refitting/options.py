@@ -40,6 +40,7 @@ class RefitOptions:
     fits: str
     ridge: float | None = None
     query_steps: int = 6
+    descent_passes: int = 0
     token_weights: str = "uniform"
     held_out: float = 0.1
 
@@ -48,6 +49,7 @@ class RefitOptions:
         if self.ridge is not None:
             number(self.ridge, "ridge", minimum=0)
         integer(self.query_steps, "query_steps", minimum=0)
+        integer(self.descent_passes, "descent_passes", minimum=0)
         choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
         number(self.held_out, "held_out", minimum=0, below=1)
         unread = {"none": ("ridge", "query_steps", "token_weights", "held_out"), "full": ()}

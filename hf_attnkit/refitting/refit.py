@@ -5,9 +5,9 @@ perplexity (see docs/conversion.md). The models do not start again for each laye
 about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
 stays: `guard`.
 
-The sequences that the guard compares run along, and their sums are kept apart. What it compares is not fitted to them;
-what stays is, with the same ridges, on what the first fit's layers below give. That saves a second walk: fitted twice,
-layer by layer, models were no nearer (see docs/conversion.md).
+All sequences are fitted, those too on which the guard compares. Their sums are kept apart, and what it compares is a
+second solution of each layer, from the sums of the others, with the same ridge: no second walk, and what stays is fitted
+to everything.
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
@@ -30,6 +30,7 @@ from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
 from hf_attnkit.observing.batches import real_mask, to_device
 from hf_attnkit.observing.rows import rows_of, set_aside
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
+from hf_attnkit.refitting.descent import Aim, descend
 from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.guard import Guard
 from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
@@ -106,7 +107,7 @@ def refit_layers(
     visible = full and not any(layer.refusal for layer in layers)
     untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     found: list[RefittedLayer] = []
-    once_more: list[projections.Edit] = []
+    without: list[projections.Edit] = []
     num_tokens = 0
     for layer in progress_bar(layers, description="refit", unit="layer"):
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
@@ -131,12 +132,19 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
+        if options.descent_passes:
+            real = [_real(layer, target.output, batch) for target, batch in zip(targets, inputs, strict=True)]
+            out = [folds.of(number, mask.shape) == folds.count for number, mask in enumerate(real)]
+            aims = [Aim(walk, t.output, (r & ~o).float(), (r & o).float()) for walk, t, r, o in zip(changed, targets, real, out, strict=True)]
+            import os
+            parts = {'q': layer.query, 'k': layer.key, 'v': layer.value, 'o': layer.output}
+            print(layer.index, descend(model, layer, [parts[p] for p in os.environ.get('PARTS', 'qkvo')], aims, options.descent_passes), flush=True)
         sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
         fit, edit = _fit_output(layer, sums, rest, options, divergences)
         found.append(fit)
-        once_more.append(edit)
-        num_tokens = sum(own.alike.num_tokens for own in sums)
-    held = None if guard is None else guard.keep(options.fits, once_more)
+        without.append(edit)
+        num_tokens = sum(own.alike.num_tokens for own in (*sums, *([] if rest is None else [rest])))
+    held = None if guard is None else guard.keep(options.fits, without)
     report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
@@ -183,9 +191,14 @@ def _fit_output(
     options: RefitOptions,
     divergences: tuple[float | None, float | None],
 ) -> tuple[RefittedLayer, projections.Edit]:
-    """Give the layer its new output projection, or leave it; and what it would be, fitted to what is aside too."""
-    sums, linear = total(fold.at(MEASURED) for fold in folds), layer.output
-    if not (sums.is_finite() and (aside is None or aside.alike.is_finite())):
+    """Give the layer its new output projection, or leave it.
+
+    Returns:
+        What it reached, and what the projection would be that is not fitted to what is aside.
+    """
+    everything = [*folds, *([] if aside is None else [aside])]
+    sums, linear = total(fold.at(MEASURED) for fold in everything), layer.output
+    if not sums.is_finite():
         raise ValueError(
             f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
             "float32 and look for a batch that breaks it"
@@ -198,17 +211,18 @@ def _fit_output(
         else:
             chosen = choose_ridge(folds, linear)
     ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
-    edits = [projections.present(linear)]
+    without = projections.present(linear)
     if ridge is not None:
-        parts = [folds] if aside is None else [folds, [*folds, aside]]
-        edits = [_fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales) for part in parts]
-        projections.apply(edits[0])
+        without, edit = (
+            _fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales) for part in (folds, everything)
+        )
+        projections.apply(edit)
     fit = RefittedLayer(
         layer.index, *divergences, error, sums.error_of(linear),
         None if chosen is None else chosen.before, None if chosen is None else chosen.after,
         ridge, None if folds[0].seen is None else share, weight_of(linear).shape[1],
     )  # fmt: skip
-    return fit, edits[-1]
+    return fit, without
 
 
 def _fitted(layer: AttentionLayer, sums: OutputSums, ridge: float, *, scales: bool) -> projections.Edit:

@@ -13,6 +13,7 @@ from support.refits import plain
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hf_attnkit.refitting.guard as guard_module
 import hf_attnkit.refitting.refit as refit_module
 from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
 from hf_attnkit.models.layers import attention_layers
@@ -143,55 +144,70 @@ def parts(batches: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_what_is_compared_is_not_fitted_to_what_is_held_out(family: str) -> None:
-    original = build(family, "sequence" if family == "bert" else "causal").double()
-    batches = many(original)
-    kept, held = parts(batches)
-    report = last_change(convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches)).refit  # type: ignore[union-attr]
-    assert report.held_out.num_sequences == sum(len(b["input_ids"]) for b in held) == 2
-    merged = convert_to_gqa(copy.deepcopy(original), 2, method="mean")
-    assert report.held_out.errors["none"] == pytest.approx(distance(merged, original, held), rel=1e-4)
-    assert report.held_out.errors[report.kept] <= report.held_out.errors["none"]
-    guarded = RefitOptions("output", ridge=0.1)
-    model = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=guarded)
-    first = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=kept, refit=plain("output"))
-    errors = last_change(model).refit.held_out.errors  # type: ignore[union-attr]
-    assert errors["output"] == pytest.approx(distance(first, original, held), rel=1e-4)
+def parts(batches: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
+    """What the compared model is fitted to, and what it is compared on, by default."""
+    aside = set_aside(batches, 0.1)
+    rows = [range(num_rows(each)) for each in batches]
+    stay = [[row for row in own if row not in out] for own, out in zip(rows, aside, strict=True)]
+    return tuple(  # type: ignore[return-value]
+        [rows_of(each, own) for each, own in zip(batches, chosen, strict=True) if own] for chosen in (stay, aside)
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_what_is_kept_is_fitted_to_everything(family: str) -> None:
-    """Least squares with the same ridge over all sequences, on what the first fit's layers below give."""
+def test_what_is_kept_is_fitted_to_everything(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight for weight the refit of all sequences with these ridges and no guard."""
+    monkeypatch.setattr(guard_module, "is_worse", lambda *_: False)
     original = build(family, "sequence" if family == "bert" else "causal").double()
     batches = many(original, 20)
-    first = convert_to_gqa(
-        copy.deepcopy(original), 2, method="mean", calibration=parts(batches)[0], refit=plain("output")
-    )
+    held = parts(batches)[1]
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="mean")
-    model = convert_to_gqa(
-        copy.deepcopy(original), 2, method="mean", calibration=batches, refit=RefitOptions("output", ridge=0.1)
-    )
-    assert last_change(model).refit.kept == "output"  # type: ignore[union-attr]
-    for layers in zip(*map(attention_layers, (model, first, original, merged)), strict=True):
-        found, below, old, before = (layer.output for layer in layers)
-        seen: dict[str, list[Tensor]] = {"a": [], "y": []}
-        below.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach()))
-        old.register_forward_hook(lambda _, args, out, s=seen["y"]: s.append(out.detach()))
-        with torch.no_grad():
-            for inputs in batches:
-                first(**inputs)
-                original(**inputs)
-        masks = [each["attention_mask"].bool() for each in batches]
-        a, y = (torch.cat([x[m] for x, m in zip(seen[name], masks, strict=True)]) for name in "ay")
-        if found.bias is not None:
-            a, y = a - a.mean(0), y - y.mean(0)
-        strength = (0.1 * a.square().sum(0).mean()).sqrt()
-        rows = torch.cat([a, strength * torch.eye(a.shape[1], dtype=a.dtype)])
-        expected = torch.linalg.lstsq(rows, torch.cat([y, strength * before.weight.detach().T])).solution.T
-        # Normal equations square the condition number, which the ridge keeps below 1e5 or so.
-        assert (found.weight - expected).abs().max() <= 1e-10 * expected.abs().max()
-        assert not torch.allclose(found.weight, below.weight, rtol=1e-3)
+    for word in ("output", "scale"):
+        options = RefitOptions(word, ridge=0.1)
+        model = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=options)
+        report = last_change(model).refit  # type: ignore[union-attr]
+        assert report.kept == word and report.held_out.num_sequences == sum(len(b["input_ids"]) for b in held) == 6
+        assert report.held_out.errors["none"] == pytest.approx(distance(merged, original, held), rel=1e-4)
+        fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain(word))
+        everything = last_change(fitted).refit  # type: ignore[union-attr]
+        assert report.num_tokens == everything.num_tokens
+        for (name, now), was in zip(model.named_parameters(), fitted.parameters(), strict=True):
+            # Sums of other parts, solved by normal equations, whose condition the ridge keeps below 1e5 or so.
+            torch.testing.assert_close(now, was, rtol=1e-9, atol=1e-9, msg=name)
+        for now, was in zip(report.layers, everything.layers, strict=True):
+            assert now.error_after == pytest.approx(was.error_after, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_is_compared_is_not_fitted_to_what_is_held_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that are held out may be anything: the lowest layer that is compared stays the same, though not the one
+    that is kept. (What the layers above get is of layers below that are fitted to everything.)"""
+    original = build(family, "sequence" if family == "bert" else "causal").double()
+    batches = many(original, 20)
+    aside = set_aside(batches, 0.1)
+    compared: list[dict[str, Tensor]] = []
+    real_now = OutputDistance.now
+
+    def now(self: OutputDistance) -> Tensor:
+        compared.append(state(self._model))
+        return real_now(self)
+
+    monkeypatch.setattr(OutputDistance, "now", now)
+    monkeypatch.setattr(guard_module, "is_worse", lambda *_: False)
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        given = [{name: tensor.clone() for name, tensor in each.items()} for each in batches]
+        for each, rows in zip(given, aside, strict=True):
+            for row in rows:
+                each["input_ids"][row] = torch.randint(5, 60, each["input_ids"][row].shape, generator=generator)
+        options = RefitOptions("output", ridge=0.1)
+        kept = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=given, refit=options)
+        compared.append(state(kept))
+    names = [name for name, old in compared[0].items() if ".0." in name and not torch.equal(old, compared[1][name])]
+    assert names, "nothing was fitted"
+    for name in names:
+        torch.testing.assert_close(compared[1][name], compared[4][name], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(compared[2][name], compared[5][name], rtol=1e-4)
 
 
 def test_what_is_worse_by_no_more_than_chance_is_kept() -> None:

@@ -252,8 +252,8 @@ def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
 
     Of a layer of the table the stream is known to be what its block gets.
     """
-    found = walk.seen(layer.index, layer.output, stream=stream and layer.attention is not None)
-    return found._replace(stream=walk.before(layer.index)) if stream and layer.attention is None else found
+    in_table = layer.attention is None
+    return walk.seen(layer.index, layer.output, stream=stream and not in_table, enters=stream and in_table)
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -25,17 +25,19 @@ class Guard:
         self._distance = OutputDistance(model, batches)
         self._errors: dict[str, Tensor] = {}
         self._outputs: list[projections.Edit] = []
-        self._queries: list[projections.Edit] = []
+        self._inner: list[projections.Edit] = []
+        self._alone = False
 
-    def before(self, layers: Sequence[AttentionLayer], *, queries: bool) -> None:
+    def before(self, layers: Sequence[AttentionLayer], inner: Sequence[nn.Module] = (), *, alone: bool = False) -> None:
         """Note the changed model as it is without a refit.
 
         Args:
             layers: of which the output projections will be fitted.
-            queries: whether query projections will be too.
+            inner: projections before them that will be fitted too.
+            alone: whether to compare these without the fitted outputs; they are then queries.
         """
         self._outputs = _present([layer.output for layer in layers])
-        self._queries = _present([layer.query for layer in layers]) if queries else []
+        self._inner, self._alone = _present(inner), alone
         self._errors["none"] = self._distance.now()
 
     def keep(self, fits: str, without: Sequence[projections.Edit]) -> HeldOut:
@@ -46,17 +48,17 @@ class Guard:
             without: output projections that are not fitted to these sequences, which are compared in the place of those
                 that the model has.
         """
-        fitted = [_present([edit.linear for edit in part]) for part in (self._queries, self._outputs)]
+        fitted = [_present([edit.linear for edit in part]) for part in (self._inner, self._outputs)]
         _apply(without)
         self._errors[fits] = self._distance.now()
-        if self._queries:
+        if self._alone:
             _apply(self._outputs)
             self._errors["queries"] = self._distance.now()
         kept = fits
         for other in self._errors:
             if is_worse(self._errors[kept], self._errors[other], self._distance.counts):
                 kept = other
-        _apply(fitted[0] if kept != "none" else self._queries)
+        _apply(fitted[0] if kept != "none" else self._inner)
         _apply(fitted[1] if kept == fits else self._outputs)
         counts = self._distance.counts
         errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}

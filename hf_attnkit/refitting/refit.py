@@ -2,12 +2,12 @@
 
 Each layer is fitted on what the refitted layers below give it: all layers in one pass measured more than twice the
 perplexity (see docs/conversion.md). The models do not start again for each layer (see `walk`), so the whole refit takes
-about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
-stays: `guard`.
+about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`, `descent`; how firmly: `ridge`;
+what of it stays: `guard`.
 
 All sequences are fitted, those too on which the guard compares. Their sums are kept apart, and what it compares is a
-second solution of each layer, from the sums of the others, with the same ridge: no second walk, and what stays is fitted
-to everything.
+second solution of each layer, from the sums of the others, with the same ridge. So there is no second walk, and what
+stays is fitted to everything.
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -71,11 +72,11 @@ def refit_layers(
 
     Args:
         layers: of the changed model.
-        made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
+        made: gave every layer's output projection new parameters, and its query projection for "full" and "descent".
         batches: model inputs, at least one; padding is left out. Some of their sequences are held out.
-        key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
-            of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
-        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
+        key_order: for "full" and "descent": per layer, which key head of the untouched model is where now. Queries stay
+            in layers of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
+        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for these.
             Where it cannot be told (something is done to the attention's output before it is added), the attention's
             own output is fitted.
 
@@ -99,10 +100,11 @@ def refit_layers(
         guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
     counted = "uniform" if norms is None else "gradient"
-    full = options.fits == "full"
+    full = options.fits in ("full", "descent")
     assert not full or (key_order is not None and not stream)
     if guard is not None:
-        guard.before(layers, queries=full)
+        inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
+        guard.before(layers, inner, alone=options.fits == "full")
     skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
     untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
@@ -132,15 +134,15 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        if options.descent_passes:
-            real = [_real(layer, target.output, batch) for target, batch in zip(targets, inputs, strict=True)]
-            out = [folds.of(number, mask.shape) == folds.count for number, mask in enumerate(real)]
-            aims = [Aim(walk, t.output, (r & ~o).float(), (r & o).float()) for walk, t, r, o in zip(changed, targets, real, out, strict=True)]
-            import os
-            parts = {'q': layer.query, 'k': layer.key, 'v': layer.value, 'o': layer.output}
-            print(layer.index, descend(model, layer, [parts[p] for p in os.environ.get('PARTS', 'qkvo')], aims, options.descent_passes), flush=True)
         sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
         fit, edit = _fit_output(layer, sums, rest, options, divergences)
+        if options.fits == "descent":
+            # Outputs start from what is not fitted to the sequences that the passes are chosen on.
+            projections.apply(edit)
+            aims = _aims(layer, folds, changed, targets, inputs, weights)
+            modules = [each for each in _projections(layer) if made.covers(each)]
+            fit = replace(fit, descent=descend(model, layer, modules, aims, options.descent_passes))
+            edit = projections.present(layer.output)
         found.append(fit)
         without.append(edit)
         num_tokens = sum(own.alike.num_tokens for own in (*sums, *([] if rest is None else [rest])))
@@ -182,6 +184,31 @@ def _summed(
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
     return sums[: folds.count], sums[-1] if folds.has_aside else None
+
+
+def _projections(layer: AttentionLayer) -> list[nn.Module]:
+    """The layer's projections that are known, each once."""
+    found = {id(each): each for each in (layer.query, layer.key, layer.value, layer.output) if each is not None}
+    return list(found.values())
+
+
+def _aims(
+    layer: AttentionLayer,
+    folds: Folds,
+    walks: Sequence[Walk],
+    targets: Sequence[Seen],
+    inputs: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor] | None,
+) -> list[Aim]:
+    """What a descent looks at; sequences set aside count in the choice among its passes alone."""
+    aims = []
+    for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
+        counts = _real(layer, target.output, inputs[number]).float()
+        if weights is not None:
+            counts = counts * weights[number].to(counts)
+        aside = (folds.of(number, counts.shape, calls=_calls(layer)) == folds.count).to(counts)
+        aims.append(Aim(walk, target.output, counts * (1 - aside), counts * aside))
+    return aims
 
 
 def _fit_output(

@@ -135,16 +135,6 @@ def test_a_refit_that_harms_is_not_kept(family: str, caplog: pytest.LogCaptureFi
 
 
 def parts(batches: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
-    """What is fitted and what is held out, by default."""
-    aside = set_aside(batches, 0.1)
-    rows = [range(num_rows(each)) for each in batches]
-    stay = [[row for row in own if row not in out] for own, out in zip(rows, aside, strict=True)]
-    return tuple(  # type: ignore[return-value]
-        [rows_of(each, own) for each, own in zip(batches, chosen, strict=True) if own] for chosen in (stay, aside)
-    )
-
-
-def parts(batches: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
     """What the compared model is fitted to, and what it is compared on, by default."""
     aside = set_aside(batches, 0.1)
     rows = [range(num_rows(each)) for each in batches]

@@ -11,7 +11,7 @@ from support.models import batch, build
 from support.unchanged import unchanged
 from torch import Tensor
 
-import hf_attnkit.refitting.refit as refit_module
+import hf_attnkit.refitting.guard as guard_module
 from hf_attnkit import RefitOptions, convert_to_gqa, last_change, prune_heads
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.observing.walk import Walk
@@ -97,13 +97,8 @@ def test_a_descent_that_harms_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> No
     batches = many(original)
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="mean")
 
-    def harms(model: Any, layer: Any, modules: Any, aims: Any, passes: int) -> tuple[float, float]:
-        found = descend(model, layer, modules, aims, 1)
-        with torch.no_grad():
-            layer.value.weight.mul_(-30)
-        return found
-
-    monkeypatch.setattr(refit_module, "descend", harms)
+    said = iter([True, False])  # worse than none, and none not worse than it
+    monkeypatch.setattr(guard_module, "is_worse", lambda *_: next(said))
     fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=PASSES)
     report = last_change(fitted).refit  # type: ignore[union-attr]
     assert report.kept == "none" and set(report.held_out.errors) == {"none", "descent"}

@@ -82,25 +82,29 @@ class OutputDistance:
             start=torch.zeros((), dtype=torch.float64),
         )
 
-    def now(self) -> Tensor:
+    def now(self, model: PreTrainedModel | None = None) -> Tensor:
         """`(sequences,)` squared differences, summed over each one's positions, float64 on the CPU; 0 is equal.
 
         They are relative to the mean variance of the outputs as they were. Their sum over that of `counts` is the
         distance.
+
+        Args:
+            model: another one of the same outputs; by default the same, as it is now.
         """
         parts = []
         for batch, wanted in zip(self._batches, self._wanted, strict=True):
-            found = zip(self._run(batch)[0], wanted, strict=True)
+            found = zip(self._run(batch, model)[0], wanted, strict=True)
             parts += [(now[:: self._stride] - was).square().sum(-1) for now, was in found]
         lost = torch.cat(parts).double().cpu()
         energy = float(self._energy) / len(lost)
         lost = lost / energy if energy > 0 else lost
         return torch.zeros_like(self.counts).index_add(0, torch.cat(self._sequences), lost)
 
-    def _run(self, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def _run(self, batch: Mapping[str, Any], model: PreTrainedModel | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Of each output the real positions, and which sequence of the batch each is of."""
-        with torch.no_grad(), evaluation_mode(self._model):
-            outputs = final_outputs(self._model(**batch))
+        model = self._model if model is None else model
+        with torch.no_grad(), evaluation_mode(model):
+            outputs = final_outputs(model(**batch))
         return (
             [real_outputs(name, value, batch).float() for name, value in outputs.items()],
             [sequences_of(name, value, batch) for name, value in outputs.items()],

@@ -47,7 +47,7 @@ class Aim:
 
 
 def descend(
-    model: PreTrainedModel, layer: AttentionLayer, modules: Sequence[nn.Module], batches: Sequence[Aim], passes: int
+    model: PreTrainedModel, layer: AttentionLayer, modules: Sequence[nn.Linear], batches: Sequence[Aim], passes: int
 ) -> tuple[float, float]:
     """Change the parameters of these modules of a layer. Each gets parameters of its own, whatever is put back later.
 
@@ -61,9 +61,10 @@ def descend(
     """
     for module in modules:
         # A module's own numbers, which an edit that is kept for later does not share.
-        copies = [None if each is None else nn.Parameter(each.detach().clone(), each.requires_grad)
-                  for each in (module.weight, module.bias)]  # fmt: skip
-        projections.apply(projections.Edit(module, *copies))  # type: ignore[arg-type]
+        weight, bias = module.weight, module.bias
+        own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        own_bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        projections.apply(projections.Edit(module, own, own_bias))
     parameters = [parameter for module in modules for parameter in module.parameters(recurse=False)]
     # Steps are smaller than the rounding of 16 bits.
     wide = [parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters]

@@ -186,7 +186,7 @@ def _summed(
     return sums[: folds.count], sums[-1] if folds.has_aside else None
 
 
-def _projections(layer: AttentionLayer) -> list[nn.Module]:
+def _projections(layer: AttentionLayer) -> list[nn.Linear]:
     """The layer's projections that are known, each once."""
     found = {id(each): each for each in (layer.query, layer.key, layer.value, layer.output) if each is not None}
     return list(found.values())

@@ -144,4 +144,5 @@ def left_out(gram: Tensor, rest: Tensor, test_gram: Tensor, test_rest: Tensor, k
     strengths = torch.stack([strength_of(ridge, gram) for ridge in RIDGES]).nan_to_num(math.inf, math.inf)
     shrunk = 1 / (values.clamp(min=0) + strengths[:, None])  # (ridges, m); 0 for infinity
     errors = kept - 2 * (shrunk @ linear) + ((shrunk @ square) * shrunk).sum(1)
-    return errors.double().cpu()
+    found: Tensor = errors.double().cpu()
+    return found

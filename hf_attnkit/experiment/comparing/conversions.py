@@ -94,8 +94,9 @@ def compare(
             elif "data" in extras:
                 options |= {"calibration": moments, "refit": False}
             hf_attnkit.convert_to_gqa(run.model, **options)
-            run.evaluate("changed", variant=variant, **({} if distance is None else distance.facts(run.model)))
-            print(f"{number} key/value heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
+            measured = {} if distance is None else distance.facts(run.model)
+            run.evaluate("changed", variant=variant, **measured)
+            print(f"{number} key/value heads, {variant}: {run.stages[-1]['metrics'] | measured}", flush=True)
     run.model = original
     run.done = Change(
         "comparison",

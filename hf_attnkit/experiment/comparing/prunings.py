@@ -120,7 +120,9 @@ def compare(
             facts = {"variant": variant, "prune_fraction": fraction, "refit": refit}
             measured = {} if distance is None else distance.facts(run.model)
             run.evaluate("changed", **facts, removed=removed, **measured)
-            print(f"{fraction:.0%} removed, {variant}, refit {refit}: {run.stages[-1]['metrics']}", flush=True)
+            print(
+                f"{fraction:.0%} removed, {variant}, refit {refit}: {run.stages[-1]['metrics'] | measured}", flush=True
+            )
             if run.training.do_train:
                 _recover(run, run.model, **facts)
     run.model = original

@@ -53,7 +53,8 @@ def convert_to_gqa(
             refit; or `Statistics`, for the moments alone. Without it inputs are taken to be uncorrelated.
         refit: what is fitted to the untouched model after the merge, layer by layer and without labels: "full"
             (queries, then outputs; queries where they are a linear map of the layer's input and scores are plain
-            products under a softmax), "output" (output projections), "scale" (one factor per query head) or "none".
+            products under a softmax), "descent" (the same, then all four projections by gradient descent on the layer's
+            own error), "output" (output projections), "scale" (one factor per query head) or "none".
             `True` is "full", `False` is "none"; `RefitOptions` say more. Default: "full" where batches are given. Some
             sequences are held out: what brings the model's outputs on them further from the untouched model's is not
             kept, see `last_change`.

@@ -60,6 +60,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--prune_fractions": ("0.5",),
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
     "--save_steps": ("1",),
+    "--distance_samples": ("2", "--calibration_samples", "6"),
 }
 # Without effect under the sizes that `--quantities` fixes.
 FIXED = {"--quantities": ("--lengths", "--batch_size")}

@@ -1,0 +1,143 @@
+"""Models, stock and changed, as ONNX files: loaded as documented they give what the model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.glue_files import tiny_tokenizer
+from support.models import build
+from transformers import PreTrainedModel
+
+from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, swap_attention
+from hf_attnkit.cli import main
+from hf_attnkit.export import Exported, export_onnx
+from hf_attnkit.export.generation import generate
+from hf_attnkit.export.inputs import make_inputs
+from hf_attnkit.export.proof import FACTORS
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package)
+
+
+def pruned(family: str, head: str) -> PreTrainedModel:
+    """Other numbers of heads in each layer, and none in the last."""
+    model = build(family, head)
+    prune_heads(model, {0: [0, 3, 5], 1: list(range(8))})
+    return model
+
+
+def converted(family: str, head: str) -> PreTrainedModel:
+    model = build(family, head)
+    convert_to_gqa(model, [4, 1])
+    return model
+
+
+def mixed(family: str, head: str) -> PreTrainedModel:
+    model = build(family, head)
+    swap_attention(model, "sliding_window", layers=[0], window=5, num_sink_tokens=2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A BERT with other numbers of heads in each layer, exported by the command."""
+    folder = tmp_path_factory.mktemp("export")
+    model = pruned("bert", "sequence")
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    main(["export", str(folder / "model"), str(folder / "out")])
+    return load_pretrained(folder / "model"), folder
+
+
+def test_a_pruned_model_runs_in_onnx_runtime(smallest: tuple[PreTrainedModel, Path]) -> None:
+    """As docs/serving.md shows it."""
+    from transformers import AutoTokenizer
+    from transformers.exporters import ExportedModel
+
+    model, folder = smallest
+    assert sorted(path.name for path in folder.iterdir()) == ["model", "out"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out")
+    exported = ExportedModel.from_pretrained(folder / "out", device="cpu")
+    given = tokenizer(["a b c", "d"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        wanted = model(**given).logits
+    bound = FACTORS[torch.float32] * torch.finfo(torch.float32).eps * wanted.abs().max() * 10
+    assert (exported(**given).logits - wanted).abs().max() <= bound
+
+
+def test_onnx_runtime_alone_runs_it(smallest: tuple[PreTrainedModel, Path]) -> None:
+    import onnxruntime
+
+    model, folder = smallest
+    session = onnxruntime.InferenceSession(folder / "out" / "model.onnx")
+    given = make_inputs(model, ["token_type_ids"] * ("token_type_ids" in {i.name for i in session.get_inputs()}), 2, 9)
+    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
+    with torch.no_grad():
+        wanted = model(**given).logits
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=float(1e-4 * wanted.abs().max()))
+
+
+ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "stock": lambda: build("bert", "sequence"),
+    "grouped": lambda: converted("bert", "token"),
+    "mixed": lambda: mixed("bert", "base"),
+    "roberta": lambda: build("roberta", "masked"),
+    "distilbert": lambda: build("distilbert", "sequence"),
+    "decoder that classifies": lambda: pruned("llama", "sequence"),
+    "sliding_window": lambda: swap_attention(build("bert", "token"), "sliding_window", window=5),
+    "local_global": lambda: swap_attention(build("bert", "token"), "local_global", window=5),
+    "linear": lambda: swap_attention(build("bert", "token"), "linear", feature_map="hedgehog", window=4),
+    "linear everywhere": lambda: swap_attention(build("bert", "token"), "linear"),
+    **{kind: (lambda kind=kind: swap_attention(build("bert", "token"), kind)) for kind in ("mha", "gqa", "flash")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:linear attention is another function")
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str, tmp_path: Path) -> None:
+    """The export compares: it either is right or raises."""
+    found = export_onnx(ENCODERS[name](), tmp_path / "out")
+    assert not found.decodes and len(found.compared) >= 6 and found.off <= found.bound < 1e-3
+    assert {"model.onnx", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "heads per layer": lambda: converted("llama", "causal"),
+    "a layer without heads": lambda: pruned("llama", "causal"),
+    "gpt2": lambda: build("gpt2", "causal"),
+    "its own window": lambda: build("mistral", "causal", sliding_window=6),
+    "sliding_window": lambda: swap_attention(build("llama", "causal"), "sliding_window", window=5, num_sink_tokens=2),
+    "linear": lambda: swap_attention(build("llama", "causal", kv_heads=2), "linear", window=4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:linear attention is another function")
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_put_out_the_same_tokens(name: str, tmp_path: Path) -> None:
+    from transformers.exporters import ExportedModel
+
+    model = DECODERS[name]()
+    found = export_onnx(model, tmp_path / "out")
+    assert found.decodes and found.off <= found.bound < 1e-3
+    prompt = make_inputs(model, [], 2, 11)
+    prompt = {name: tensor.flip(1) for name, tensor in prompt.items()}  # padded on the left
+    wanted = model.generate(**prompt, max_new_tokens=7, min_new_tokens=7, do_sample=False)[:, 11:]
+    exported = ExportedModel.from_pretrained(tmp_path / "out", device="cpu")
+    assert generate(exported, prompt["input_ids"], prompt["attention_mask"], 7).equal(wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_smaller_files(family: str, precision: str, tmp_path: Path) -> None:
+    model = pruned(family, "sequence" if family == "bert" else "causal")
+    small: Exported = export_onnx(model, tmp_path / "out", precision=precision)
+    floats = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert small.num_bytes < 0.8 * floats
+    assert 1e-5 < small.off < (0.05 if precision == "float16" else 0.5)
+    assert str(small).startswith(f"{tmp_path / 'out' / 'model.onnx'}, {precision}, ")

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
+from hf_attnkit.attention.paged import refuse_paged_cache
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved, saved_kind
 from hf_attnkit.editing import projections
@@ -101,6 +102,8 @@ def load_pretrained(
         layers = attention_layers(model)
         running = [saved_kind(model, layer.index) for layer in layers]
         require_grouping(model, layers, [(layer.num_heads, layer.num_key_value_heads) for layer in layers], running)
+    if is_marked(model) or in_table(model):
+        refuse_paged_cache(model)
     if swapped:
         restore_names(model.config)
         install_saved(model)

@@ -91,11 +91,10 @@ def _compare(model: PreTrainedModel, exported: Any, batch: int, length: int, dty
         made = model.generate(**prompt, generation_config=_greedy(output_logits=True, return_dict_in_generate=True))
     tokens, wanted = made.sequences[:, length:], torch.stack(made.logits, 1).float()
     try:
-        got = torch.stack(
-            list(_steps(exported, prompt["input_ids"], prompt["attention_mask"], tokens, STEPS)), 1
-        ).float()
+        steps = list(_steps(exported, prompt["input_ids"], prompt["attention_mask"], tokens, STEPS))
     except Exception as error:  # of the runtime's own classes
         raise ValueError(f"{where}: the file does not run: {first_line(error)}") from error
+    got = torch.stack(steps, 1).float()
     if not torch.isfinite(got).all():
         raise ValueError(f"{where}: logits of the file are not finite")
     size = largest(wanted)

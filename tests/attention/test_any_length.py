@@ -15,6 +15,7 @@ from hf_attnkit.attention.any_length import any_length
 from hf_attnkit.attention.kind import ATTRIBUTE
 from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
+from hf_attnkit.attention.mask import Mask
 
 
 def swapped(family: str, name: str) -> Any:
@@ -36,7 +37,7 @@ def test_it_is_what_the_kernels_compute(name: str, family: str) -> None:
         wanted = outputs(model, given, **({"use_cache": False} if family == "llama" else {}))
         with any_length(model):
             if isinstance(kind, LocalGlobalAttention) and kind.num_random_blocks:
-                with pytest.raises(ValueError, match="random blocks in Python.*num_random_blocks=0"):
+                with pytest.raises(ValueError, match=r"random blocks in Python.*num_random_blocks=0"):
                     model(**given)
                 return
             got = outputs(model, given, **({"use_cache": False} if family == "llama" else {}))
@@ -58,8 +59,6 @@ def test_the_kinds_come_back() -> None:
 
 def test_large_scores_of_a_window_do_not_overflow() -> None:
     """exp(1000) has no number; the window's largest score is taken out first."""
-    from hf_attnkit.attention.mask import Mask
-
     kind, mask = LinearAttention(window=2), Mask.aligned(4, 4, is_causal=True)
     query = torch.full((1, 1, 4, 2), 100.0, dtype=torch.float64)
     value = torch.randn(1, 1, 4, 2, dtype=torch.float64)

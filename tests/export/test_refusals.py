@@ -62,7 +62,7 @@ def test_only_models() -> None:
 def test_a_model_without_a_token_of_padding_says_so(tmp_path: Path) -> None:
     """Transformers' own reason arrives."""
     model = build("llama", "sequence", pad_token_id=None)
-    with pytest.raises(ValueError, match="cannot be exported: ValueError: .*padding token"):
+    with pytest.raises(ValueError, match=r"cannot be exported: ValueError: .*padding token"):
         export_onnx(model, tmp_path / "out")
     assert nothing_left(tmp_path)
 
@@ -143,7 +143,7 @@ def test_a_file_that_is_pinned_to_a_length_is_found() -> None:
         return model(**inputs)
 
     given = list(compared_inputs(model, input_names(model, None)))
-    with torch.no_grad(), pytest.raises(ValueError, match="40 tokens the file does not run: .*Non-zero status code$"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"40 tokens the file does not run: .*Non-zero status code$"):
         compare(model, run, given, torch.float32)
 
 

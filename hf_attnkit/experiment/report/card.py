@@ -30,12 +30,13 @@ from hf_attnkit.experiment.report.template import environment
 from hf_attnkit.loading import skeleton
 
 ADAPTERS = "adapter_config.json"  # of a folder that holds adapters and no model
+ONNX = "model.onnx"  # of an export
 # A task's metric -> the hub's name for it, where they differ.
 _HUB_METRICS = {"pearson": "pearsonr"}
 # Kinds of change -> tags that people search for; another kind is its own tag.
 _TAGS = {
     "pruning": ["head-pruning"], "conversion": ["grouped-query-attention"], "swap": ["attention-swap"],
-    "adapters": ["lora"], "fine-tuning": [],
+    "adapters": ["lora"], "fine-tuning": [], "export": ["onnx"],
 }  # fmt: skip
 _AUTO_CLASSES = {"text-generation": "ModelForCausalLM", "text-classification": "ModelForSequenceClassification"}
 
@@ -92,7 +93,11 @@ def _metadata(folder: Path, results: Results, name: str) -> ModelCardData:
     metrics = of_model[-1]["metrics"] if of_model else {}
     evaluated = [_result(data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     return ModelCardData(
-        library_name="peft" if (folder / ADAPTERS).is_file() else "transformers",
+        library_name="peft"
+        if (folder / ADAPTERS).is_file()
+        else "onnx"
+        if (folder / ONNX).is_file()
+        else "transformers",
         base_model=model["path"] if model["path"] != "local" else model.get("base_model"),
         datasets=[data["hub_path"]] if _is_on_hub(data) else None,
         language=data["language"],
@@ -167,6 +172,12 @@ def _loading(folder: Path, task_type: str, name: str) -> tuple[str, str]:
     if (folder / ADAPTERS).is_file():
         return "peft", f"from peft import AutoPeft{automatic}\n\nmodel = AutoPeft{automatic}.from_pretrained({name})"
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    if (folder / ONNX).is_file():
+        return "onnx", (
+            "from transformers import AutoTokenizer\nfrom transformers.exporters import ExportedModel\n\n"
+            f'model = ExportedModel.from_pretrained({name}, device="cpu")\n{tokenizer}\n'
+            'logits = model(**tokenizer("A sentence.", return_tensors="pt")).logits'
+        )
     if loads_without_us(folder):
         return "transformers", (
             f"from transformers import Auto{automatic}, AutoTokenizer\n\n"

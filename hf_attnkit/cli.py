@@ -3,6 +3,7 @@
     hf-attnkit inspect MODEL
     hf-attnkit convert IN OUT --num_key_value_heads 4 --method pca --statistics statistics.safetensors
     hf-attnkit export MODEL OUT --int8
+    hf-attnkit lm_eval --model hf_attnkit --model_args pretrained=MODEL --tasks demo_pairs
 
 Exit codes: 0 done, 1 refused (one line on standard error says why), 2 wrong usage.
 """
@@ -10,8 +11,10 @@ Exit codes: 0 done, 1 refused (one line on standard error says why), 2 wrong usa
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -33,10 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_inspect(commands)
     _add_convert(commands)
     _add_export(commands)
-    given = vars(parser.parse_args(arguments))
+    _add_lm_eval(commands)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["lm_eval"]:  # the rest is that command's own
+        given: dict[str, Any] = {"command": lm_eval, "arguments": words[1:]}
+    else:
+        given = vars(parser.parse_args(words))
     command: Callable[..., str] = given.pop("command")
     try:
-        print(command(**given))
+        if printed := command(**given):
+            print(printed)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
 
@@ -89,6 +98,20 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     smaller.add_argument("--fp16", action="store_const", dest="precision", const="float16", help="float16 instead")
     parser.add_argument("--opset", type=int, help=f"of ONNX, at least {LOWEST_OPSET} (default: the exporter's)")
     parser.set_defaults(command=export)
+
+
+def _add_lm_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser(
+        "lm_eval", add_help=False, help="lm-evaluation-harness with the model class hf_attnkit"
+    )  # fmt: skip
+
+
+def lm_eval(arguments: Sequence[str]) -> str:
+    """Run lm-evaluation-harness, which prints by itself."""
+    from hf_attnkit.experiment.harness.model import main as run
+
+    run(arguments)
+    return ""
 
 
 def export(model: str, target: str, precision: str, opset: int | None) -> str:

@@ -1,7 +1,7 @@
 """Decoders: one graph for the prompt and for each step, which takes a cache of keys and values and returns it longer.
 
-The graph is Transformers' decoding component, traced with two new tokens so that their number stays open. A prompt is
-that graph with an empty cache. All layers keep all keys there, also those whose kind sees only a window: the window is
+The graph is traced with two new tokens behind a cache, so that both numbers stay open. A prompt is that graph with an
+empty cache. All layers keep all keys there, also those whose kind sees only a window: the window is
 in the graph's mask.
 
 It is compared with `model.generate`, whose cache is the model's own: the same tokens, and logits as far apart as
@@ -10,6 +10,7 @@ rounding explains.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,16 +29,23 @@ _TEXT = ("input_ids", "attention_mask")
 def export_decoder(model: PreTrainedModel, opset: int | None) -> Any:
     """`ExportedModel` with the one component "model"."""
     from transformers.exporters import OnnxConfig, OnnxExporter
-    from transformers.exporters.utils import decompose_for_generation
 
-    stages = decompose_for_generation(
-        model, _prompt(inputs.traced_inputs(model, _TEXT)), generation_config=_greedy(), multi_token_decode=True
-    )
-    part, given = stages["decode"]
-    given = {name: value for name, value in given.items() if isinstance(value, (Tensor, DynamicCache))}
-    if not isinstance(given.get("past_key_values"), DynamicCache):
-        raise ValueError("its cache is not Transformers' DynamicCache, which is what the graph takes and returns")
-    return OnnxExporter().export(part, given, OnnxConfig(dynamic=True, opset_version=opset))
+    prompt = _prompt(inputs.traced_inputs(model, _TEXT))
+    # Not `DynamicCache(config=...)`, whose layers of a model's own window drop keys by a count in Python.
+    cache = DynamicCache()
+    known = inspect.signature(model.forward).parameters
+    positions = (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with_positions = {"position_ids": positions} if "position_ids" in known else {}
+    model(**prompt, **with_positions, past_key_values=cache, use_cache=True)
+    if len(cache.layers) == 0:
+        raise ValueError("it keeps nothing in Transformers' DynamicCache, which is what the graph takes and returns")
+    new = prompt["input_ids"][:, -2:]
+    mask = torch.cat([prompt["attention_mask"], torch.ones_like(new)], dim=1)
+    given: dict[str, Any] = {"input_ids": new, "attention_mask": mask}
+    if with_positions:
+        given["position_ids"] = (mask.cumsum(-1) - 1)[:, -2:]
+    given |= {"past_key_values": cache, "use_cache": True}
+    return OnnxExporter().export(model, given, OnnxConfig(dynamic=True, opset_version=opset))
 
 
 def empty_cache(exported: Any, batch: int) -> DynamicCache:

@@ -39,8 +39,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "bfloat16": (lambda: build("bert").bfloat16(), {}, r"is in bfloat16, cpu, and .*model.to\('cpu', torch.float32\)"),
     "two graphs": (lambda: build("t5"), {}, "an encoder and a decoder, two graphs"),
     "images": (lambda: build("vit"), {}, "reads 'pixel_values'; only models that read text"),
-    "old opset": (lambda: build("bert"), {"opset": 11}, "opset must be an integer from 18"),
-    "future opset": (lambda: build("bert"), {"opset": 1000}, "opset must be an integer from 18 to"),
+    "old opset": (lambda: build("bert"), {"opset": 11}, "opset=11 must be an integer from 18 to"),
+    "future opset": (lambda: build("bert"), {"opset": 1000}, "opset=1000 must be an integer from 18 to"),
     "precision": (lambda: build("bert"), {"precision": "int4"}, "precision.*'int4'.*float32"),
     "no expression": (random_blocks, {}, "BertModel cannot be exported: ValueError: .*num_random_blocks=0"),
 }

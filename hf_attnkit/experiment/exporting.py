@@ -21,6 +21,7 @@ from hf_attnkit.experiment.report.page import write_report
 from hf_attnkit.experiment.report.stage_table import model_name
 from hf_attnkit.experiment.timing import REPEATS, longest_batch, spread
 from hf_attnkit.export import PRECISIONS, Exported, export_onnx
+from hf_attnkit.export.loads_where import loads_where
 
 
 @dataclass
@@ -104,6 +105,7 @@ def export_and_measure(run: GlueRun, arguments: ExportArguments) -> Exported:
     run.done = Change("export", f"exported to ONNX, {arguments.precision}", _facts(exported))
     found = run.results(**{name: value for name, value in vars(arguments).items() if name != "precision"})
     found["timing"] = _timing(sides, longest_batch(trainer, run.eval_data), found["device"])
+    found["loads"] = [vars(answer) for answer in loads_where(run.output)]
     write_card(run.output, found, name=model_name(str(run.output.resolve())))
     write_json(run.output / "results.json", found)
     run.progress.remove()

@@ -15,10 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
 
 from hf_attnkit import available_attentions
 from hf_attnkit.experiment.files import write_text
@@ -27,10 +24,9 @@ from hf_attnkit.experiment.report.results import public, read_results, without_f
 from hf_attnkit.experiment.report.schema import Data, Results
 from hf_attnkit.experiment.report.stage_table import heads, model_name, notes, stage_table
 from hf_attnkit.experiment.report.template import environment
-from hf_attnkit.loading import skeleton
+from hf_attnkit.export.loads_where import ONNX, loads_where, loads_without_us
 
 ADAPTERS = "adapter_config.json"  # of a folder that holds adapters and no model
-ONNX = "model.onnx"  # of an export
 # A task's metric -> the hub's name for it, where they differ.
 _HUB_METRICS = {"pearson": "pearsonr"}
 # Kinds of change -> tags that people search for; another kind is its own tag.
@@ -67,24 +63,6 @@ def base_model(path: str) -> str | None:
     named = ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model")
     first = named[0] if isinstance(named, list) and named else named
     return first if isinstance(first, str) else None
-
-
-def loads_without_us(folder: Path) -> bool:
-    """Whether Transformers' own class, built from the saved config, has the saved model's sizes and attention."""
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "hf_attnkit", None) is not None:
-        return False
-    sizes = _sizes(skeleton(config))
-    try:
-        with torch.device("meta"):
-            stock = getattr(transformers, config.architectures[0])(AutoConfig.from_pretrained(folder))
-    except Exception:  # each class has errors of its own for numbers of heads that it cannot express
-        return False
-    return _sizes(stock) == sizes
-
-
-def _sizes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def _metadata(folder: Path, results: Results, name: str) -> ModelCardData:
@@ -161,6 +139,7 @@ def _text(folder: Path, results: Results, name: str) -> str:
         comparison=summary.comparison(results),
         needs=needs,
         loading=code,
+        loads=results.get("loads") or [vars(answer) for answer in loads_where(folder)],
         command=summary.command_lines(results["command"]),
         machine={"seed": results["seed"], "device": results["device"], **results["versions"]},
     )  # fmt: skip

@@ -33,6 +33,8 @@ class _Loader:
 class AttnkitLM(HFLM):
     """Arguments are those of `hf` (`pretrained`, `dtype`, `batch_size`, ...), and so are the numbers it gives."""
 
+    AUTO_MODEL_CLASS: Any = None  # chosen by the config
+
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         automatic = self.AUTO_MODEL_CLASS
         self.AUTO_MODEL_CLASS = _Loader(automatic)

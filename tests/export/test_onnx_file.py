@@ -101,7 +101,8 @@ def test_half_precision_of_grouped_heads(tmp_path: Path) -> None:
     convert_to_gqa(model, [4, 1])
     small: Exported = export_onnx(model, tmp_path / "out", precision="float16")
     weights = onnx.load(tmp_path / "out" / "model.onnx").graph.initializer
-    assert {each.data_type for each in weights if len(each.dims) == 2} == {onnx.TensorProto.FLOAT16}
+    kinds = {each.data_type for each in weights if len(each.dims) == 2} - {onnx.TensorProto.INT64}  # shapes
+    assert kinds == {onnx.TensorProto.FLOAT16}
     assert 1e-5 < small.off < small.bound < 0.2 and next(model.parameters()).dtype == torch.float32
     assert str(small).startswith(f"{tmp_path / 'out' / 'model.onnx'}, float16, ")
 

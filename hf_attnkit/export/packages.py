@@ -12,8 +12,10 @@ def require_packages() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"an export needs {', '.join(missing)}: pip install 'hf_attnkit[export]'")
-    if importlib.util.find_spec("transformers.exporters") is None:
+    try:
+        from transformers.exporters import ExportedModel, OnnxRuntimeQuantizer  # noqa: F401 - whether they are there
+    except ImportError as error:
         raise ImportError(
-            "an export needs transformers.exporters, which this version of Transformers does not have: "
+            f"an export needs transformers.exporters as Transformers 5.23 has it ({error}): "
             "pip install 'transformers>=5.23'"
-        )
+        ) from error

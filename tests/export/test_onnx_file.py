@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.glue_files import tiny_tokenizer
 from support.models import build
+from support.unchanged import unchanged
 from transformers import PreTrainedModel
 
 from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, swap_attention
@@ -88,7 +89,9 @@ def test_onnx_runtime_alone_runs_it(smallest: tuple[PreTrainedModel, Path]) -> N
 @pytest.mark.filterwarnings("ignore:linear attention is another function")
 def test_every_kind(tmp_path: Path) -> None:
     """The export compares: it either is right or raises."""
-    found = export_onnx(of_every_kind("bert", "token"), tmp_path / "out")
+    model = of_every_kind("bert", "token").train()
+    with unchanged(model):
+        found = export_onnx(model, tmp_path / "out")
     assert not found.decodes and len(found.compared) == 6 and found.off <= found.bound < 1e-3
     assert {"model.onnx", "config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -127,7 +130,8 @@ def test_decoders_put_out_the_same_tokens(name: str, tmp_path: Path) -> None:
     from transformers.exporters import ExportedModel
 
     model = DECODERS[name]()
-    found = export_onnx(model, tmp_path / "out")
+    with unchanged(model):
+        found = export_onnx(model, tmp_path / "out")
     assert found.decodes and found.off <= found.bound < 1e-3
     prompt = {name: tensor.flip(1) for name, tensor in make_inputs(model, [], 2, 11).items()}  # padded on the left
     wanted = model.generate(**prompt, max_new_tokens=7, min_new_tokens=7, do_sample=False)[:, 11:]

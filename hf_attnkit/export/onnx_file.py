@@ -166,7 +166,14 @@ def _write(
 
     traced = copy.deepcopy(model).half() if precision == "float16" else model
     try:
-        with _silence(), plain_mode(), evaluation_mode(traced), any_length(traced), torch.no_grad():
+        with (
+            _silence(),
+            plain_mode(),
+            evaluation_mode(traced),
+            _attributes_kept(traced),
+            any_length(traced),
+            torch.no_grad(),
+        ):
             if decodes:
                 exported = generation.export_decoder(traced, opset)
             else:
@@ -213,6 +220,17 @@ def _quantized(program: Any, traced: dict[str, torch.Tensor]) -> Any:
 
     settings = OnnxRuntimeDynamicConfig(per_channel=True)
     return OnnxRuntimeQuantizer(settings).quantize(program, traced, ExportFormat.ONNX)
+
+
+@contextmanager
+def _attributes_kept(model: PreTrainedModel) -> Iterator[None]:
+    """Take away what the exporter leaves on the model: it puts `forward` back as an attribute of the object."""
+    before = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - before:
+            del vars(model)[name]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_attnkit import convert_to_gqa, prune_heads, swap_attention
 from hf_attnkit.cli import main
+from hf_attnkit.experiment.glue.demo_data import make_pairs
 
 pytest.importorskip("lm_eval")
 
@@ -40,7 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def evaluated(model: str, folder: Path) -> dict[str, Any]:
+def evaluated(model: str, folder: Path, tasks: Path | None = None) -> dict[str, Any]:
+    """By the task `demo_pairs` of this package, or of another folder."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -50,7 +53,7 @@ def evaluated(model: str, folder: Path) -> dict[str, Any]:
         model=model,
         model_args={"pretrained": str(folder)},
         tasks=["demo_pairs"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        task_manager=TaskManager(include_path=str(tasks or TASKS), include_defaults=False),
         device="cpu",
         batch_size=8,
         limit=12,
@@ -73,6 +76,20 @@ def test_a_changed_model_is_evaluated(folders: dict[str, Path]) -> None:
     assert changed["logprobs"] != evaluated("hf_attnkit", folders["plain"])["logprobs"]
     with pytest.raises((ValueError, RuntimeError)):  # which plain Transformers refuses; this process knows the name
         evaluated("hf", folders["changed"])
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_is_a_yaml_file_and_rows(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The same pairs as JSONL give the same numbers."""
+    from hf_attnkit.experiment.harness.model import TASKS
+
+    rows = "".join(f"{json.dumps(vars(pair))}\n" for pair in make_pairs("validation"))
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    wording = (TASKS / "demo_pairs.yaml").read_text()
+    source = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    validation: {tmp_path / 'pairs.jsonl'}"
+    (tmp_path / "demo_pairs.yaml").write_text(wording.replace("custom_dataset: !function demo_pairs.load", source))
+    given = folders["changed"]
+    assert evaluated("hf_attnkit", given, tmp_path) == evaluated("hf_attnkit", given)
 
 
 def test_the_command_hands_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from hf_attnkit.export.proof import Compared, compare, first_line
 
 PRECISIONS = ("float32", "float16", "int8")
 LOWEST_OPSET = 18
-_LOUD = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers", "root")
+_LOUD = ("torch.onnx", "torch.export", "torch._export", "onnxscript", "onnx_ir", "transformers", "root")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""`hf-attnkit`: what can be done with a checkpoint, and its conversion to grouped-query attention.
+"""`hf-attnkit`: what can be done with a checkpoint, its conversion to grouped-query attention, its export to ONNX.
 
     hf-attnkit inspect MODEL
     hf-attnkit convert IN OUT --num_key_value_heads 4 --method pca --statistics statistics.safetensors
+    hf-attnkit export MODEL OUT --int8
+    hf-attnkit lm_eval --model hf_attnkit --model_args pretrained=MODEL --tasks demo_pairs
 
 Exit codes: 0 done, 1 refused (one line on standard error says why), 2 wrong usage.
 """
@@ -9,14 +11,21 @@ Exit codes: 0 done, 1 refused (one line on standard error says why), 2 wrong usa
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from hf_attnkit.analysis.trials import silent
 from hf_attnkit.analysis.weightless import inspect_checkpoint
 from hf_attnkit.common.version import __version__
 from hf_attnkit.conversion import METHODS, convert_checkpoint
+from hf_attnkit.export import LOWEST_OPSET, export_onnx
+from hf_attnkit.export.folder import require_free
+from hf_attnkit.export.packages import require_packages
+from hf_attnkit.loading import load_pretrained
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,11 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands)
     _add_convert(commands)
-    given = vars(parser.parse_args(arguments))
+    _add_export(commands)
+    _add_lm_eval(commands)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["lm_eval"]:  # the rest is that command's own
+        given: dict[str, Any] = {"command": lm_eval, "arguments": words[1:]}
+    else:
+        given = vars(parser.parse_args(words))
     command: Callable[..., str] = given.pop("command")
     try:
-        print(command(**given))
-    except (ValueError, OSError) as error:
+        if printed := command(**given):
+            print(printed)
+    except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{parser.prog}: {' '.join(str(error).split())}\n")
 
 
@@ -64,6 +80,51 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--key_method", choices=methods, help="another method for the keys")
     parser.add_argument("--statistics", metavar="FILE", help="second moments for pca: recipes/collect_statistics.py")
     parser.set_defaults(command=convert)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export", help="write a model as an ONNX file that was compared with it",
+        description="Write a model as an ONNX file. The file is compared with the model in ONNX Runtime, at lengths "
+        "and batches that were not traced, before it gets its name; what cannot be exported right is refused.",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="folder, or name on the hub; any that load_pretrained reads")
+    parser.add_argument("target", metavar="OUT", help="folder for model.onnx, config and tokenizer; must not exist")
+    smaller = parser.add_mutually_exclusive_group()
+    smaller.add_argument(
+        "--int8", action="store_const", dest="precision", const="int8", default="float32",
+        help="weights of 8 bits, activations quantized as they come",
+    )  # fmt: skip
+    smaller.add_argument("--fp16", action="store_const", dest="precision", const="float16", help="float16 instead")
+    parser.add_argument("--opset", type=int, help=f"of ONNX, at least {LOWEST_OPSET} (default: the exporter's)")
+    parser.set_defaults(command=export)
+
+
+def _add_lm_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    commands.add_parser(
+        "lm_eval", add_help=False, help="lm-evaluation-harness with the model class hf_attnkit"
+    )  # fmt: skip
+
+
+def lm_eval(arguments: Sequence[str]) -> str:
+    """Run lm-evaluation-harness, which prints by itself."""
+    from hf_attnkit.experiment.harness.model import main as run
+
+    run(arguments)
+    return ""
+
+
+def export(model: str, target: str, precision: str, opset: int | None) -> str:
+    """What `export_onnx` did, as it prints."""
+    require_packages()
+    require_free(Path(target))
+    with silent():
+        loaded = load_pretrained(model, dtype="float32")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError):  # the folder has none
+            tokenizer = None
+    return str(export_onnx(loaded, target, tokenizer=tokenizer, precision=precision, opset=opset))
 
 
 def convert(source: str, target: str, num_key_value_heads: list[int] | None = None, **options: str) -> str:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_grouping
 from hf_attnkit.attention.kind import NAME, PARAMETERS
+from hf_attnkit.attention.paged import refuse_paged_cache
 from hf_attnkit.attention.saved_kinds import is_saved, restore_names
 from hf_attnkit.attention.swap import add_saved_parameters, install_saved
 from hf_attnkit.editing.head_record import build_as_recorded, build_by_stock, is_marked, recorded_heads
@@ -103,6 +104,8 @@ def load_pretrained(
         modules, heads = recorded_heads(model)
         running = [getattr(module, "config", model.config)._attn_implementation for module in modules]
         require_grouping(model, modules, heads, running)
+    if before or is_marked(model):
+        refuse_paged_cache(model)
     return (model, info) if kwargs.get("output_loading_info") else model
 
 

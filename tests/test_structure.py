@@ -12,8 +12,8 @@ import hf_attnkit
 PACKAGE = Path(hf_attnkit.__file__).parent
 PROJECT = PACKAGE.parent
 # From the top down: a folder or file imports from its own and from those after it.
-ORDER = ("cli", "experiment", "analysis", "conversion", "pruning", "importance", "refitting", "loading", "observing",
-         "editing", "attention", "models", "common")  # fmt: skip
+ORDER = ("cli", "experiment", "export", "analysis", "conversion", "pruning", "importance", "refitting", "loading",
+         "observing", "editing", "attention", "models", "common")  # fmt: skip
 # The same within folders that have floors of their own.
 INSIDE = {
     "attention": ("attention_backends", "swap", "proof", "choose_kinds", "cache_placement", "consistency", "dispatch",

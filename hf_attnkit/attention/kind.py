@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.cache import SequenceLayer
+from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common import options
 
@@ -103,6 +104,22 @@ class Kind(ABC):
             The output `(batch, num_heads, queries, head_dim)`, and the weights `(batch, num_heads, queries, keys)` or
             `None` if it forms none.
         """
+
+    def of_any_length(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, call: Call = NO_CALL
+    ) -> Tensor:
+        """The output of `attention` as one expression: no tiles, no choice by size, no dropout, no cache of its own.
+
+        For graphs that are traced once and then run at other lengths. By default softmax under the matrix of `seen`,
+        quadratic in the length. Arguments and result as `attention`.
+
+        Raises:
+            ValueError: if there is no such expression; the message says why.
+        """
+        if not self.forms_scores:
+            raise ValueError(f"{self} says no expression that holds for every length (`Kind.of_any_length`)")
+        seen = self.seen(mask.as_matrix(), key.shape, call).as_matrix()
+        return backends.attend(query, key, value, seen, scaling=scaling, backend="sdpa")
 
     @property
     def cached_as(self) -> Kind:

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.paged import refuse_paged_cache
+
 
 @dataclass(frozen=True)
 class ChangeReport:
@@ -30,6 +32,7 @@ _REPORTS: WeakKeyDictionary[PreTrainedModel, ChangeReport] = WeakKeyDictionary()
 def record_change(model: PreTrainedModel, report: ChangeReport) -> None:
     """Note what a change did to the model; `last_change` gives it."""
     _REPORTS[model] = report
+    refuse_paged_cache(model)
 
 
 def last_change(model: PreTrainedModel) -> ChangeReport | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
+from hf_attnkit.analysis.entropy_callback import core_model
 from hf_attnkit.experiment.costs import machine
 from hf_attnkit.experiment.files import write_json
 from hf_attnkit.experiment.record import command, command_digest
@@ -18,6 +19,7 @@ from hf_attnkit.experiment.report.page import write_report
 from hf_attnkit.experiment.report.stage_table import label, model_name
 from hf_attnkit.experiment.resume import writing
 from hf_attnkit.experiment.timing import longest_batch, time_stages
+from hf_attnkit.export.loads_where import loads_where
 
 if TYPE_CHECKING:
     from hf_attnkit.experiment.run import Run
@@ -73,6 +75,8 @@ def publish(run: Run, **facts: Any) -> None:
         if run.stages:
             where = found["device"]
             found["timing"] = time_stages(run.stages, run.models(), trainer, batch, device=where, label=label)
+        inside = None if run.sharded else core_model(run.model)
+        found["loads"] = [vars(answer) for answer in loads_where(run.output, inside, run.tokenizer)]
         write_card(run.output, found, name=run.training.hub_model_id or model_name(str(run.output.resolve())))
         write_json(run.output / "results.json", found)
         run.progress.remove()

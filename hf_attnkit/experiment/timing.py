@@ -90,14 +90,15 @@ def time_stages(
         "repeats": repeats,
         "device": device,
         "stages": [
-            {"stage": label(stage), **_spread(found[key], milliseconds)}
+            {"stage": label(stage), **spread(found[key], milliseconds)}
             for stage, key in zip(stages, wanted, strict=True)
             if key in found
         ],
     }
 
 
-def _spread(ratios: Sequence[float], milliseconds: float) -> dict[str, Any]:
+def spread(ratios: Sequence[float], milliseconds: float) -> dict[str, Any]:
+    """Quartiles of a stage's ratios, and its milliseconds if the first stage takes `milliseconds`."""
     lower, median, upper = quartiles(ratios)
     ratio = {"median": median, "lower_quartile": lower, "upper_quartile": upper}
     return {"ratio": ratio, "milliseconds": {"median": median * milliseconds}}

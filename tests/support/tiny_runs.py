@@ -61,13 +61,16 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
     "--save_steps": ("1",),
     "--distance_samples": ("2", "--calibration_samples", "6"),
+    "--sides": ("pytorch", "onnx"),
+    "--batch_sizes": ("2",),
+    "--new_tokens": ("2",),
 }
 # Without effect under the sizes that `--quantities` fixes.
 FIXED = {"--quantities": ("--lengths", "--batch_size")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
 # What comes before a model's name, and what stands for one.
-BEFORE_A_MODEL = ("--model_name_or_path", "inspect")
+BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export")
 MODEL_WORDS = ("MODEL", "IN")
 CLI = "hf_attnkit.cli"
 TEXT = [f"the {'quick' if i % 2 else 'slow'} fox {i} jumps over {i * 7 % 13} dogs" for i in range(60)]

@@ -142,6 +142,41 @@ class LinearAttention(Kind):
                 cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
         return output, None
 
+    def of_any_length(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, call: Call = NO_CALL
+    ) -> Tensor:
+        """As `Kind.of_any_length`: linear in the length where all queries see all keys, else the products as a matrix.
+
+        With a cache it takes all keys, as softmax attention does, and not the sums of those before.
+        """
+        _check_mask(mask)
+        phi_query, phi_key = _maps(self.feature_map, call.parameters)
+        keys, values = Keys(key, value, phi_key, mask.key_visible, None).take(slice(None))
+        features = phi_query(query).unflatten(1, (key.shape[1], -1))  # (B, G, H / G, Q, F)
+        if not mask.is_causal and self.window is None:
+            sums = features @ (keys.transpose(-1, -2) @ values)[:, :, None]
+            return _normalise(sums.flatten(1, 2))[0].to(query.dtype)
+        products = (features @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2)
+        if (seen := mask.visible()) is not None:
+            products = products.masked_fill(~seen, 0.0)
+        if self.window is None:
+            return _summed(products, values).to(query.dtype)
+        inside = mask.distance().abs() < self.window
+        near_seen = inside if seen is None else inside & seen
+        # Each query's window and its far keys under one normaliser, relative to the window's largest score.
+        scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
+        scores = scores.flatten(1, 2).to(products.dtype).masked_fill(~near_seen, torch.finfo(products.dtype).min)
+        largest = scores.amax(-1, keepdim=True).clamp(min=0.0)
+        near = (scores - largest).exp().masked_fill(~near_seen, 0.0)
+        terms = torch.where(inside, near, products * (-largest).exp())
+        return _summed(terms, values).to(query.dtype)
+
+
+def _summed(terms: Tensor, values: Tensor) -> Tensor:
+    """Mean `(B, H, Q, D)` of values [v, 1] `(B, G, K, D + 1)` under terms `(B, H, Q, K)` of one normaliser."""
+    sums = terms.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]
+    return _normalise(sums.flatten(1, 2))[0]
+
 
 def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Iterator[Tensor]:
     """From sums `(B, H, Q, D + 1)` of each segment its output; `near`: of all queries, see `linear_hybrid.join`."""

@@ -65,8 +65,19 @@ class LocalGlobalAttention(Kind):
     def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
         """A matrix."""
         mask = mask.as_matrix()
-        is_global, _ = self._global_tokens(mask, call.arguments.get(MARKS), shape)
+        is_global = self._is_global(mask, call.arguments.get(MARKS), shape)
         return mask.also(self._allowed(mask, is_global, shape))
+
+    def of_any_length(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, call: Call = NO_CALL
+    ) -> Tensor:
+        """As `Kind.of_any_length`; random blocks are drawn for each length by NumPy, which no graph holds."""
+        if self.num_random_blocks:
+            raise ValueError(
+                f"{self} draws its random blocks in Python, for each length and padding, so no graph of any length "
+                "holds them; swap to num_random_blocks=0"
+            )
+        return super().of_any_length(query, key, value, mask, scaling=scaling, call=call)
 
     def create_cache(self, max_length: int | None) -> SequenceLayer:
         """It keeps the global tokens and a window; all keys if random blocks may need any of them."""
@@ -110,19 +121,23 @@ class LocalGlobalAttention(Kind):
 
         Rows with fewer global tokens repeat a token that is not global.
         """
-        batch, kv_length = shape[0], shape[2]
+        is_global = self._is_global(mask, marks, shape)
+        count = min(self.num_global_tokens, shape[2]) if marks is None else int(marks.bool().sum(-1).max())
+        order = is_global.int().argsort(dim=-1, descending=True, stable=True)
+        return is_global, order[:, :count]
+
+    def _is_global(self, mask: Mask, marks: Tensor | None, shape: torch.Size) -> Tensor:
+        """`(B, K)` bool, True = global."""
+        batch = shape[0]
         if marks is None:
             first, number = mask.first_tokens(), self.num_global_tokens
             position = mask.key_position.expand(first.shape[0], -1)
             is_global = ((position >= first) & (position < first + number)).expand(batch, -1)
-            count = min(number, kv_length)
         else:
             is_global = marks.bool().expand(batch, -1)
-            count = int(is_global.sum(-1).max())
         if mask.key_visible is not None and mask.dense is None:
             is_global = is_global & mask.key_visible
-        order = is_global.int().argsort(dim=-1, descending=True, stable=True)
-        return is_global, order[:, :count]
+        return is_global
 
     @property
     def _random_blocks(self) -> tuple[int, int, int]:

@@ -15,10 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
 
 from hf_attnkit import available_attentions
 from hf_attnkit.experiment.files import write_text
@@ -27,7 +24,7 @@ from hf_attnkit.experiment.report.results import public, read_results, without_f
 from hf_attnkit.experiment.report.schema import Data, Results
 from hf_attnkit.experiment.report.stage_table import heads, model_name, notes, stage_table
 from hf_attnkit.experiment.report.template import environment
-from hf_attnkit.loading import skeleton
+from hf_attnkit.export.loads_where import ONNX, loads_where, loads_without_us
 
 ADAPTERS = "adapter_config.json"  # of a folder that holds adapters and no model
 # A task's metric -> the hub's name for it, where they differ.
@@ -35,7 +32,7 @@ _HUB_METRICS = {"pearson": "pearsonr"}
 # Kinds of change -> tags that people search for; another kind is its own tag.
 _TAGS = {
     "pruning": ["head-pruning"], "conversion": ["grouped-query-attention"], "swap": ["attention-swap"],
-    "adapters": ["lora"], "fine-tuning": [],
+    "adapters": ["lora"], "fine-tuning": [], "export": ["onnx"],
 }  # fmt: skip
 _AUTO_CLASSES = {"text-generation": "ModelForCausalLM", "text-classification": "ModelForSequenceClassification"}
 
@@ -68,31 +65,17 @@ def base_model(path: str) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def loads_without_us(folder: Path) -> bool:
-    """Whether Transformers' own class, built from the saved config, has the saved model's sizes and attention."""
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "hf_attnkit", None) is not None:
-        return False
-    sizes = _sizes(skeleton(config))
-    try:
-        with torch.device("meta"):
-            stock = getattr(transformers, config.architectures[0])(AutoConfig.from_pretrained(folder))
-    except Exception:  # each class has errors of its own for numbers of heads that it cannot express
-        return False
-    return _sizes(stock) == sizes
-
-
-def _sizes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
 def _metadata(folder: Path, results: Results, name: str) -> ModelCardData:
     data, model = results["data"], results["model"]
     of_model = [stage for number, stage in enumerate(results["stages"]) if number != results["control"]]
     metrics = of_model[-1]["metrics"] if of_model else {}
     evaluated = [_result(data, metric, value) for metric, value in metrics.items() if math.isfinite(value)]
     return ModelCardData(
-        library_name="peft" if (folder / ADAPTERS).is_file() else "transformers",
+        library_name="peft"
+        if (folder / ADAPTERS).is_file()
+        else "onnx"
+        if (folder / ONNX).is_file()
+        else "transformers",
         base_model=model["path"] if model["path"] != "local" else model.get("base_model"),
         datasets=[data["hub_path"]] if _is_on_hub(data) else None,
         language=data["language"],
@@ -156,6 +139,7 @@ def _text(folder: Path, results: Results, name: str) -> str:
         comparison=summary.comparison(results),
         needs=needs,
         loading=code,
+        loads=results.get("loads") or [vars(answer) for answer in loads_where(folder)],
         command=summary.command_lines(results["command"]),
         machine={"seed": results["seed"], "device": results["device"], **results["versions"]},
     )  # fmt: skip
@@ -167,6 +151,12 @@ def _loading(folder: Path, task_type: str, name: str) -> tuple[str, str]:
     if (folder / ADAPTERS).is_file():
         return "peft", f"from peft import AutoPeft{automatic}\n\nmodel = AutoPeft{automatic}.from_pretrained({name})"
     tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    if (folder / ONNX).is_file():
+        return "onnx", (
+            "from transformers import AutoTokenizer\nfrom transformers.exporters import ExportedModel\n\n"
+            f'model = ExportedModel.from_pretrained({name}, device="cpu")\n{tokenizer}\n'
+            'logits = model(**tokenizer("A sentence.", return_tensors="pt")).logits'
+        )
     if loads_without_us(folder):
         return "transformers", (
             f"from transformers import Auto{automatic}, AutoTokenizer\n\n"

@@ -100,6 +100,7 @@ def report_page(
         heat_maps=heat_maps(scored["rounds"]) if scored else [],
         change=summary.change_facts(found),
         settings=summary.settings(found),
+        loads={row["where"]: f"{row['verdict']}: {row['why']}" for row in found.get("loads", [])},
         command=summary.command_lines(found["command"]),
         machine={"seed": found["seed"], "device": found["device"], **found["versions"]},
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from hf_attnkit.experiment.report.schema import Results
+from hf_attnkit.experiment.report.schema import Required, Results
 
 # A path from the root or from a home, or an address, which stays. What stands before it may be a bracket or "=", but
 # no part of a relative path, of a number such as 1/2 or of a closing tag.
@@ -45,7 +45,7 @@ def public(results: Mapping[str, Any], called: str = "results") -> Results:
     Raises:
         ValueError: if something is missing, which is so in files of earlier versions.
     """
-    missing = [key for key in Results.__annotations__ if key not in results]
+    missing = [key for key in Required.__annotations__ if key not in results]
     missing += [key for key in ("model", "data") if key in results and not isinstance(results[key], Mapping)]
     if missing:
         raise ValueError(

@@ -117,8 +117,21 @@ class Timing(TypedDict):
 Stage = dict[str, Any]  # "stage", "metrics", "parameters", "num_heads", "num_key_value_heads", costs, facts
 
 
-class Results(TypedDict):
-    """results.json.
+class Load(TypedDict):
+    """What loads or runs the saved model, see `hf_attnkit.export.loads_where`.
+
+    Attributes:
+        verdict: "yes", "no" or "not tried".
+        why: what was tried, or the rule and its source.
+    """
+
+    where: str
+    verdict: str
+    why: str
+
+
+class Required(TypedDict):
+    """What every results.json has.
 
     Attributes:
         change: `None` where nothing was changed.
@@ -140,6 +153,16 @@ class Results(TypedDict):
     device: str
     command: str
     versions: dict[str, str]
+
+
+class Results(Required, total=False):
+    """results.json.
+
+    Attributes:
+        loads: what loads where; earlier versions did not write it.
+    """
+
+    loads: list[Load]
 
 
 # Not settings of the recipe.

@@ -110,6 +110,7 @@ def stage_table(
     if of("num_key_value_heads") != of("num_heads"):
         columns.append(_column("key/value heads", of("num_key_value_heads"), heads))
     columns.append(_column("parameters", of("parameters"), "{:,}".format, _share))
+    columns.append(_column("file MiB", of("file_bytes"), lambda size: f"{size / 2**20:,.1f}", _share))
     columns.append(_column("KV bytes/token", of("key_value_bytes_per_token"), "{:,}".format, _share))
     columns.append(Column("time ratio", [_ratio(time) for time in stage_times(stages, timing)]))
     if memory:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 SPLIT_PERCENTAGE = 5
+PYTHON_DOCS = "python_docs"
 # Documents that are tokenized together.
 BATCH = 1000
 
@@ -38,6 +39,13 @@ class TextArguments:
         default=None, metadata={"help": "A file of text instead, one document or paragraph a line."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "The held-out text; needs --train_file."})
+    text: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{PYTHON_DOCS}: Python's own language reference instead, long English text that is always there.",
+            "choices": [PYTHON_DOCS],
+        },
+    )
     validation_split_percentage: int | None = field(
         default=None,
         metadata={
@@ -53,6 +61,8 @@ class TextArguments:
             raise ValueError(f"give --train_file {self.train_file} or a dataset of the hub, not both")
         if self.validation_file and not self.train_file:
             raise ValueError(f"--validation_file {self.validation_file} needs --train_file; add it")
+        if self.text and (self.train_file or self.dataset_name or self.dataset_config_name):
+            raise ValueError(f"give --text {self.text}, --train_file or a dataset of the hub, only one of them")
         percentage = self.validation_split_percentage
         if percentage is not None and self.validation_file:
             raise ValueError(
@@ -65,7 +75,7 @@ class TextArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.dataset_name is None and self.train_file is None:
+        if self.dataset_name is None and self.train_file is None and self.text is None:
             self.dataset_name = DATASET[0]
             self.dataset_config_name = self.dataset_config_name or DATASET[1]
 
@@ -91,6 +101,11 @@ def load_text(arguments: TextArguments) -> Text:
         FileNotFoundError: no such file, or the hub cannot be reached.
         ValueError: an empty or undecodable file, a dataset without text, or too few documents to hold some out.
     """
+    if arguments.text is not None:
+        from pydoc_data.topics import topics
+
+        documents = [f"{topic.strip()}\n" for topic in topics.values()]
+        return _held_out(documents, arguments, arguments.text, arguments.text)
     if arguments.train_file is None:
         return _from_hub(arguments)
     train = _read(arguments.train_file)

@@ -87,7 +87,7 @@ class LanguageModelRun(Run):
             evaluation_split=documents.split,
             train_examples=len(self.train_data),
             evaluation_examples=len(self.eval_data),
-            language="en" if text.dataset_name == DATASET[0] else None,
+            language="en" if text.dataset_name == DATASET[0] or text.text else None,
             note=f"examples are blocks of {text.block_size:,} tokens",
         )
 

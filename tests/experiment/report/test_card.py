@@ -94,15 +94,14 @@ def test_a_card_says_only_what_happened(results, model_folder) -> None:
     assert not re.search("fine-tuned|trained on|recovered|8,551|training examples|[Cc]omparison", card.text)
     assert "- training: none in this run" in card.text and "## Change" not in card.text
     assert "generated_from_trainer" not in metadata(card).tags
-    assert ("## Results" in card.text) == bool(results["stages"]) and ("| --- |" in card.text) == bool(
-        results["stages"]
-    )
+    before = card.text.partition("## What loads it")[0]
+    assert ("## Results" in before) == bool(results["stages"]) == ("| --- |" in before)
     assert "\n\n\n" not in card.text
 
 
 def test_results_and_comparison(model_folder) -> None:
     text = written(model_folder, with_control()).text
-    rows = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line for line in text.partition("## What loads it")[0].splitlines() if line.startswith("|")]
     assert rows[0].startswith("| stage | matthews_correlation | accuracy | share of control | heads |")
     assert rows[1].startswith("| --- | ---: |") and len({row.count("|") for row in rows}) == 1 and len(rows) == 6
     assert "| recovered | 0.4500 (-0.0500) | 0.8000 (+0.0000) | 75.0% | 8 5 7 6 4 6 | 36,000 (-50.0%) |" in rows[4]
@@ -202,8 +201,9 @@ def test_no_text_of_a_run_is_markup(model_folder) -> None:
         assert not any("html" in token.type for token in tokens)
         assert next(token.tag for token in tokens if token.type == "heading_open") == "h1"
         headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"][1:]
-        assert set(headings) <= {"Change", "Settings", "Results", "Use", "Run it again"}
-        assert sum(token.type == "tr_open" for token in tokens) == (len(results["stages"]) or -1) + 1
+        assert set(headings) <= {"Change", "Settings", "Results", "Use", "What loads it", "Run it again"}
+        rows = card.text.partition("## What loads it")[2].count("\n| ") - 1
+        assert sum(token.type == "tr_open" for token in tokens) == (len(results["stages"]) or -1) + 1 + rows
         assert sum("<script>alert(1)</script>" in token.content for token in inner) > 5
         assert "--name '<script>alert(1)</script>'" in card.text
 

@@ -22,11 +22,13 @@ class HeadsLayer(SequenceLayer):
         heads: the key/value heads of the window.
         far: keeps all tokens of the other heads.
         near: keeps the window.
+        division: as `divided` gives it, once there are tokens.
         near_keys, near_values: what the new tokens may attend to in the heads of the window, `(B, heads, kept, D)`.
     """
 
     near_keys: Tensor
     near_values: Tensor
+    division: tuple[Tensor, Tensor, Tensor]
 
     def __init__(self, heads: tuple[int, ...], far: SequenceLayer, near: SequenceLayer) -> None:
         super().__init__(far.max_length)
@@ -39,14 +41,17 @@ class HeadsLayer(SequenceLayer):
         return True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        for part, heads in self._parts(key_states.shape[1], key_states.device):
+        self.division = divided(self.heads, key_states.shape[1], key_states.device)
+        for part, heads in zip((self.far, self.near), self.division, strict=False):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])
         self._follow()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._begin()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
         returned = []
-        for part, heads in self._parts(key_states.shape[1], key_states.device):
+        for part, heads in zip((self.far, self.near), self.division, strict=False):
             part.announced = True
             returned.append(part.update(key_states[:, heads], value_states[:, heads], *args, **kwargs))
         self._follow()
@@ -112,11 +117,6 @@ class HeadsLayer(SequenceLayer):
             getattr(part, method)(*arguments)
         self._follow()
 
-    def _parts(self, number: int, device: torch.device) -> list[tuple[SequenceLayer, Tensor]]:
-        near = [head in self.heads for head in range(number)]
-        is_near = torch.tensor(near, device=device)
-        return [(self.far, (~is_near).nonzero()[:, 0]), (self.near, is_near.nonzero()[:, 0])]
-
     def _follow(self) -> None:
         """Transformers reads these of a layer; they are the far part's."""
         far = self.far
@@ -124,3 +124,12 @@ class HeadsLayer(SequenceLayer):
         self.keys, self.values = far.keys, far.values
         if far.is_initialized:
             self.dtype, self.device = far.dtype, far.device
+
+
+def divided(heads: tuple[int, ...], number: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `number` heads the others, these, and where each is when the others come first."""
+    others = [head for head in range(number) if head not in heads]
+    order = [*others, *heads]
+    places = [order.index(head) for head in range(number)]
+    far, near, back = (torch.tensor(each, dtype=torch.long, device=device) for each in (others, heads, places))
+    return far, near, back

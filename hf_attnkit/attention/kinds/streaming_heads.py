@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
-from hf_attnkit.attention.heads_cache import HeadsLayer
+from hf_attnkit.attention.growing_cache import GrowingLayer
+from hf_attnkit.attention.heads_cache import HeadsLayer, divided
 from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
@@ -84,10 +85,6 @@ class StreamingHeadsAttention(Kind):
         """What the streaming heads run."""
         return SlidingWindowAttention(self.window, self.num_sink_tokens)
 
-    def retrieval(self, num_key_value_heads: int) -> tuple[int, ...]:
-        """The other heads."""
-        return tuple(head for head in range(num_key_value_heads) if head not in self.heads)
-
     def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
         """A matrix for each query head."""
         number = shape[1]
@@ -101,7 +98,8 @@ class StreamingHeadsAttention(Kind):
     def create_cache(self, max_length: int | None) -> SequenceLayer:
         """All tokens of the retrieval heads; `num_sink_tokens + window - 1` of the others."""
         near = window_layer(max_length, self.window, self.num_sink_tokens)
-        return HeadsLayer(self.heads, window_layer(max_length, ALL_TOKENS), near)
+        far = GrowingLayer() if max_length is None else window_layer(max_length, ALL_TOKENS)
+        return HeadsLayer(self.heads, far, near)
 
     def attention(
         self,
@@ -117,14 +115,7 @@ class StreamingHeadsAttention(Kind):
         """Attend, as `Kind.attention`. After the first tokens of a cache, `key` and `value` are of retrieval heads."""
         cache = call.cache if isinstance(call.cache, HeadsLayer) and not call.cache.is_first else None
         number = key.shape[1] if cache is None else key.shape[1] + len(self.heads)
-        group = query.shape[1] // number
-        device = query.device
-        parts = []
-        for heads in (self.retrieval(number), self.heads):
-            own = torch.tensor(heads, device=device)
-            queries = (own[:, None] * group + torch.arange(group, device=device)).flatten()
-            parts.append((own, queries))
-        (far, far_queries), (near, near_queries) = parts
+        far, near, order = divided(self.heads, number, query.device) if cache is None else cache.division
         near_call, near_mask = NO_CALL, mask
         if cache is None:
             near_key, near_value = key[:, near], value[:, near]
@@ -132,22 +123,23 @@ class StreamingHeadsAttention(Kind):
         else:
             near_call, near_mask = Call(cache.near), cache.near_mask(mask)
             near_key, near_value = cache.near_keys, cache.near_values
-        far_mask, window = of_heads(mask, far_queries).narrow(None)
+        groups = query.unflatten(1, (number, -1))
+        far_mask, window = of_heads(mask, far, number).narrow(None)
         far_output = backends.attend(
-            query[:, far_queries], key, value, far_mask, scaling=scaling, dropout=dropout, window=window
+            groups[:, far].flatten(1, 2), key, value, far_mask, scaling=scaling, dropout=dropout, window=window
         )
         near_output, _ = self.streaming.attention(
-            query[:, near_queries], near_key, near_value, of_heads(near_mask, near_queries),
+            groups[:, near].flatten(1, 2), near_key, near_value, of_heads(near_mask, near, number),
             scaling=scaling, dropout=dropout, call=near_call,
         )  # fmt: skip
-        order = torch.cat([far_queries, near_queries]).argsort()
-        return torch.cat([far_output, near_output], dim=1)[:, order], None
+        outputs = torch.cat([far_output, near_output], dim=1).unflatten(1, (number, -1))
+        return outputs[:, order].flatten(1, 2), None
 
 
-def of_heads(mask: Mask, queries: Tensor) -> Mask:
-    """The mask of some query heads."""
+def of_heads(mask: Mask, heads: Tensor, number: int) -> Mask:
+    """The mask of the query heads that share these of `number` key/value heads."""
     parts = {
-        name: part[:, queries]
+        name: part.unflatten(1, (number, -1))[:, heads].flatten(1, 2)
         for name in ("dense", "bias")
         if (part := getattr(mask, name)) is not None and part.shape[1] > 1
     }

@@ -59,7 +59,7 @@ class GQAPlan:
 
     Attributes:
         method, key_method, grouping: how values and keys will be merged, and which of them.
-        refit: what will be fitted after the merge: "none", "output", "full" or "scale".
+        refit: what will be fitted after the merge: a word of `REFITS`.
         layers: one `LayerPlan` each.
         num_tokens: of the calibration that predicted losses look at; `None` without.
         bytes_before, bytes_after: of the key/value cache per token, all layers.

@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.tensors import tensors_in
+from hf_attnkit.observing.rows import num_rows
 
 # Numbers of the untouched model's outputs that are kept: 64 MiB in float32.
 KEPT = 2**24
+# Outputs `(batch, tokens)` that have no features.
+BY_TOKEN = ("start_logits", "end_logits")
 
 
 def final_outputs(output: Any) -> dict[str, Tensor]:
@@ -35,7 +38,7 @@ def final_outputs(output: Any) -> dict[str, Tensor]:
 def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """The same `(positions, features)` without those of padding, where there is one position for each token."""
     masks = [inputs.get(mask) for mask in ("decoder_attention_mask", "attention_mask")]
-    is_each = output.dim() > 2 or name in ("start_logits", "end_logits")
+    is_each = output.dim() > 2 or name in BY_TOKEN
     found = output if output.dim() > 2 or not is_each else output[..., None]
     for mask in masks if is_each else ():
         if isinstance(mask, Tensor) and mask.shape == found.shape[:2]:
@@ -43,41 +46,66 @@ def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor
     return found.flatten(0, -2) if found.dim() > 1 else found[:, None]
 
 
+def sequences_of(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """`(positions,)`, the sequence of the batch that each of `real_outputs` belongs to."""
+    width = output.shape[-1:] if output.dim() == 1 or name in BY_TOKEN else (1,)
+    numbers = torch.arange(len(output)) * num_rows(inputs) // max(len(output), 1)
+    numbers = numbers.view(-1, *(1,) * (output.dim() - 1)).expand(*output.shape[:-1], *width)
+    return real_outputs(name, numbers, inputs)[:, 0]
+
+
 class OutputDistance:
     """How far a model's outputs on some batches are from what they were when this was made.
 
     Of long outputs (logits over a vocabulary) every n-th position counts, so that memory stays bounded.
+
+    Attributes:
+        counts: `(sequences,)`, how many positions of each count, float64.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
         self._model, self._batches = model, list(batches)
         self._wanted: list[list[Tensor]] = []
-        self._stride = 1
+        self._sequences: list[Tensor] = []  # which of all sequences each position is of
+        self._stride, sequences = 1, 0
         for batch in self._batches:
-            found = self._run(batch)
+            found, numbers = self._run(batch)
             if not self._wanted:
                 size = sum(tensor.numel() for tensor in found) * len(self._batches)
                 self._stride = max(-(-size // KEPT), 1)
             self._wanted.append([tensor[:: self._stride].clone() for tensor in found])
+            self._sequences.append(torch.cat([number[:: self._stride] for number in numbers]) + sequences)
+            sequences += num_rows(batch)
+        self.counts = torch.bincount(torch.cat(self._sequences), minlength=sequences).double()
         self._energy = sum(
             ((torch.cat(parts) - torch.cat(parts).mean(0)).square().sum() for parts in zip(*self._wanted, strict=True)),
             start=torch.zeros((), dtype=torch.float64),
         )
 
-    def now(self) -> Tensor:
-        """`(positions,)` squared differences, relative to the mean variance of the outputs as they were; 0 is equal.
+    def now(self, model: PreTrainedModel | None = None) -> Tensor:
+        """`(sequences,)` squared differences, summed over each one's positions, float64 on the CPU; 0 is equal.
 
-        Their mean is the distance.
+        They are relative to the mean variance of the outputs as they were. Their sum over that of `counts` is the
+        distance.
+
+        Args:
+            model: another one of the same outputs; by default the same, as it is now.
         """
         parts = []
         for batch, wanted in zip(self._batches, self._wanted, strict=True):
-            found = zip(self._run(batch), wanted, strict=True)
+            found = zip(self._run(batch, model)[0], wanted, strict=True)
             parts += [(now[:: self._stride] - was).square().sum(-1) for now, was in found]
-        lost = torch.cat(parts).double()
+        lost = torch.cat(parts).double().cpu()
         energy = float(self._energy) / len(lost)
-        return lost / energy if energy > 0 else lost
+        lost = lost / energy if energy > 0 else lost
+        return torch.zeros_like(self.counts).index_add(0, torch.cat(self._sequences), lost)
 
-    def _run(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        with torch.no_grad(), evaluation_mode(self._model):
-            output = self._model(**batch)
-        return [real_outputs(name, value, batch).float() for name, value in final_outputs(output).items()]
+    def _run(self, batch: Mapping[str, Any], model: PreTrainedModel | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each output the real positions, and which sequence of the batch each is of."""
+        model = self._model if model is None else model
+        with torch.no_grad(), evaluation_mode(model):
+            outputs = final_outputs(model(**batch))
+        return (
+            [real_outputs(name, value, batch).float() for name, value in outputs.items()],
+            [sequences_of(name, value, batch) for name, value in outputs.items()],
+        )

@@ -25,6 +25,8 @@ def num_rows(batch: Batch) -> int:
 def rows_of(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     """The batch with these of its sequences."""
     count, index = num_rows(batch), torch.tensor(rows)
+    if list(rows) == list(range(count)):
+        return dict(batch)
 
     def part(value: Any) -> Any:
         is_each = isinstance(value, Tensor) and value.dim() and len(value) == count
@@ -33,27 +35,26 @@ def rows_of(batch: Batch, rows: Sequence[int]) -> dict[str, Any]:
     return {name: part(value) for name, value in batch.items()}
 
 
-def split(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """Batches without some of their sequences, and batches of these: about `share` of all, evenly spread, at least one.
+def set_aside(batches: Sequence[Batch], share: float) -> list[list[int]]:
+    """For each batch which of its sequences to set aside: about `share` of all, evenly spread, at least one.
 
     A batch whose sequences cannot be told apart counts as one. Of a single sequence, or where `share` is 0, none are
-    set aside. A row that is all padding is never set aside.
+    set aside. A row that is all padding is never set aside, and some row that is not always stays.
     """
     places = [(number, row) for number, batch in enumerate(batches) for row in range(num_rows(batch))]
     count = max(round(share * len(places)), 1) if share and len(places) > 1 else 0
-    aside = {places[int((each + 0.5) * len(places) / count)] for each in range(count)}
-    kept: list[Batch] = []
-    held: list[Batch] = []
-    for number, batch in enumerate(batches):
-        rows = range(num_rows(batch))
-        out = [row for row in rows if (number, row) in aside and _is_real(batch, row)]
-        stay = [row for row in rows if row not in out]
-        if out and stay and any(_is_real(batch, row) for row in stay):
-            kept.append(rows_of(batch, stay))
-            held.append(rows_of(batch, out))
-        else:
-            (held if out and not stay else kept).append(batch)
-    return (kept, held) if kept else (held, kept)
+    chosen = {places[int((each + 0.5) * len(places) / count)] for each in range(count)}
+    aside = [
+        [row for row in range(num_rows(batch)) if (number, row) in chosen and _is_real(batch, row)]
+        for number, batch in enumerate(batches)
+    ]
+    stays = any(
+        _is_real(batch, row)
+        for batch, rows in zip(batches, aside, strict=True)
+        for row in range(num_rows(batch))
+        if row not in rows
+    )
+    return aside if stays else [[] for _ in batches]
 
 
 def _is_real(batch: Batch, row: int) -> bool:

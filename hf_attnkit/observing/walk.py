@@ -76,14 +76,19 @@ class Walk:
         self._kept: dict[int, Any] = {}  # by list, what its last block below index - 1 put out
         self._last: Any = None  # what block index - 1 put out, once it has run
 
-    def seen(self, index: int, module: nn.Module, *, stream: bool = False) -> Seen:
+    def seen(
+        self, index: int, module: nn.Module, *, stream: bool = False, enters: bool = False, grad: bool = False
+    ) -> Seen:
         """What `module`, a part of layer `index`, takes and puts out.
 
         Args:
             index: the layer asked for last, or the next one to run; a layer that was passed must not change any more.
             stream: whether to look for the residual stream too.
+            enters: whether the residual stream is known to be what the layer's block gets, which is then returned.
+            grad: whether the output has a graph.
         """
         found: list[tuple[Tensor, Tensor]] = []
+        entered: list[Tensor] = []
         layer = self._layers[index]
         attention = layer.attention
         again = attention is not None and attention.calls > 1
@@ -97,30 +102,23 @@ class Walk:
             if adds is not None:
                 adds.output = output
 
+        def enter(block: nn.Module, args: Sequence[Tensor]) -> None:
+            entered[:] = [args[0].clone()]  # the block may add to it in place
+
         with ExitStack() as stack:
+            if enters:
+                stack.callback(layer.block.register_forward_pre_hook(enter).remove)
             if adds is not None:
                 stack.callback(layer.block.register_forward_hook(adds.leave).remove)
                 stack.enter_context(adds)
-            self._run(layer, lambda: module.register_forward_hook(look))
+            self._run(layer, lambda: module.register_forward_hook(look), grad=grad)
         if not found:
             raise ValueError(f"{layer.name} does not run on a calibration batch; leave the batch out")
         if len(found) == 1:
-            return Seen(*found[0], None if adds is None else adds.stream)
+            return Seen(*found[0], entered[0] if entered else None if adds is None else adds.stream)
         return Seen(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
-    def before(self, index: int) -> Tensor:
-        """What layer `index` gets, the residual stream; nothing of the layer runs for it."""
-        found: list[Tensor] = []
-        layer = self._layers[index]
-
-        def look(block: nn.Module, args: Sequence[Tensor]) -> None:
-            found.append(args[0])
-            raise _Reached
-
-        self._run(layer, lambda: layer.block.register_forward_pre_hook(look))
-        return found[0]
-
-    def _run(self, layer: AttentionLayer, watch: Callable[[], RemovableHandle]) -> None:
+    def _run(self, layer: AttentionLayer, watch: Callable[[], RemovableHandle], *, grad: bool = False) -> None:
         """Run the model up to where a hook raises `_Reached`."""
         with ExitStack() as stack:
             if self._skips:
@@ -128,7 +126,7 @@ class Walk:
             stack.callback(watch().remove)
             stack.enter_context(evaluation_mode(self._model))
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(grad):
                     self._model(**self._inputs)
             except _Reached:
                 pass

@@ -62,9 +62,9 @@ def prune_heads(
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
             factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
             "none"; or `RefitOptions`, which say more. Some sequences are held out: a refit that brings the model's
-            outputs on them further from the untouched model's is not kept, see `last_change`. "full" is not defined
-            here: it fits queries to keys that changed. Where the residual stream cannot be told (something is done to
-            the attention's output before it is added), the attention's own output is fitted.
+            outputs on them further from the untouched model's is not kept, see `last_change`. "full" and "descent" are
+            not defined here: they fit queries to keys that changed. Where the residual stream cannot be told (something
+            is done to the attention's output before it is added), the attention's own output is fitted.
         probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The
             pruned model is proven on them: its outputs are those of the untouched one with these heads zeroed.
 
@@ -79,7 +79,7 @@ def prune_heads(
     """
     options = refit_options(refit, default="output", batches=calibration is not None)
     word = options.fits
-    if word == "full":
+    if word in ("full", "descent"):
         raise ValueError(
             f"refit={refit!r} fits queries to keys that a conversion merged; pruning leaves the keys of the heads that "
             "stay as they are: give refit='output' or 'scale'"

@@ -11,8 +11,9 @@ curvature as in K-FAC (Martens and Grosse 2015, arXiv 1503.05671):
 
     d^2 KL / dW^2  ~  E[R_i^T Cov_{j ~ p_i}(scaling k_j) R_i]  (x)  E[x x^T]
 
-the first of one key drawn for each query. What is returned is the best W met, on sequences that the steps do not look
-at where there are some, so it is never worse than the first: few steps are a firm ridge, more of them a weaker one.
+the first of one key drawn for each query. Queries are linear in W, so those of a step follow from those of W and of the
+direction. What is returned is the best W met, on sequences that the steps do not look at where there are some, so it is
+never worse than the first: few steps are a firm ridge, more of them a weaker one.
 The keys' projection stays: the first token of a text, which draws much attention, would dominate its fit.
 """
 
@@ -43,6 +44,7 @@ class Batch:
         target_query, target_key: `(B, H, T, d)` and `(B, G', T, d)`, those of the untouched model.
         mask: which keys are seen.
         counts: `(B, T)`, how much each query counts; 0 for padding.
+        unseen: `(B, T)`, the same for those that the fit does not look at, for which `counts` is 0.
         rotation: complex `(B or 1, T, pairs)`, what the rotary embedding multiplies each pair by; `None` without.
     """
 
@@ -55,10 +57,12 @@ class Batch:
     counts: Tensor
     rope: Rope | None = None
     rotation: Tensor | None = None
+    unseen: Tensor | None = None
 
     def query(self, weight: Tensor) -> Tensor:
         """`(B, H, T, d)`, rotated, of a projection `(H, d, m)`."""
-        return self._rotate(torch.einsum("hdm,btm->bhtd", weight, self.inputs))
+        flat = self.inputs @ weight.flatten(0, 1).mT
+        return self._rotate(flat.unflatten(2, weight.shape[:2]).transpose(1, 2))
 
     def backward(self, gradient: Tensor) -> Tensor:
         """`(H, d, T * B)`: gradients `(B, H, T, d)` of rotated queries as those of the projection's output."""
@@ -102,7 +106,7 @@ class Target:
 
     Attributes:
         mean_key: `(B, H, T, d)`, sum_j p_ij k_j of the changed keys.
-        entropy: `(H,)`, summed over queries by what they count, in nats.
+        entropy: `(B, H, T)`, in nats.
         drawn: `(B, H, T, d)`, for each query a key drawn from p, less the mean.
     """
 
@@ -113,7 +117,7 @@ class Target:
 
 def target(batch: Batch, generator: torch.Generator) -> Target:
     """See `Target`."""
-    means, drawn, entropy = [], [], batch.key.new_zeros(batch.target_query.shape[1])
+    means, drawn, entropy = [], [], []
     for queries, keys in batch.blocks():
         probability, lse = batch.attention(batch.target_query, batch.target_key, queries, keys)
         picked = torch.multinomial(probability.flatten(0, 2), 1, generator=generator).view(probability.shape[:3])
@@ -121,9 +125,8 @@ def target(batch: Batch, generator: torch.Generator) -> Target:
         means.append(mixed(probability, batch.key[:, :, keys]))
         drawn.append(key.gather(2, picked[..., None].expand(-1, -1, -1, key.shape[-1])) - means[-1])
         own = mixed(probability, batch.target_key[:, :, keys])
-        each = lse - batch.scaling * (batch.target_query[:, :, queries] * own).sum(-1)
-        entropy = entropy + (each * batch.counts[:, None, queries]).sum((0, 2))
-    return Target(torch.cat(means, dim=2), entropy, torch.cat(drawn, dim=2))
+        entropy.append(lse - batch.scaling * (batch.target_query[:, :, queries] * own).sum(-1))
+    return Target(*(torch.cat(parts, dim=2) for parts in (means, entropy, drawn)))
 
 
 def grouped(query: Tensor, key: Tensor) -> Tensor:
@@ -139,30 +142,29 @@ def mixed(weights: Tensor, key: Tensor) -> Tensor:
     return (weights.reshape(batch, key.shape[1], -1, keys) @ key).view(batch, num_heads, length, -1)
 
 
-def fit_queries(
-    weight: Tensor, batches: Sequence[Batch], steps: int, held: Sequence[Batch] = ()
-) -> tuple[Tensor, Tensor, Tensor]:
+def fit_queries(weight: Tensor, batches: Sequence[Batch], steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fitted projection, and what it gains.
 
     Args:
         weight: `(H, d, m)`, the present one, with its bias as the last column if inputs have a 1 appended.
+        batches: where they have queries that are `unseen`, each head takes the step that is best there.
         steps: of conjugate gradients; each reads all batches twice.
-        held: batches that the steps do not look at. Each head takes the step that is best there.
 
     Returns:
-        The new weight, and `(H,)` mean KL divergence per query in nats before and after, lower is better; on `held`
-        where there is some.
+        The new weight, and `(H,)` mean KL divergence per query in nats before and after, lower is better; of what is
+        unseen where there is some.
     """
     generator = torch.Generator(weight.device).manual_seed(0)
     targets = [target(batch, generator) for batch in batches]
-    unseen = _Unseen(weight, held, [target(batch, generator) for batch in held]) if held else None
     factors = _factors(weight, batches, targets)
-    best, first = weight, None
+    choice: _Choice | None = None
+    best = weight
+    queries = tried = [batch.query(weight) for batch in batches]
     direction = length = least = gradient = scaled = weight.new_zeros(())
     for step in range(steps + 1):
-        divergence, slope = mean_divergence(weight, batches, targets)
-        if first is None:
-            first = least = divergence
+        divergence, unseen, slope = mean_divergence(tried, batches, targets)
+        if choice is None:
+            choice, least = _Choice(weight, divergence if unseen is None else unseen), divergence
             gradient, scaled = slope, _preconditioned(slope, factors)
             direction = scaled
         else:
@@ -174,63 +176,78 @@ def fit_queries(
             conjugate = conditioned + beta.clamp(min=0)[:, None, None] * direction
             conjugate = torch.where((_dot(slope, conjugate) > 0)[:, None, None], conjugate, conditioned)
             best, direction = torch.where(whole, weight, best), torch.where(whole, conjugate, direction)
+            queries = [torch.where(whole, new, old) for new, old in zip(tried, queries, strict=True)]
             gradient, scaled = torch.where(whole, slope, gradient), torch.where(whole, conditioned, scaled)
             least, length = torch.where(better, divergence, least), torch.where(better, 0.0, length / 4)
-            if unseen is not None:
-                unseen.look(best)
+            choice.look(weight, divergence if unseen is None else unseen, better)
         if step == steps:
             break
-        curvature = curvature_along(best, direction, batches)
+        changes = [batch.query(direction) for batch in batches]
+        curvature = curvature_along(queries, changes, batches)
         newton = torch.where(curvature > 0, _dot(gradient, direction) / curvature.clamp(min=1e-30), 0.0)
-        length = torch.where(length > 0, length, newton)
-        weight = best - length[:, None, None] * direction
-    assert first is not None
-    return (best, first, least) if unseen is None else (unseen.best, unseen.first, unseen.least)
+        length = torch.where(length > 0, length, newton)[:, None, None]
+        weight = best - length * direction
+        tried = [query - length * change for query, change in zip(queries, changes, strict=True)]
+        length = length[:, 0, 0]
+    assert choice is not None
+    return choice.best, choice.first, choice.least
 
 
-class _Unseen:
-    """The best weights met, head by head, on batches that the fit does not look at."""
+class _Choice:
+    """The best weights met, head by head, by a measure that the steps need not be made for."""
 
-    def __init__(self, weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> None:
-        self._batches, self._targets, self.best = batches, targets, weight
-        self.first = self.least = mean_divergence(weight, batches, targets)[0]
+    def __init__(self, weight: Tensor, measured: Tensor) -> None:
+        self.best, self.first, self.least = weight, measured, measured
 
-    def look(self, weight: Tensor) -> None:
-        divergence = mean_divergence(weight, self._batches, self._targets)[0]
-        better = divergence < self.least
+    def look(self, weight: Tensor, measured: Tensor, taken: Tensor) -> None:
+        """Weights `(H, d, m)`, what they measure `(H,)`, and which heads' steps were taken."""
+        better = taken & (measured < self.least)
         self.best = torch.where(better[:, None, None], weight, self.best)
-        self.least = torch.where(better, divergence, self.least)
+        self.least = torch.where(better, measured, self.least)
 
 
-def mean_divergence(weight: Tensor, batches: Sequence[Batch], targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    """`(H,)` mean divergence and its gradient `(H, d, m)`."""
-    total, gradient = weight.new_zeros(len(weight)), torch.zeros_like(weight)
-    for batch, aim in zip(batches, targets, strict=True):
-        query, slopes = batch.query(weight), []
-        total -= aim.entropy
-        for queries, keys in batch.blocks():
-            probability, lse = batch.attention(query, batch.key, queries, keys)
-            cross = lse - batch.scaling * (query[:, :, queries] * aim.mean_key[:, :, queries]).sum(-1)
-            total += (cross * batch.counts[:, None, queries]).sum((0, 2))
+def mean_divergence(
+    queries: Sequence[Tensor], batches: Sequence[Batch], targets: Sequence[Target]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`(H,)` mean divergence, that of what is unseen, and the first one's gradient `(H, d, m)`.
+
+    Args:
+        queries: `Batch.query` of the weights, for each batch.
+    """
+    heads, inputs = queries[0].shape[1], batches[0].inputs.shape[-1]
+    total, unseen = queries[0].new_zeros(2, heads)
+    gradient = queries[0].new_zeros(heads, queries[0].shape[-1], inputs)
+    for batch, aim, query in zip(batches, targets, queries, strict=True):
+        slopes, crosses = [], []
+        for part, keys in batch.blocks():
+            probability, lse = batch.attention(query, batch.key, part, keys)
+            crosses.append(lse - batch.scaling * (query[:, :, part] * aim.mean_key[:, :, part]).sum(-1))
             slopes.append(mixed(probability, batch.key[:, :, keys]))
+        divergence = torch.cat(crosses, dim=2) - aim.entropy
+        total += (divergence * batch.counts[:, None]).sum((0, 2))
+        if batch.unseen is not None:
+            unseen += (divergence * batch.unseen[:, None]).sum((0, 2))
         slope = (torch.cat(slopes, dim=2) - aim.mean_key) * (batch.scaling * batch.counts[:, None, :, None])
         gradient += batch.backward(slope) @ batch.inputs.flatten(0, 1)
     count = _count(batches)
-    return total / count, gradient / count
+    others = sum((float(batch.unseen.sum()) for batch in batches if batch.unseen is not None), 0.0)
+    return total / count, unseen / others if others else None, gradient / count
 
 
-def curvature_along(weight: Tensor, direction: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """`(H,)` second derivative of the mean divergence along a direction: the mean variance of the scores' change."""
-    total = weight.new_zeros(len(weight))
-    for batch in batches:
-        query, change = batch.query(weight), batch.query(direction)
-        for queries, keys in batch.blocks():
-            probability, _ = batch.attention(query, batch.key, queries, keys)
-            key = batch.key[:, :, keys]
-            scores = grouped(change[:, :, queries] * batch.scaling, key)
+def curvature_along(queries: Sequence[Tensor], changes: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """`(H,)` second derivative of the mean divergence along a direction: the mean variance of the scores' change.
+
+    Args:
+        queries, changes: `Batch.query` of the weights and of the direction, for each batch.
+    """
+    total = queries[0].new_zeros(queries[0].shape[1])
+    for batch, query, change in zip(batches, queries, changes, strict=True):
+        for part, keys in batch.blocks():
+            probability, _ = batch.attention(query, batch.key, part, keys)
+            scores = grouped(change[:, :, part] * batch.scaling, batch.key[:, :, keys])
             mean = (probability * scores).sum(-1, keepdim=True)
             variance = (probability * (scores - mean).square_()).sum(-1)
-            total += (variance * batch.counts[:, None, queries]).sum((0, 2))
+            total += (variance * batch.counts[:, None, part]).sum((0, 2))
     return total / _count(batches)
 
 

@@ -12,16 +12,36 @@ from hf_attnkit.observing.rows import num_rows
 
 
 class Folds:
-    """The folds of some batches."""
+    """The folds of some batches, and one more of the sequences that are set aside."""
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], count: int) -> None:
+    def __init__(
+        self, batches: Sequence[Mapping[str, Any]], count: int, aside: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """
         Args:
-            count: of folds.
+            count: of folds. The number of the one that is set aside is `count`.
+            aside: for each batch, the rows that are in it.
         """
         self.count = count
-        self._rows = [num_rows(batch) for batch in batches]
-        self.num_sequences = sum(self._rows)
+        rows = [num_rows(batch) for batch in batches]
+        out = [set(each) for each in aside] if aside is not None else [set() for _ in batches]
+        self.num_sequences = sum(rows) - sum(map(len, out))
+        self._of_row: list[Tensor] = []
+        number = 0
+        for size, those in zip(rows, out, strict=True):
+            own = []
+            for row in range(size):
+                own.append(count if row in those else number % count)
+                number += row not in those
+            self._of_row.append(torch.tensor(own))
+
+    @property
+    def has_aside(self) -> bool:
+        return any(bool((own == self.count).any()) for own in self._of_row)
+
+    def is_aside(self, number: int, positions: torch.Size) -> Tensor | None:
+        """Which of a batch's activations are set aside, bool `positions`; `None` where nothing is."""
+        return self.of(number, positions) == self.count if self.has_aside else None
 
     def of(self, number: int, positions: torch.Size, *, calls: int = 1) -> Tensor:
         """Fold numbers of a batch's activations, without features `(N, ...)`.
@@ -30,12 +50,14 @@ class Folds:
             number: of the batch.
             calls: how many calls of a module are one after the other along the first axis.
         """
-        size = positions[0] // calls
+        size, of_row = positions[0] // calls, self._of_row[number]
+        # A sequence may be several rows next to each other (windows of an image, choices).
+        own = of_row[torch.arange(size) * len(of_row) // max(size, 1)].repeat(calls)
+        own = own.view(-1, *(1,) * (len(positions) - 1)).expand(positions)
         if self.num_sequences >= self.count:
-            # A sequence may be several rows next to each other (windows of an image, choices).
-            own = torch.arange(size) * self._rows[number] // max(size, 1) + sum(self._rows[:number])
-            folds = (own % self.count).repeat(calls)
-            return folds.view(-1, *(1,) * (len(positions) - 1)).expand(positions)
+            return own
         if len(positions) == 1:
-            return (torch.arange(size) * self.count // max(size, 1)).repeat(calls)
-        return (torch.arange(positions[1]) * self.count // max(positions[1], 1)).expand(positions)
+            parts = (torch.arange(size) * self.count // max(size, 1)).repeat(calls)
+        else:
+            parts = (torch.arange(positions[1]) * self.count // max(positions[1], 1)).expand(positions)
+        return torch.where(own == self.count, own, parts)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import OutputDistance
-from hf_attnkit.observing.rows import num_rows
 from hf_attnkit.refitting.report import HeldOut
 
 
@@ -24,51 +23,64 @@ class Guard:
             batches: sequences that nothing is fitted to, on the model's device.
         """
         self._distance = OutputDistance(model, batches)
-        self._num_sequences = sum(map(num_rows, batches))
         self._errors: dict[str, Tensor] = {}
         self._outputs: list[projections.Edit] = []
-        self._queries: list[projections.Edit] = []
+        self._inner: list[projections.Edit] = []
+        self._alone = False
 
-    def before(self, layers: Sequence[AttentionLayer], *, queries: bool) -> None:
+    def before(self, layers: Sequence[AttentionLayer], inner: Sequence[nn.Module] = (), *, alone: bool = False) -> None:
         """Note the changed model as it is without a refit.
 
         Args:
             layers: of which the output projections will be fitted.
-            queries: whether query projections will be too.
+            inner: projections before them that will be fitted too.
+            alone: whether to compare these without the fitted outputs; they are then queries.
         """
         self._outputs = _present([layer.output for layer in layers])
-        self._queries = _present([layer.query for layer in layers]) if queries else []
+        self._inner, self._alone = _present(inner), alone
         self._errors["none"] = self._distance.now()
 
-    def keep(self, fits: str) -> HeldOut:
-        """Compare the fitted model with what it was before, and leave it as that where the fit did harm.
+    def keep(self, fits: str, without: Sequence[projections.Edit]) -> HeldOut:
+        """Compare the fit with what the model was before, and leave the model as that where the fit did harm.
 
         Args:
             fits: the word of `REFITS` for what was fitted.
+            without: output projections that are not fitted to these sequences, which are compared in the place of those
+                that the model has.
         """
-        fitted = [_present([edit.linear for edit in part]) for part in (self._queries, self._outputs)]
+        fitted = [_present([edit.linear for edit in part]) for part in (self._inner, self._outputs)]
+        _apply(without)
         self._errors[fits] = self._distance.now()
-        if self._queries:
+        if self._alone:
             _apply(self._outputs)
             self._errors["queries"] = self._distance.now()
         kept = fits
         for other in self._errors:
-            if _is_worse(self._errors[kept], self._errors[other]):
+            if is_worse(self._errors[kept], self._errors[other], self._distance.counts):
                 kept = other
-        _apply(fitted[0] if kept != "none" else self._queries)
+        _apply(fitted[0] if kept != "none" else self._inner)
         _apply(fitted[1] if kept == fits else self._outputs)
-        errors = {name: float(each.mean()) for name, each in self._errors.items()}
-        return HeldOut(self._num_sequences, errors, kept)
+        counts = self._distance.counts
+        errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}
+        return HeldOut(len(counts), errors, kept)
 
 
-def _is_worse(errors: Tensor, others: Tensor) -> bool:
-    """Whether errors `(positions,)` are larger, by more than the standard error of the mean difference.
+def is_worse(errors: Tensor, others: Tensor, counts: Tensor) -> bool:
+    """Whether errors are larger, by more than the standard error of the difference of their means.
 
-    A few sequences in which an answer flips make up most of a distance, so that means over few say little.
+    A few sequences in which an answer flips make up most of a distance, so that means over few say little. The error
+    is over sequences, since positions of one are alike: that of a ratio of sums over clusters.
+
+    Args:
+        errors, others: `(sequences,)`, each a sum over its positions.
+        counts: `(sequences,)`, how many these are.
     """
-    difference = errors - others
-    spread = difference.std() / len(difference) ** 0.5 if len(difference) > 1 else difference.new_zeros(())
-    return not bool(difference.mean() <= spread)  # NaN is worse
+    number, difference = len(counts), errors - others
+    mean = difference.sum() / counts.sum()
+    spread = (difference - mean * counts).square().sum().sqrt() / counts.sum()
+    if number > 1:
+        spread = spread * (number / (number - 1)) ** 0.5
+    return not bool(mean <= spread)  # NaN is worse
 
 
 def _present(modules: Sequence[nn.Module | None]) -> list[projections.Edit]:

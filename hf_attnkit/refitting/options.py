@@ -14,6 +14,7 @@ REFITS = {
     "none": "nothing",
     "output": "the output projections",
     "full": "the query projections, then the output projections",
+    "descent": 'as "full", then queries, keys, values and outputs together, by gradient descent on the layer\'s error',
     "scale": "one factor for each head, multiplied into the output projection (Kwon et al. 2022)",
 }
 
@@ -28,6 +29,7 @@ class RefitOptions:
             Gram matrix; at least 0. By default each layer's own, by cross-validation over the calibration's sequences.
         query_steps: steps of conjugate gradients for each query projection; at most so many, where sequences held out
             tell when to stop.
+        descent_passes: over the calibration, of a "descent"; at most so many count, where sequences held out tell.
         token_weights: "uniform": all tokens count alike. "gradient": the fit of output projections is measured by what
             each token's attention does to the outputs of the untouched model, which takes a backward pass on each batch
             (the memory of a training step without gradients of parameters), and counts tokens so where that loses less
@@ -40,6 +42,7 @@ class RefitOptions:
     fits: str
     ridge: float | None = None
     query_steps: int = 6
+    descent_passes: int = 6
     token_weights: str = "uniform"
     held_out: float = 0.1
 
@@ -48,12 +51,17 @@ class RefitOptions:
         if self.ridge is not None:
             number(self.ridge, "ridge", minimum=0)
         integer(self.query_steps, "query_steps", minimum=0)
+        integer(self.descent_passes, "descent_passes", minimum=0)
         choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
         number(self.held_out, "held_out", minimum=0, below=1)
-        unread = {"none": ("ridge", "query_steps", "token_weights", "held_out"), "full": ()}
+        unread = {
+            "none": tuple(field.name for field in fields(self) if field.name != "fits"),
+            "full": ("descent_passes",),
+            "descent": (),
+        }
         for field in fields(self):
             given = getattr(self, field.name)
-            if field.name in unread.get(self.fits, ("query_steps",)) and given != field.default:
+            if field.name in unread.get(self.fits, ("query_steps", "descent_passes")) and given != field.default:
                 raise ValueError(
                     f"{field.name}={given!r} has no effect on a refit of {REFITS[self.fits]} ({self.fits!r}); leave it "
                     "out, or give another refit"

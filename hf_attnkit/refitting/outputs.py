@@ -139,7 +139,7 @@ def solve(sums: OutputSums, linear: nn.Module, ridge: float) -> tuple[Tensor, Te
 def strength_of(ridge: float, gram: Tensor) -> Tensor:
     """lambda, for a ridge that is a share of the mean diagonal."""
     # Heads that put out nothing leave their columns undetermined, where they stay.
-    return (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+    return (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny ** 0.5)
 
 
 def is_rounding(gram: Tensor, aa: Tensor) -> bool:

@@ -100,25 +100,27 @@ class Watched:
         walk, inputs: of the changed model.
         call: the untouched model's.
         weight: `(B, T)`, what each token counts; padding not yet left out. `None`: all alike.
+        aside: bool `(B, T)`, the tokens that the fit does not look at; `None`: none.
     """
 
     walk: Walk
     inputs: Mapping[str, Any]
     call: Attended
     weight: Tensor | None = None
+    aside: Tensor | None = None
 
 
 def fit_layer_queries(
-    model: PreTrainedModel, layer: AttentionLayer, batches: Sequence[Watched], held: Sequence[Watched], steps: int
+    model: PreTrainedModel, layer: AttentionLayer, batches: Sequence[Watched], steps: int
 ) -> tuple[float, float]:
     """Change the layer's query projection so that it attends as the untouched model's calls do.
 
     Args:
-        held, steps: as `fit_queries`.
+        steps: as `fit_queries`.
 
     Returns:
         Mean KL divergence in nats from the untouched model's attention, over heads and tokens by what these count,
-        before and after; on `held` where there is some.
+        before and after; of tokens set aside where there are some.
 
     Raises:
         NotLinearError: if the model's queries are not what the projection and the rotary embedding make them.
@@ -130,8 +132,8 @@ def fit_layer_queries(
     stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
     present = stacked.to(dtype).unflatten(0, (-1, layer.head_dim))
     with attention_at(model, layer) as run:
-        made, unseen = ([_batch(layer, run, each, present) for each in part] for part in (batches, held))
-    fitted, before, after = fit_queries(present, made, steps, unseen)
+        made = [_batch(layer, run, each, present) for each in batches]
+    fitted, before, after = fit_queries(present, made, steps)
     if not (fitted.isfinite().all() and before.isfinite().all()):
         raise _not_finite(layer)
     fitted = fitted.flatten(0, 1)
@@ -166,9 +168,11 @@ def _batch(layer: AttentionLayer, run: Callable[[Walk], Attended], watched: Watc
     counts = real_mask(x, watched.inputs, layer.padding).to(dtype)
     if watched.weight is not None:
         counts = counts * watched.weight.to(counts)
+    aside = None if watched.aside is None else watched.aside.to(counts)
     made = Batch(
         x, call.key.to(dtype), target.query.to(dtype), target.key.to(dtype), call.mask, call.scaling,
-        counts, layer.rope, _rotation(layer, run, watched.walk, dtype),
+        counts if aside is None else counts * (1 - aside), layer.rope, _rotation(layer, run, watched.walk, dtype),
+        None if aside is None else counts * aside,
     )  # fmt: skip
     factor = _factor(layer, made.query(present), call.query)
     if factor != 1:

@@ -2,8 +2,12 @@
 
 Each layer is fitted on what the refitted layers below give it: all layers in one pass measured more than twice the
 perplexity (see docs/conversion.md). The models do not start again for each layer (see `walk`), so the whole refit takes
-about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`; how firmly: `ridge`; what of it
-stays: `guard`.
+about three forward passes of each. What is fitted: `queries`, `outputs`, `head_scales`, `descent`; how firmly: `ridge`;
+what of it stays: `guard`.
+
+All sequences are fitted, those too on which the guard compares. Their sums are kept apart, and what it compares is a
+second solution of each layer, from the sums of the others, with the same ridge. So there is no second walk, and what
+stays is fitted to everything.
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,8 +29,9 @@ from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
 from hf_attnkit.observing.batches import real_mask, to_device
-from hf_attnkit.observing.rows import split
+from hf_attnkit.observing.rows import rows_of, set_aside
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
+from hf_attnkit.refitting.descent import Aim, descend
 from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.guard import Guard
 from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
@@ -66,11 +72,11 @@ def refit_layers(
 
     Args:
         layers: of the changed model.
-        made: gave every layer's output projection new parameters, and its query projection if "full" fits those.
+        made: gave every layer's output projection new parameters, and its query projection for "full" and "descent".
         batches: model inputs, at least one; padding is left out. Some of their sequences are held out.
-        key_order: for "full": per layer, which key head of the untouched model is where now. Queries stay in layers
-            of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
-        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for "full".
+        key_order: for "full" and "descent": per layer, which key head of the untouched model is where now. Queries stay
+            in layers of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
+        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for these.
             Where it cannot be told (something is done to the attention's output before it is added), the attention's
             own output is fitted.
 
@@ -87,57 +93,60 @@ def refit_layers(
         )
     layers = fitted
     _require_unshared(model, layers)
-    inputs, aside = split([to_device(batch, model) for batch in batches], options.held_out)
+    inputs = [to_device(batch, model) for batch in batches]
+    aside = set_aside(inputs, options.held_out)
+    held_out = [rows_of(batch, rows) for batch, rows in zip(inputs, aside, strict=True) if rows]
     with made.undone():
-        guard = Guard(model, aside) if aside else None
+        guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
     counted = "uniform" if norms is None else "gradient"
-    full = options.fits == "full"
+    full = options.fits in ("full", "descent")
     assert not full or (key_order is not None and not stream)
     if guard is not None:
-        guard.before(layers, queries=full)
+        inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
+        guard.before(layers, inner, alone=options.fits == "full")
     skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
-    unseen = aside if visible else []
-    untouched, changed, untouched_aside, changed_aside = (
-        [Walk(model, batch, layers, skips=skips) for batch in part] for part in (inputs, inputs, unseen, unseen)
-    )
+    untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     found: list[RefittedLayer] = []
+    without: list[projections.Edit] = []
     num_tokens = 0
     for layer in progress_bar(layers, description="refit", unit="layer"):
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
         assert made.covers(layer.output), layer.name
+        kinds, extra = 1 if weights is None else 2, 1 if held_out else 0
+        count = 1 if options.ridge is not None else num_folds(layer.output, kinds, aside=extra)
+        folds = Folds(inputs, count, aside)
         if key_order is not None and visible and can_fit_queries(layer):
             assert made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer) as run:
-                calls, calls_aside = (
-                    [run(walk).in_order(key_order[layer.index]) for walk in walks]
-                    for walks in (untouched, untouched_aside)
-                )
+                calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
             counts = [None] * len(calls) if weights is None else weights
-            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, strict=True)]
-            watched_aside = [Watched(*each) for each in zip(changed_aside, aside, calls_aside, strict=True)]
+            apart = [folds.is_aside(number, call.output.shape[:-1]) for number, call in enumerate(calls)]
+            watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, apart, strict=True)]
             try:
-                divergences = fit_layer_queries(model, layer, watched, watched_aside, options.query_steps)
+                divergences = fit_layer_queries(model, layer, watched, options.query_steps)
             except NotLinearError:
                 if layer.attention is None:
                     raise
-                for walk in changed_aside:  # no walk may miss a layer
-                    _seen(walk, layer, stream)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-                for walk in untouched_aside:
-                    _seen(walk, layer, stream)
-            for walk in changed_aside:
-                _seen(walk, layer, stream)
-        count = 1 if options.ridge is not None else num_folds(layer.output, 1 if weights is None else 2)
-        sums = _summed(layer, Folds(inputs, count), changed, targets, inputs, weights, stream)
-        found.append(_fit_output(layer, sums, options, divergences))
-        num_tokens = sum(own.alike.num_tokens for own in sums)
-    held = None if guard is None else guard.keep(options.fits)
+        sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
+        fit, edit = _fit_output(layer, sums, rest, options, divergences)
+        if options.fits == "descent":
+            # Outputs start from what is not fitted to the sequences that the passes are chosen on.
+            projections.apply(edit)
+            aims = _aims(layer, folds, changed, targets, inputs, weights)
+            modules = [each for each in _projections(layer) if made.covers(each)]
+            fit = replace(fit, descent=descend(model, layer, modules, aims, options.descent_passes))
+            edit = projections.present(layer.output)
+        found.append(fit)
+        without.append(edit)
+        num_tokens = sum(own.alike.num_tokens for own in (*sums, *([] if rest is None else [rest])))
+    held = None if guard is None else guard.keep(options.fits, without)
     report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
@@ -152,11 +161,14 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
-) -> list[Fold]:
-    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give."""
+) -> tuple[list[Fold], Fold | None]:
+    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give.
+
+    Those of the sequences set aside, where there are some, are the second result.
+    """
     sums = [
         Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
-        for _ in range(folds.count)
+        for _ in range(folds.count + folds.has_aside)
     ]
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
         now = _seen(walk, layer, stream)
@@ -171,17 +183,48 @@ def _summed(
             own.alike.add(*tokens)
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
-    return sums
+    return sums[: folds.count], sums[-1] if folds.has_aside else None
+
+
+def _projections(layer: AttentionLayer) -> list[nn.Linear]:
+    """The layer's projections that are known, each once."""
+    found = {id(each): each for each in (layer.query, layer.key, layer.value, layer.output) if each is not None}
+    return list(found.values())
+
+
+def _aims(
+    layer: AttentionLayer,
+    folds: Folds,
+    walks: Sequence[Walk],
+    targets: Sequence[Seen],
+    inputs: Sequence[Mapping[str, Any]],
+    weights: Sequence[Tensor] | None,
+) -> list[Aim]:
+    """What a descent looks at; sequences set aside count in the choice among its passes alone."""
+    aims = []
+    for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
+        counts = _real(layer, target.output, inputs[number]).float()
+        if weights is not None:
+            counts = counts * weights[number].to(counts)
+        aside = (folds.of(number, counts.shape, calls=_calls(layer)) == folds.count).to(counts)
+        aims.append(Aim(walk, target.output, counts * (1 - aside), counts * aside))
+    return aims
 
 
 def _fit_output(
     layer: AttentionLayer,
     folds: Sequence[Fold],
+    aside: Fold | None,
     options: RefitOptions,
     divergences: tuple[float | None, float | None],
-) -> RefittedLayer:
-    """Give the layer its new output projection, or leave it."""
-    sums, linear = total(fold.at(MEASURED) for fold in folds), layer.output
+) -> tuple[RefittedLayer, projections.Edit]:
+    """Give the layer its new output projection, or leave it.
+
+    Returns:
+        What it reached, and what the projection would be that is not fitted to what is aside.
+    """
+    everything = [*folds, *([] if aside is None else [aside])]
+    sums, linear = total(fold.at(MEASURED) for fold in everything), layer.output
     if not sums.is_finite():
         raise ValueError(
             f"layer {layer.index}: attention outputs contain NaN or infinity; run the model in bfloat16 or "
@@ -195,17 +238,25 @@ def _fit_output(
         else:
             chosen = choose_ridge(folds, linear)
     ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
+    without = projections.present(linear)
     if ridge is not None:
-        if scales:
-            weight, bias = scaled(sums, linear, layer.value_head_dim, ridge)
-        else:
-            weight, bias = solve(total(fold.at(share) for fold in folds), linear, ridge)
-        projections.apply(projections.Edit(linear, weight, bias))
-    return RefittedLayer(
+        without, edit = (
+            _fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales) for part in (folds, everything)
+        )
+        projections.apply(edit)
+    fit = RefittedLayer(
         layer.index, *divergences, error, sums.error_of(linear),
         None if chosen is None else chosen.before, None if chosen is None else chosen.after,
         ridge, None if folds[0].seen is None else share, weight_of(linear).shape[1],
     )  # fmt: skip
+    return fit, without
+
+
+def _fitted(layer: AttentionLayer, sums: OutputSums, ridge: float, *, scales: bool) -> projections.Edit:
+    """The output projection that fits the sums."""
+    linear = layer.output
+    fitted = scaled(sums, linear, layer.value_head_dim, ridge) if scales else solve(sums, linear, ridge)
+    return projections.Edit(linear, *fitted)
 
 
 def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
@@ -228,8 +279,8 @@ def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
 
     Of a layer of the table the stream is known to be what its block gets.
     """
-    found = walk.seen(layer.index, layer.output, stream=stream and layer.attention is not None)
-    return found._replace(stream=walk.before(layer.index)) if stream and layer.attention is None else found
+    in_table = layer.attention is None
+    return walk.seen(layer.index, layer.output, stream=stream and not in_table, enters=stream and in_table)
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-HEADINGS = ("KL of attention (nats)", "error of outputs", "cross-validated", "ridge", "weighted")
+HEADINGS = ("KL of attention (nats)", "error of outputs", "cross-validated", "ridge", "weighted", "descent")
 BLANK = ("",) * len(HEADINGS)
 # A refit is told to have enough tokens where its error is this much above what it would be with any number of them.
 EXCESS = 0.1
@@ -32,6 +32,8 @@ class RefittedLayer:
         share: in which the fit counted tokens by what they do to the model's outputs, of 0 (all alike) to 0.9; `None`
             where all count alike everywhere.
         inputs: of the output projection.
+        descent: the error before and after the descent, which follows, on the sequences held out where there are some;
+            `None` without one.
 
     Errors and the divergence in the sample count tokens by what they do, see `RefitReport.token_weights`.
     """
@@ -46,6 +48,7 @@ class RefittedLayer:
     ridge: float | None
     share: float | None
     inputs: int
+    descent: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class RefitReport:
                 _arrow(layer.unseen_before, layer.unseen_after),
                 "as it was" if layer.ridge is None else f"{layer.ridge:.3g}",
                 "" if layer.ridge is None or layer.share is None else f"{layer.share:.3g}",
+                "" if layer.descent is None else _arrow(*layer.descent),
             )
             for layer in self.layers
         }

@@ -11,6 +11,9 @@ G + lambda = V (s + lambda) V^T,
 
 A ridge of infinity leaves the weights and fits the bias alone. The projection as it is, bias and all, is among the
 choices, and what is chosen is never worse on what it did not see than that, as far as the folds can tell.
+
+Sums about the mean are taken in float64; what follows is in the precision of the weights, float32 at least: eigenvalues
+below its rounding are far below the weakest ridge.
 """
 
 from __future__ import annotations
@@ -70,14 +73,15 @@ class Ridge:
     share: float = MEASURED
 
 
-def num_folds(linear: nn.Module, sums: int = 1) -> int:
+def num_folds(linear: nn.Module, sums: int = 1, *, aside: int = 0) -> int:
     """Into how many folds the sequences go, so that their sums stay within `FOLD_BYTES` where 2 do.
 
     Args:
         sums: how many `OutputSums` a fold has.
+        aside: folds that there are next to these.
     """
     outputs, inputs = weight_of(linear).shape
-    return max(2, min(FOLDS, FOLD_BYTES // (8 * sums * (inputs + 1) * (inputs + 1 + outputs))))
+    return max(2, min(FOLDS, FOLD_BYTES // (8 * sums * (inputs + 1) * (inputs + 1 + outputs)) - aside))
 
 
 def total(folds: Iterable[OutputSums]) -> OutputSums:
@@ -100,7 +104,7 @@ def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
     whole = total(fold.at(MEASURED) for fold in used)
     as_it_is = whole.lost_by(old, linear.bias)  # type: ignore[arg-type]
     best = Ridge(None, whole.share(as_it_is), whole.share(as_it_is))
-    least = float(as_it_is)
+    least, dtype = float(as_it_is), torch.promote_types(weight_of(linear).dtype, torch.float32)
     for share in SHARES if used[0].seen is not None else (MEASURED,):
         if len(used) < 2:
             break
@@ -111,11 +115,13 @@ def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
             means = others.means(has_bias)
             gram, cross, _ = others.centred(*means)
             test_gram, test_cross, square = test.centred(*means)
-            kept = ((old @ test_gram - 2 * test_cross) * old).sum() + square
+            test_rest = test_cross - old @ test_gram
+            kept = square - ((test_cross + test_rest) * old).sum()
             if is_rounding(gram, others.aa):
                 lost += float(kept)
             else:
-                lost += left_out(gram, cross - old @ gram, test_gram, test_cross - old @ test_gram, kept)
+                sums = (gram, cross - old @ gram, test_gram, test_rest, kept)
+                lost += left_out(*(each.to(dtype) for each in sums))
         index = int(lost.argmin())
         if lost[index] < least:
             least = float(lost[index])
@@ -135,11 +141,8 @@ def left_out(gram: Tensor, rest: Tensor, test_gram: Tensor, test_rest: Tensor, k
     turned = rest @ vectors
     linear = (turned * (test_rest @ vectors)).sum(0)
     square = (turned.T @ turned) * (vectors.T @ test_gram @ vectors)
-    errors = []
-    for ridge in RIDGES:
-        if ridge == math.inf:
-            errors.append(kept)
-            continue
-        shrunk = 1 / (values.clamp(min=0) + strength_of(ridge, gram))
-        errors.append(kept - 2 * (shrunk @ linear) + shrunk @ square @ shrunk)
-    return torch.stack(errors).cpu()
+    strengths = torch.stack([strength_of(ridge, gram) for ridge in RIDGES]).nan_to_num(math.inf, math.inf)
+    shrunk = 1 / (values.clamp(min=0) + strengths[:, None])  # (ridges, m); 0 for infinity
+    errors = kept - 2 * (shrunk @ linear) + ((shrunk @ square) * shrunk).sum(1)
+    found: Tensor = errors.double().cpu()
+    return found

@@ -11,15 +11,15 @@ outputs that nobody sees. No labels: z is what is to be kept, whatever it is for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.common.state import evaluation_mode, frozen
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import final_outputs, real_outputs
 
@@ -47,7 +47,7 @@ def gradient_norms(
         found: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(model))
-            stack.enter_context(_frozen(model))
+            stack.enter_context(frozen(model))
             stack.enter_context(torch.enable_grad())
             for layer in layers:
                 stack.callback(_watch(layer.output, found[layer.index]).remove)
@@ -99,16 +99,3 @@ def _watch(linear: nn.Module, found: list[Tensor]) -> Any:
         return output
 
     return linear.register_forward_hook(look)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the context no parameter asks for a gradient."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from hf_attnkit.experiment.comparing.conversions import ComparisonArguments, compare
+from hf_attnkit.experiment.comparing.distance import HELP, Distance
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.sweep import run_each
 
@@ -20,6 +21,7 @@ from hf_attnkit.experiment.sweep import run_each
 @dataclass
 class GlueComparisonArguments(ComparisonArguments):
     calibration_samples: int = field(default=512, metadata={"help": "Training sentences to calibrate on."})
+    distance_samples: int = field(default=0, metadata={"help": HELP})
 
 
 def main() -> None:
@@ -31,7 +33,9 @@ def compare_conversions(
 ) -> None:
     """One run."""
     run = GlueRun(arguments, training, comparison)
-    compare(run, comparison, ("calibration_samples", min(comparison.calibration_samples, len(run.train_data))))
+    size = min(comparison.calibration_samples, len(run.train_data))
+    distance = Distance(run, comparison.distance_samples, size)
+    compare(run, comparison, ("calibration_samples", size), distance)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_attnkit.experiment.comparing.distance import HELP, Distance
 from hf_attnkit.experiment.comparing.prunings import PruningComparisonArguments, compare
 from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
 from hf_attnkit.experiment.sweep import run_each
@@ -24,6 +25,7 @@ class GluePruningComparisonArguments(PruningComparisonArguments):
     refit_samples: int | None = field(
         default=None, metadata={"help": "Training sentences for the refit. By default as many as for the scores."}
     )
+    distance_samples: int = field(default=0, metadata={"help": HELP})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +42,9 @@ def compare_prunings(
     """One run."""
     run = GlueRun(arguments, training, comparison)
     names = ("score_samples", "refit_samples")
-    compare(run, comparison, {name: min(getattr(comparison, name), len(run.train_data)) for name in names})
+    sizes = {name: min(getattr(comparison, name), len(run.train_data)) for name in names}
+    distance = Distance(run, comparison.distance_samples, max(sizes.values()))
+    compare(run, comparison, sizes, distance)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_conversions_compared(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     output = tmp_path / "compared"
     command = ["x", "--model_name_or_path", str(checkpoint), "--task_name", "demo", "--output_dir", str(output)]
     command += ["--num_key_value_heads", "2", "1", "--max_eval_samples", "40", "--calibration_samples", "80"]
-    command += ["--max_length", "24"]
+    command += ["--max_length", "24", "--distance_samples", "20"]
     monkeypatch.setattr(sys, "argv", [*command, "--report_to", "none", "--use_cpu"])
     compare_conversions_glue.main()
     results = json.loads((output / "results.json").read_text())
@@ -186,7 +186,25 @@ def test_conversions_compared(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
     assert {tuple(stage["num_key_value_heads"]) for stage in stages} == {(4, 4), (2, 2), (1, 1)}
     assert results["calibration_samples"] == 80 and list(output.iterdir()) == [output / "results.json"]
     printed = capsys.readouterr().out
-    assert "4 -> 2" in printed and "pca+data+refit+best" in printed
+    assert "4 -> 2" in printed and "pca+data+refit+best" in printed and "distance to the untouched model" in printed
+    distances = {stage["variant"]: stage["distance"] for stage in stages[len(VARIANTS) + 1 :]}
+    assert all(distance > 0 for distance in distances.values()) and distances["pca+data+refit"] < distances["mean"]
+
+
+def test_a_budget_spent_over_the_layers_is_compared(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["x", "--model_name_or_path", str(checkpoint), "--task_name", "demo", "--output_dir", str(tmp_path)]
+    command += ["--num_key_value_heads", "2", "--max_eval_samples", "8", "--calibration_samples", "16", "--max_length"]
+    command += ["24", "--variants", "pca+data+spent", "--report_to", "none", "--use_cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    compare_conversions_glue.main()
+    _, stage = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert sum(stage["num_key_value_heads"]) <= 4 and "distance" not in stage
+    command[command.index(str(tmp_path))] = str(tmp_path / "refused")
+    monkeypatch.setattr(sys, "argv", [*command, "--distance_samples", "100000"])
+    with pytest.raises(ValueError, match=r"--distance_samples 100000 must be from 0 to \d+: of \d+ training sentences"):
+        compare_conversions_glue.main()
 
 
 @pytest.mark.parametrize(

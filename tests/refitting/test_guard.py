@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from support.models import batch, build
+from support.refits import plain
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import hf_attnkit.refitting.guard as guard_module
 import hf_attnkit.refitting.refit as refit_module
 from hf_attnkit import convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.observing.outputs import OutputDistance, final_outputs, real_outputs
-from hf_attnkit.observing.rows import num_rows, rows_of, split
-from hf_attnkit.refitting.guard import _is_worse
+from hf_attnkit.observing.rows import num_rows, rows_of, set_aside
+from hf_attnkit.refitting.guard import is_worse
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.queries import NotLinearError
 
@@ -52,12 +54,13 @@ def test_sequences_are_set_aside_evenly() -> None:
         {"input_ids": torch.arange(8).view(4, 2), "attention_mask": torch.ones(4, 2), "use_cache": False},
         {"input_ids": torch.arange(8, 20).view(6, 2), "position_ids": torch.ones(1, 2)},
     ]
-    kept, held = split(batches, 0.2)
-    assert [b["input_ids"][:, 0].tolist() for b in kept] == [[0, 2, 6], [8, 10, 12, 16, 18]]
+    assert set_aside(batches, 0.2) == [[2], [3]]
+    held = [rows_of(each, rows) for each, rows in zip(batches, set_aside(batches, 0.2), strict=True)]
     assert [b["input_ids"][:, 0].tolist() for b in held] == [[4], [14]]
     assert held[0]["use_cache"] is False and held[1]["position_ids"].shape == (1, 2)
-    assert split(batches, 0.0) == (batches, []) and split(batches[:1], 0.01)[1][0]["input_ids"].shape == (1, 2)
-    assert split([rows_of(batches[0], [1])], 0.5)[1] == []
+    assert set_aside(batches, 0.0) == [[], []] and set_aside(batches[:1], 0.01) == [[2]]
+    assert set_aside([rows_of(batches[0], [1])], 0.5) == [[]]
+    assert torch.equal(rows_of(batches[0], [1, 0, 3, 2])["input_ids"][:, 0], torch.tensor([2, 0, 6, 4]))
 
 
 def test_what_cannot_be_told_apart_stays_together() -> None:
@@ -68,11 +71,11 @@ def test_what_cannot_be_told_apart_stays_together() -> None:
         {"input_ids": tokens, "position_ids": torch.ones(3, 2, 5)},
     ):
         assert num_rows(batch_of_one) == 1
-        kept, held = split([batch_of_one] * 4, 0.25)
-        assert [id(b) for b in kept + held] == [id(batch_of_one)] * 4 and len(held) == 1
+        assert set_aside([batch_of_one] * 4, 0.25) == [[], [], [0], []]
+        assert rows_of(batch_of_one, [0]).items() == batch_of_one.items()
     padding = {"input_ids": tokens, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}
-    kept, held = split([padding, padding], 0.75)
-    assert all(bool(b["attention_mask"].any()) for b in kept + held)
+    assert set_aside([padding, padding], 0.25) == [[], [0]]
+    assert set_aside([padding, padding], 0.9) == [[], []], "no real sequence would be left"
 
 
 @pytest.mark.parametrize("family, head", [("bert", "sequence"), ("llama", "causal"), ("bert", "base")])
@@ -94,13 +97,21 @@ def test_distances_by_definition(family: str, head: str, monkeypatch: pytest.Mon
         assert len(was) == sum(int(b["attention_mask"].sum()) for b in batches)
     expected = float((is_now - was).square().sum() / (was - was.mean(0)).square().sum())
     found._model = changed
-    assert float(found.now().mean()) == pytest.approx(expected, rel=1e-5)
+    assert float(found.now().sum() / found.counts.sum()) == pytest.approx(expected, rel=1e-5)
+    masks = [b["attention_mask"].bool() if head != "sequence" else torch.ones(3).bool() for b in batches]
+    own, variance = [], float((was - was.mean(0)).square().sum()) / len(was)
+    for n, w, mask in zip(now, wanted, masks, strict=True):
+        lost = (n[name] - w[name]).square().sum(-1) * mask
+        own += (lost.view(3, -1).sum(1) / variance).tolist()
+    assert found.now().tolist() == pytest.approx(own, rel=1e-4)
+    sizes = [1] * 18 if head == "sequence" else [int(row.sum()) for mask in masks for row in mask]
+    assert found.counts.tolist() == sizes
     # Every other position where there are too many numbers; of a random model these are alike.
     monkeypatch.setattr("hf_attnkit.observing.outputs.KEPT", was.numel() // 2)
     half = OutputDistance(original, batches)
     assert sum(t.numel() for parts in half._wanted for t in parts) <= was.numel() * 0.7
     half._model = changed
-    assert float(half.now().mean()) == pytest.approx(expected, rel=1)
+    assert float(half.now().sum() / half.counts.sum()) == pytest.approx(expected, rel=1)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
@@ -123,31 +134,96 @@ def test_a_refit_that_harms_is_not_kept(family: str, caplog: pytest.LogCaptureFi
     assert not same(harmed, state(alone)) and last_change(harmed).refit.kept == "output"  # type: ignore[union-attr]
 
 
+def parts(batches: list[dict[str, Tensor]]) -> tuple[list[Any], list[Any]]:
+    """What the compared model is fitted to, and what it is compared on, by default."""
+    aside = set_aside(batches, 0.1)
+    rows = [range(num_rows(each)) for each in batches]
+    stay = [[row for row in own if row not in out] for own, out in zip(rows, aside, strict=True)]
+    return tuple(  # type: ignore[return-value]
+        [rows_of(each, own) for each, own in zip(batches, chosen, strict=True) if own] for chosen in (stay, aside)
+    )
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_what_is_kept_is_what_is_nearest(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = build(family, "sequence" if family == "bert" else "causal")
-    batches = many(original)
-    seen: list[Any] = []
-    real_split = refit_module.split
-    monkeypatch.setattr(refit_module, "split", lambda *args: seen.append(real_split(*args)) or seen[-1])
-    model = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches)
-    report = last_change(model).refit  # type: ignore[union-attr]
-    held = [{k: v for k, v in b.items() if k != "use_cache"} for b in seen[0][1]]
-    assert report.held_out.num_sequences == sum(len(b["input_ids"]) for b in held) == 2
-    assert report.held_out.errors[report.kept] == pytest.approx(distance(model, original, held), rel=1e-4)
+def test_what_is_kept_is_fitted_to_everything(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight for weight the refit of all sequences with these ridges and no guard."""
+    monkeypatch.setattr(guard_module, "is_worse", lambda *_: False)
+    original = build(family, "sequence" if family == "bert" else "causal").double()
+    batches = many(original, 20)
+    held = parts(batches)[1]
     merged = convert_to_gqa(copy.deepcopy(original), 2, method="mean")
-    assert report.held_out.errors["none"] == pytest.approx(distance(merged, original, held), rel=1e-4)
-    assert report.held_out.errors[report.kept] <= report.held_out.errors["none"]
+    for word in ("output", "scale"):
+        options = RefitOptions(word, ridge=0.1)
+        model = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=options)
+        report = last_change(model).refit  # type: ignore[union-attr]
+        assert report.kept == word and report.held_out.num_sequences == sum(len(b["input_ids"]) for b in held) == 6
+        assert report.held_out.errors["none"] == pytest.approx(distance(merged, original, held), rel=1e-4)
+        fitted = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=batches, refit=plain(word))
+        everything = last_change(fitted).refit  # type: ignore[union-attr]
+        assert report.num_tokens == everything.num_tokens
+        for (name, now), was in zip(model.named_parameters(), fitted.parameters(), strict=True):
+            # Sums of other parts, solved by normal equations, whose condition the ridge keeps below 1e5 or so.
+            torch.testing.assert_close(now, was, rtol=1e-9, atol=1e-9, msg=name)
+        for now, was in zip(report.layers, everything.layers, strict=True):
+            assert now.error_after == pytest.approx(was.error_after, rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_is_compared_is_not_fitted_to_what_is_held_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that are held out may be anything: the lowest layer that is compared stays the same, though not the one
+    that is kept. (What the layers above get is of layers below that are fitted to everything.)"""
+    original = build(family, "sequence" if family == "bert" else "causal").double()
+    batches = many(original, 20)
+    aside = set_aside(batches, 0.1)
+    compared: list[dict[str, Tensor]] = []
+    real_now = OutputDistance.now
+
+    def now(self: OutputDistance) -> Tensor:
+        compared.append(state(self._model))
+        return real_now(self)
+
+    monkeypatch.setattr(OutputDistance, "now", now)
+    monkeypatch.setattr(guard_module, "is_worse", lambda *_: False)
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        given = [{name: tensor.clone() for name, tensor in each.items()} for each in batches]
+        for each, rows in zip(given, aside, strict=True):
+            for row in rows:
+                each["input_ids"][row] = torch.randint(5, 60, each["input_ids"][row].shape, generator=generator)
+        options = RefitOptions("output", ridge=0.1)
+        kept = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=given, refit=options)
+        compared.append(state(kept))
+    names = [name for name, old in compared[0].items() if ".0." in name and not torch.equal(old, compared[1][name])]
+    assert names, "nothing was fitted"
+    for name in names:
+        torch.testing.assert_close(compared[1][name], compared[4][name], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(compared[2][name], compared[5][name], rtol=1e-4)
 
 
 def test_what_is_worse_by_no_more_than_chance_is_kept() -> None:
-    """The standard error of the mean difference decides: a single position that flips is not enough."""
-    few, one = torch.zeros(20), torch.zeros(20)
+    """The standard error of the mean difference decides: a single sequence that flips is not enough."""
+    few, one, counts = torch.zeros(20), torch.zeros(20), torch.ones(20)
     one[3] = 5.0  # worse by 0.25 on the mean, whose standard error is 0.25
     few[::3] = 5.0
-    assert not _is_worse(one, torch.zeros(20)) and _is_worse(few, torch.zeros(20))
-    assert not _is_worse(torch.zeros(20), few) and not _is_worse(few, few)
-    assert _is_worse(torch.ones(1), torch.zeros(1)) and _is_worse(torch.full((3,), torch.nan), few[:3])
+    assert not is_worse(one, torch.zeros(20), counts) and is_worse(few, torch.zeros(20), counts)
+    assert not is_worse(torch.zeros(20), few, counts) and not is_worse(few, few, counts)
+    assert is_worse(torch.ones(1), torch.zeros(1), counts[:1])
+    assert is_worse(torch.full((3,), torch.nan), few[:3], counts[:3])
+
+
+def test_the_standard_error_is_over_sequences() -> None:
+    """1,000 positions of 4 sequences, all of one alike: 4 numbers, against the spread of many draws."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([400.0, 100.0, 300.0, 200.0])
+    rejected = 0
+    for _ in range(2000):
+        each = torch.randn(4, generator=generator)  # the error of every position of a sequence
+        rejected += is_worse(each * counts, torch.zeros(4), counts)
+    # Of no difference a standard error is exceeded on one side in 16 % of draws, of few sequences somewhat more often;
+    # counted over positions the bound would be a sixteenth of it, and half of all draws were above.
+    assert 0.12 < rejected / 2000 < 0.28
+    # Sequences of one error per position differ in nothing, whatever their lengths.
+    assert is_worse(0.1 * counts, torch.zeros(4), counts)
 
 
 def test_queries_alone_are_kept_where_outputs_harm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,11 @@ def example(seed: int = 0, rope: Rope | None = None, causal: bool = True) -> tup
 
 
 def gradient_of(weight: Tensor, made: Batch) -> tuple[Tensor, Tensor]:
-    return mean_divergence(weight, [made], [target(made, torch.Generator().manual_seed(0))])
+    found, unseen, gradient = mean_divergence(
+        [made.query(weight)], [made], [target(made, torch.Generator().manual_seed(0))]
+    )
+    assert unseen is None
+    return found, gradient
 
 
 def divergence(weight: Tensor, made: Batch) -> Tensor:
@@ -88,7 +93,7 @@ def test_divergence_gradient_and_curvature_by_definition(
     with torch.no_grad():
         found, gradient = gradient_of(weight, made)
         direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        curvature = curvature_along(weight, direction, [made])
+        curvature = curvature_along([made.query(weight)], [made.query(direction)], [made])
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, slope, rtol=1e-10, atol=1e-12)
     step = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -111,6 +116,23 @@ def test_many_steps_reach_the_minimum_and_few_never_worsen() -> None:
             torch.testing.assert_close(gradient_of(fitted, made)[0], least, rtol=1e-12, atol=0)
         torch.testing.assert_close(before, divergence(weight, made), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(after, divergence(best, made), rtol=1e-12, atol=1e-12)
+
+
+def test_each_head_takes_the_step_that_is_best_where_it_was_not_fitted() -> None:
+    """Against fits of fewer steps to the first sequences alone, measured on the last."""
+    weight, made = example()
+    last = torch.zeros(3, 9, dtype=torch.bool)
+    last[2] = True
+    split = replace(made, counts=made.counts & ~last, unseen=last.double())
+    fitted_to, others = replace(split, unseen=None), replace(made, counts=last)
+    with torch.no_grad():
+        found, before, after = fit_queries(weight, [split], steps=40)
+        tried = [fit_queries(weight, [fitted_to], steps=steps)[0] for steps in range(41)]
+        measured = torch.stack([gradient_of(each, others)[0] for each in tried])
+        torch.testing.assert_close(before, measured[0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(after, measured.min(0).values, rtol=1e-8, atol=0)
+        torch.testing.assert_close(gradient_of(found, others)[0], after, rtol=1e-8, atol=0)
+    assert bool((measured[-1] > after * 1.01).any()), "the last step was best, so nothing was tested"
 
 
 def test_queries_that_fit_already_stay() -> None:

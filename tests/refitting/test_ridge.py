@@ -90,6 +90,21 @@ def test_the_ridge_is_the_one_that_brute_force_finds(has_bias: bool, signal: flo
         assert chosen.ridge is not None and chosen.ridge < 1, "nothing was tested"
 
 
+@pytest.mark.parametrize("signal, noise", [(1.0, 0.3), (0.3, 0.3), (0.05, 1.0)])
+def test_float32_chooses_as_float64(signal: float, noise: float) -> None:
+    torch.manual_seed(0)
+    wide = nn.Linear(12, 5).double()
+    narrow = nn.Linear(12, 5)
+    with torch.no_grad():
+        narrow.load_state_dict(wide.state_dict())
+        wide.load_state_dict(narrow.state_dict())
+        _, sums = folds_of(wide, signal, noise)
+        chosen, reference = choose_ridge(sums, narrow), choose_ridge(sums, wide)
+    assert (chosen.ridge, chosen.share) == (reference.ridge, reference.share)
+    # Differences of sums of squares a few times as large, of some hundred terms each.
+    assert chosen.after == pytest.approx(reference.after, rel=2**10 * torch.finfo(torch.float32).eps)
+
+
 def test_targets_that_are_noise_leave_the_projection() -> None:
     """What it puts out is right already but for noise: the ridge is infinity, or not even the bias moves."""
     torch.manual_seed(0)
@@ -140,6 +155,21 @@ def test_folds_are_whole_sequences() -> None:
     assert Folds([{"x": tokens}], 4).of(0, torch.Size([4])).tolist() == [0, 1, 2, 3]
 
 
+def test_what_is_set_aside_is_in_no_fold() -> None:
+    tokens = torch.zeros(3, 7, dtype=torch.long)
+    folds = Folds([{"input_ids": tokens}, {"input_ids": tokens[:2]}], 2, [[1], []])
+    assert folds.num_sequences == 4 and folds.has_aside
+    assert folds.of(0, torch.Size([3, 7]))[:, 0].tolist() == [0, 2, 1]
+    assert folds.of(1, torch.Size([2, 7]))[:, 0].tolist() == [0, 1]
+    assert folds.of(0, torch.Size([6, 1]), calls=2)[:, 0].tolist() == [0, 2, 1, 0, 2, 1]
+    aside = folds.is_aside(0, torch.Size([3, 7]))
+    assert aside is not None and aside.all(1).tolist() == [False, True, False]
+    # Fewer sequences than folds: what is set aside is whole all the same.
+    few = Folds([{"input_ids": tokens[:2]}], 4, [[0]])
+    assert few.of(0, torch.Size([2, 8])).tolist() == [[4] * 8, [0, 0, 1, 1, 2, 2, 3, 3]]
+    assert Folds([{"input_ids": tokens}], 2).is_aside(0, torch.Size([3, 7])) is None
+
+
 def test_sums_of_folds_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = nn.Linear(31, 32)  # 8 * 32 * 64 bytes a fold
     assert num_folds(linear) == ridges.FOLDS
@@ -147,6 +177,8 @@ def test_sums_of_folds_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, count in ((3 * 16384, 3), (16384, 2)):
         monkeypatch.setattr(ridges, "FOLD_BYTES", limit)
         assert num_folds(linear) == count and num_folds(linear, 2) == 2
+    monkeypatch.setattr(ridges, "FOLD_BYTES", 5 * 16384)
+    assert num_folds(linear, aside=1) == 4
 
 
 @pytest.mark.parametrize("weights", TOKEN_WEIGHTS)

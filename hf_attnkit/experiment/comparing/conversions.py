@@ -16,14 +16,17 @@ from hf_attnkit.conversion.methods.table import uses_statistics
 from hf_attnkit.conversion.plan import layers_to_convert
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.conversion.target_heads import target_heads
+from hf_attnkit.experiment.comparing.distance import Distance
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.run import Run
 
-EXTRAS = ("data", "output", "refit", "best")
+EXTRAS = ("data", "output", "refit", "descent", "best", "spent")
+REFITS = {"output": "output", "refit": "full", "descent": "descent"}
 VARIANTS = [
     *("first", "random", "mean", "norm_mean", "procrustes", "pca", "pca+data", "pca+data+best"),
     *("mean+refit", "procrustes+refit", "pca+data+output", "pca+data+refit", "pca+data+refit+best"),
+    "pca+data+descent+best",
 ]
 
 
@@ -37,7 +40,8 @@ class ComparisonArguments:
         default_factory=lambda: list(VARIANTS),
         metadata={
             "help": "A method, then what is added: data (second moments of calibration data), output (refit of the "
-            "output projections), refit (of queries and outputs), best (grouping)."
+            "output projections), refit (of queries and outputs), descent (a refit too, of all four projections), best "
+            "(grouping), spent (the same cache, spent over the layers)."
         },
     )
 
@@ -45,12 +49,13 @@ class ComparisonArguments:
         for variant in self.variants:
             method, *extras = variant.split("+")
             known = method in METHODS and set(extras) <= set(EXTRAS) and len(set(extras)) == len(extras)
-            if not known or {"output", "refit"} <= set(extras):
+            if not known or len(set(REFITS) & set(extras)) > 1:
                 raise ValueError(
                     f"--variants {variant!r} must be one of {', '.join(METHODS)}, followed by any of "
-                    f"{', '.join(f'+{extra}' for extra in EXTRAS)}, but one of +output and +refit"
+                    f"{', '.join(f'+{extra}' for extra in EXTRAS)}, but one of "
+                    f"{', '.join(f'+{refit}' for refit in REFITS)}"
                 )
-            refits, looks = bool({"output", "refit"} & set(extras)), uses_statistics(method)
+            refits, looks = bool(set(REFITS) & set(extras)), uses_statistics(method)
             if ("data" in extras) > looks or (looks and refits and "data" not in extras):
                 raise ValueError(
                     f"--variants {variant!r}: +data goes with pca, which looks at the data that it is refitted on, and "
@@ -58,11 +63,14 @@ class ComparisonArguments:
                 )
 
 
-def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, int]) -> None:
+def compare(
+    run: Run, arguments: ComparisonArguments, calibration: tuple[str, int], distance: Distance | None = None
+) -> None:
     """Measure the untouched model and every conversion of it, print a table and write results.json.
 
     Args:
         calibration: what its size is called in results.json, and the size: sentences or tokens.
+        distance: to the untouched model, which is measured too.
     """
     for number in arguments.num_key_value_heads:
         target_heads(layers_to_convert(run.model), number)  # refused before the first evaluation
@@ -76,12 +84,17 @@ def compare(run: Run, arguments: ComparisonArguments, calibration: tuple[str, in
             run.model = copy.deepcopy(original)
             set_seed(run.training.seed)  # "random" draws
             options: dict[str, Any] = {"method": method, "grouping": "best" if "best" in extras else "adjacent"}
-            if "refit" in extras or "output" in extras:
-                options |= {"calibration": batches, "refit": True if "refit" in extras else "output"}
+            if "spent" in extras:
+                share = number / layers_to_convert(original)[0].num_key_value_heads
+                options |= {"num_key_value_heads": None, "budget": share, "uniform": False}
+            else:
+                options |= {"num_key_value_heads": number}
+            if refits := set(REFITS) & set(extras):
+                options |= {"calibration": batches, "refit": REFITS[refits.pop()]}
             elif "data" in extras:
                 options |= {"calibration": moments, "refit": False}
-            hf_attnkit.convert_to_gqa(run.model, number, **options)
-            run.evaluate("changed", variant=variant)
+            hf_attnkit.convert_to_gqa(run.model, **options)
+            run.evaluate("changed", variant=variant, **({} if distance is None else distance.facts(run.model)))
             print(f"{number} key/value heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
     run.model = original
     run.done = Change(
@@ -105,11 +118,17 @@ def print_comparison(results: Mapping[str, Any], data: str) -> None:
     """One row per variant, one column per number of heads: the task's first metric."""
     baseline, *others = results["stages"]
     metric = next(iter(baseline["metrics"]))
-    table = Table(title=f"{results['task']} ({data}), {metric}; untouched: {baseline['metrics'][metric]:.4g}")
-    table.add_column("")
-    for number in results["num_key_value_heads"]:
-        table.add_column(f"{baseline['num_key_value_heads'][0]} -> {number}", justify="right")
-    found = {(stage["variant"], stage["num_key_value_heads"][0]): stage["metrics"][metric] for stage in others}
-    for variant in results["variants"]:
-        table.add_row(variant, *(f"{found[variant, number]:.4g}" for number in results["num_key_value_heads"]))
-    show(table)
+    columns = [(variant, number) for number in results["num_key_value_heads"] for variant in results["variants"]]
+    found = dict(zip(columns, others, strict=True))
+    titles = {metric: f"{metric}; untouched: {baseline['metrics'][metric]:.4g}"}
+    if any("distance" in stage for stage in others):
+        titles["distance"] = "distance to the untouched model"
+    for name, title in titles.items():
+        table = Table(title=f"{results['task']} ({data}), {title}")
+        table.add_column("")
+        for number in results["num_key_value_heads"]:
+            table.add_column(f"{baseline['num_key_value_heads'][0]} -> {number}", justify="right")
+        for variant in results["variants"]:
+            stages = [found[variant, number] for number in results["num_key_value_heads"]]
+            table.add_row(variant, *(f"{stage.get(name, stage['metrics'].get(name)):.4g}" for stage in stages))
+        show(table)

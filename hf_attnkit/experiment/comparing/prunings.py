@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import set_seed
 
+from hf_attnkit.experiment.comparing.distance import Distance
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.pruning import REFITS, Scoring, SelectionArguments, parse_options, prune
 from hf_attnkit.experiment.record import Change
@@ -85,13 +86,16 @@ def parse_variant(variant: str) -> Scoring:
     return scoring
 
 
-def compare(run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str, int]) -> None:
+def compare(
+    run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str, int], distance: Distance | None = None
+) -> None:
     """Measure the untouched model and every pruning of it, print a table and write results.json.
 
     With training, the untouched model is trained as long as the others: what recovery has to be compared with.
 
     Args:
         sizes: how much data scores and refit look at, in this order, by the names that results.json gives these.
+        distance: to the untouched model, which is measured too.
     """
     original = run.model.to(run.training.device)
     run.evaluate("baseline")
@@ -114,7 +118,8 @@ def compare(run: Run, arguments: PruningComparisonArguments, sizes: Mapping[str,
             run.model = copy.deepcopy(original)
             prune(run.model, removed, refit, refit_batches)
             facts = {"variant": variant, "prune_fraction": fraction, "refit": refit}
-            run.evaluate("changed", **facts, removed=removed)
+            measured = {} if distance is None else distance.facts(run.model)
+            run.evaluate("changed", **facts, removed=removed, **measured)
             print(f"{fraction:.0%} removed, {variant}, refit {refit}: {run.stages[-1]['metrics']}", flush=True)
             if run.training.do_train:
                 _recover(run, run.model, **facts)
@@ -153,16 +158,20 @@ def print_comparison(results: Mapping[str, Any], data: str) -> None:
         if not stages:
             continue
         untouched = next((stage for stage in stages if "variant" not in stage), baseline)["metrics"][metric]
-        table = Table(title=f"{results['task']} ({data}), {name}, {metric}; untouched: {untouched:.4g}")
-        for heading in ("heads removed", "refit", *(f"{fraction:.0%}" for fraction in results["prune_fractions"])):
-            table.add_column(heading, justify="left" if heading in ("heads removed", "refit") else "right")
         found = {
-            (stage["variant"], stage["refit"], stage["prune_fraction"]): stage["metrics"][metric]
+            (stage["variant"], stage["refit"], stage["prune_fraction"]): {metric: stage["metrics"][metric]} | stage
             for stage in stages
             if "variant" in stage
         }
-        for variant in results["variants"]:
-            for refit in results["refits"]:
-                values = [found[variant, refit, fraction] for fraction in results["prune_fractions"]]
-                table.add_row(variant, refit, *(f"{value:.4g}" for value in values))
-        show(table)
+        titles = {metric: f"{metric}; untouched: {untouched:.4g}"}
+        if any("distance" in stage for stage in stages):
+            titles["distance"] = "distance to the untouched model"
+        for measure, title in titles.items():
+            table = Table(title=f"{results['task']} ({data}), {name}, {title}")
+            for heading in ("heads removed", "refit", *(f"{fraction:.0%}" for fraction in results["prune_fractions"])):
+                table.add_column(heading, justify="left" if heading in ("heads removed", "refit") else "right")
+            for variant in results["variants"]:
+                for refit in results["refits"]:
+                    values = [found[variant, refit, fraction][measure] for fraction in results["prune_fractions"]]
+                    table.add_row(variant, refit, *(f"{value:.4g}" for value in values))
+            show(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,7 +238,11 @@ class GlueRun(Run):
                 "no training data was read, since nothing is trained: give one of the recipe's arguments classes "
                 "`reads_training_data = True`"
             )
-        rows = self.train_data.select(range(min(size, len(self.train_data))))
+        return self.batches_of(range(min(size, len(self.train_data))))
+
+    def batches_of(self, numbers: Sequence[int]) -> Iterable[Mapping[str, Any]]:
+        """Batches of these training sentences, those of similar length together."""
+        rows = self.train_data.select(numbers)
         rows = rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
         return DataLoader(rows, self.training.per_device_eval_batch_size, collate_fn=self.collator)
 

@@ -18,7 +18,7 @@ class GrowingLayer(SequenceLayer):
     def __init__(self) -> None:
         super().__init__(None)
         self._memory: tuple[Tensor, ...] = ()
-        self._views: tuple[Tensor | None, ...] = (None, None)
+        self._shown: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -39,12 +39,13 @@ class GrowingLayer(SequenceLayer):
             self._memory = tuple(_larger(states, end) for states in (self.keys, self.values))
         for memory, states in zip(self._memory, (key_states, value_states), strict=True):
             memory[:, :, start:end] = states
-        self.keys, self.values = self._views = tuple(memory[:, :, :end] for memory in self._memory)
+        self.keys, self.values = (memory[:, :, :end] for memory in self._memory)
+        self._shown = self.keys
         return self.keys, self.values
 
     def reset(self) -> None:
         super().reset()
-        self._memory, self._views = (), (None, None)
+        self._memory, self._shown = (), None
 
     def offload(self) -> None:
         super().offload()
@@ -54,7 +55,7 @@ class GrowingLayer(SequenceLayer):
         """Whether memory for so many tokens holds those that are there: rows may have been chosen or moved since."""
         return (
             bool(self._memory)
-            and self._views[0] is self.keys
+            and self._shown is self.keys
             and self._memory[0].shape[2] >= end
             and self._memory[0].is_inference() == torch.is_inference_mode_enabled()
         )

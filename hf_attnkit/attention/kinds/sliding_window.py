@@ -110,5 +110,5 @@ class SlidingWindowAttention(Kind):
             and isinstance(cache, WindowLayer)
             and mask.key_visible is None and mask.dense is None and mask.bias is None and mask.window is None
             and cache.num_sinks > 0
-            and cache.seen - self.window >= cache.num_sinks  # no sink is inside the window too
+            and int(cache.seen) - self.window >= cache.num_sinks  # no sink is inside the window too
         )  # fmt: skip

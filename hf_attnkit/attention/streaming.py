@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_attnkit.attention.choose_kinds import Where
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.kinds.streaming_heads import StreamingHeadsAttention
 from hf_attnkit.common.checks import in_range
@@ -15,7 +16,7 @@ from hf_attnkit.models.layers import attention_layers
 
 def streaming_kinds(
     heads: Mapping[int, Iterable[int]], model: PreTrainedModel, *, window: int, num_sink_tokens: int = 4
-) -> dict[int, tuple[str, dict[str, Any]]]:
+) -> dict[Where, tuple[str, Mapping[str, Any]]]:
     """The kinds under which these heads stream and all others see everything.
 
         scores = head_importance(model, batches, method="reach", window=256)
@@ -37,7 +38,7 @@ def streaming_kinds(
     """
     layers = attention_layers(model)
     chosen = {in_range(where, len(layers), "layer"): list(own) for where, own in heads.items()}
-    kinds: dict[int, tuple[str, dict[str, Any]]] = {}
+    kinds: dict[Where, tuple[str, Mapping[str, Any]]] = {}
     for layer in layers:
         own = {
             in_range(head, layer.num_heads, "head", f"layer {layer.index}: ") for head in chosen.get(layer.index, [])

@@ -8,7 +8,8 @@ from hf_attnkit.analysis.entropy_callback import AttentionEntropyCallback
 from hf_attnkit.analysis.head_statistics import HeadStatistics, head_statistics
 from hf_attnkit.attention.attention_backends import attention_backends
 from hf_attnkit.attention.dispatch import register
-from hf_attnkit.attention.swap import restore_attention, swap_attention
+from hf_attnkit.attention.streaming import streaming_kinds
+from hf_attnkit.attention.swap import restore_attention
 from hf_attnkit.attention.table import available_attentions
 from hf_attnkit.common.version import __version__ as __version__
 from hf_attnkit.conversion import convert_to_gqa, convert_to_mqa, plan_gqa
@@ -22,6 +23,7 @@ from hf_attnkit.pruning.prune import prune_heads
 from hf_attnkit.pruning.select import select_heads
 from hf_attnkit.pruning.select_for_target import select_for_target
 from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.swap_attention import swap_attention
 
 __all__ = [
     "AttentionEntropyCallback",
@@ -46,6 +48,7 @@ __all__ = [
     "select_for_target",
     "select_heads",
     "set_probe",
+    "streaming_kinds",
     "swap_attention",
 ]
 

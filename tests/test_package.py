@@ -35,6 +35,7 @@ PUBLIC = [
     "select_for_target",
     "select_heads",
     "set_probe",
+    "streaming_kinds",
     "swap_attention",
 ]
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_attnkit.attention.kind import ATTRIBUTE
-from hf_attnkit.attention.swap import swap_attention
 from hf_attnkit.attention.table import available_attentions
 from hf_attnkit.conversion import convert_to_gqa
 from hf_attnkit.importance import head_importance
@@ -26,6 +25,7 @@ from hf_attnkit.models.layers import without_heads
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.pruning.prune import prune_heads
+from hf_attnkit.refitting.swap_attention import swap_attention
 
 SCORES = ("entropy", "contribution", "magnitude")
 

@@ -70,6 +70,11 @@ class SequenceLayer(CacheLayerMixin):
         """How many of the keys returned are copies of sinks, in front of the others."""
         return 0 if self.sink_position is None else self.sink_position.shape[1]
 
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether it holds keys that a mask of the keys returned says nothing about."""
+        return self.num_sinks > 0
+
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
         """`(kv_length,)` positions of the keys returned last, without the sinks; the new tokens are the last."""
         return torch.arange(kv_length, device=device) + (self.seen - kv_length)

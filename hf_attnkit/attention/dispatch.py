@@ -128,7 +128,7 @@ def _run(
         # Its function adds the position bias, which is among the keywords.
         return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
     given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
-    call = Call(cache, getattr(module, PARAMETERS, None), given)
+    call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1])
     if _observers:
         _tell_observers(module, query, key, value, kind.seen(mask, key.shape, call), scaling)
     if not kind.own_window:
@@ -137,10 +137,11 @@ def _run(
         cache.prepare(mask)
     weights: Tensor | None = None
     if changed:
-        if cache is not None and cache.num_sinks:
+        if cache is not None and cache.keeps_apart:
             raise ValueError(
                 f"{type(module).__name__} caps its scores or has learned sinks, which a cache that keeps first tokens "
-                "apart does not take in; generate with use_cache=False, or without sink or global tokens"
+                "or heads apart does not take in; generate with use_cache=False, or without sink or global tokens and "
+                "streaming heads"
             )
         seen = kind.seen(mask, key.shape, call)
         output, weights = capped.attention(query, key, value, seen, scaling=scaling, dropout=dropout)

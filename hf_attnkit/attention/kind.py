@@ -39,11 +39,13 @@ class Call:
         cache: the layer that returned key and value, if `Kind.create_cache` made it.
         parameters: what `Kind.create_parameters` made.
         arguments: those keywords of `Kind.call_arguments` that were given to `model(...)`.
+        num_heads: of the query; `None` for as many as key/value heads.
     """
 
     cache: SequenceLayer | None = None
     parameters: nn.Module | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    num_heads: int | None = None
 
 
 NO_CALL = Call()
@@ -71,6 +73,9 @@ class Kind(ABC):
 
     returns_weights: ClassVar[bool] = False
     """Whether it forms attention weights, so that a model can be asked for `output_attentions`."""
+
+    names_heads: ClassVar[bool] = False
+    """Whether an option names heads by their numbers, which a change of the heads would move."""
 
     call_arguments: ClassVar[tuple[str, ...]] = ()
     """Keywords that a user may give to `model(...)`; they arrive in `Call.arguments`."""

@@ -216,7 +216,7 @@ def _masks(call: Call, kind: Any) -> tuple[Mask, Mask | None]:
         return mask, None
     given = {name: call.keywords[name] for name in kind.call_arguments if name in call.keywords}
     parameters = getattr(call.module, PARAMETERS, None)
-    seen = kind.seen(mask, call.key.shape, kinds_module.Call(None, parameters, given))
+    seen = kind.seen(mask, call.key.shape, kinds_module.Call(None, parameters, given, call.query.shape[1]))
     return mask, None if seen is mask else seen
 
 

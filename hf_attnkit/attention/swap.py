@@ -1,5 +1,7 @@
 """Swap the attention of a model's layers, prove that each swapped layer runs it, and swap it back.
 
+`swap_attention`, which can refit as well, is in `refitting.swap_attention`.
+
 The chosen kinds are kept in two places that are written together: on each attention module (what runs)
 and in the config (what is saved), under `hf_attnkit`:
 
@@ -13,8 +15,9 @@ name, refuses the checkpoint instead of running other attention.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -34,51 +37,60 @@ from hf_attnkit.models.layers import AttentionLayer, attention_layers
 from hf_attnkit.models.whole import saved_with
 
 
-def swap_attention(
-    model: PreTrainedModel,
-    kind: Spec | Mapping[Where, Spec],
-    *,
-    layers: Iterable[Where] | None = None,
-    **options: Any,
-) -> PreTrainedModel:
-    """Run another kind of attention in the model's layers.
-
-    The swap is proved by two forward passes over a few tokens (an image, features): each layer must have run its new
-    kind, and give what plain softmax attention gives under that kind's pattern, see `proof.py`. Otherwise the model is
-    restored and an error raised.
+@contextmanager
+def swapped(
+    model: PreTrainedModel, kind: Spec | Mapping[Where, Spec], layers: Iterable[Where] | None, options: dict[str, Any]
+) -> Iterator[Swap]:
+    """Make a swap, then run the block; an error in either, also an interruption, puts the model back.
 
     Args:
-        model: any model, or a part of one, that calls Transformers' attention interface; changed in place. Where no
-            inputs can be made for it, `set_probe` says some. Layers of a part are counted within it; what they run is
-            noted in the config that is saved, the whole's where the part has none of its own.
-        kind: a name of `available_attentions()`, or a mapping `{layer: name or (name, options)}`; a layer is its number
-            or the path of the module that attends.
-        layers: with one name, the layers to swap; by default all that it makes sense for: kinds that
-            need queries and keys of one sequence leave cross-attention out. Other layers keep what
-            they run. Layers are numbered through encoder self-attention, decoder self-attention,
-            decoder cross-attention.
-        options: the kind's options, for example `window=64`; with a mapping they are in the mapping.
-
-    Returns:
-        The same model.
+        model, kind, layers, options: as of `swap_attention`.
 
     Raises:
-        TypeError: if `model` is not a plain `PreTrainedModel`.
-        ValueError: unknown kind or option, layer out of range, a model whose attention does not go through
-            Transformers' attention interface, or a swap that is not what it should be. The model is then unchanged.
+        TypeError, ValueError: as `swap_attention` without its refit.
     """
     with plain_mode():
         whole, whole_layers, kinds = _chosen(model, kind, layers, options)
-        _install(whole, whole_layers, kinds)
+        with _installed(whole, whole_layers, kinds) as swap:
+            transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
+            if transfer:
+                warnings.warn(
+                    f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained "
+                    "with softmax gives useless output until it is trained with it",
+                    stacklevel=4,
+                )
+            yield swap
 
-    transfer = sorted({kind.name for kind in kinds.values() if kind.needs_transfer})
-    if transfer:
-        warnings.warn(
-            f"{', '.join(transfer)} attention is another function than softmax attention: a model pretrained with "
-            "softmax gives useless output until it is trained with it",
-            stacklevel=2,
-        )
-    return model
+
+@dataclass(frozen=True)
+class Swap:
+    """A swap that was made.
+
+    Attributes:
+        model: the one whose config says what runs; of a part of a model that cannot say it, the whole.
+        layers: all of that model.
+        swapped: numbers of the layers that were named or chosen.
+        before, after: what each of the layers ran, and runs.
+    """
+
+    model: PreTrainedModel
+    layers: list[AttentionLayer]
+    swapped: frozenset[int]
+    before: list[Kind | Stock]
+    after: list[Kind | Stock]
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """All layers run what they ran before, while the block runs."""
+        self._run(self.before)
+        try:
+            yield
+        finally:
+            self._run(self.after)
+
+    def _run(self, kinds: list[Kind | Stock]) -> None:
+        for layer, kind in zip(self.layers, kinds, strict=True):
+            setattr(layer.module, ATTRIBUTE, kind)
 
 
 def check(
@@ -176,7 +188,8 @@ def install_saved(model: PreTrainedModel) -> None:
     kinds = saved_kinds.read(model, model_layers)
     for index, kind in kinds.items():
         check_kind(kind, model_layers[index])
-    _install(model, model_layers, kinds)
+    with _installed(model, model_layers, kinds):
+        pass
 
 
 def saved_kind(model: PreTrainedModel, index: int) -> str:
@@ -193,15 +206,18 @@ def add_saved_parameters(model: PreTrainedModel) -> None:
         _set_parameters(module, new.to(device=like.device, dtype=like.dtype))
 
 
-def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: dict[int, Kind]) -> None:
-    """Write kinds to modules and config, run the proof, and put everything back if it fails."""
-    before = bases(model)
+@contextmanager
+def _installed(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: dict[int, Kind]) -> Iterator[Swap]:
+    """Write kinds to modules and config, run the proof, then the block; put everything back if one of them fails."""
+    before, had_checks = bases(model), is_swapped(model)
     old_configs = [(config, dict(config.__dict__)) for config in part_configs(model)]
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
+    ran = [old or Stock(base_of(model, layer)) for layer, old in zip(model_layers, old_kinds, strict=True)]
     old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
+    runs = {layer.index: kinds.get(layer.index, own) for layer, own in zip(model_layers, ran, strict=True)}
     try:
         for layer in model_layers:
-            kind = kinds.get(layer.index) or getattr(layer.module, ATTRIBUTE, None) or Stock(base_of(model, layer))
+            kind = runs[layer.index]
             add_parameters(layer, kind)
             setattr(layer.module, ATTRIBUTE, kind)
             add_hook(layer.module)
@@ -218,6 +234,7 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: 
         with quiet(model):
             note_handed_down(model, [layer.module for layer in swapped], inputs)
         add_checks(model)
+        yield Swap(model, model_layers, frozenset(kinds), ran, list(runs.values()))
     except BaseException:
         for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
@@ -230,6 +247,8 @@ def _install(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds: 
                 delattr(layer.module, ATTRIBUTE)
             if old is None:
                 remove_hook(layer.module)
+        if not had_checks:
+            remove_checks(model)
         for each, state in old_configs:
             replace_state(each, state)
         saved_kinds.unmark_wholes(model)

@@ -13,6 +13,7 @@ from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
 from hf_attnkit.attention.kinds.mha import MultiHeadAttention
 from hf_attnkit.attention.kinds.mqa import MultiQueryAttention
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
+from hf_attnkit.attention.kinds.streaming_heads import StreamingHeadsAttention
 from hf_attnkit.common import options
 
 _ALL: tuple[type[Kind], ...] = (
@@ -20,6 +21,7 @@ _ALL: tuple[type[Kind], ...] = (
     GroupedQueryAttention,
     MultiQueryAttention,
     SlidingWindowAttention,
+    StreamingHeadsAttention,
     LocalGlobalAttention,
     FlashAttention,
     LinearAttention,

@@ -20,6 +20,7 @@ from hf_attnkit.importance.methods.gradient import Gradient
 from hf_attnkit.importance.methods.l0 import L0
 from hf_attnkit.importance.methods.magnitude import Magnitude
 from hf_attnkit.importance.methods.random import Random
+from hf_attnkit.importance.methods.reach import Reach
 from hf_attnkit.importance.methods.taylor import Taylor
 from hf_attnkit.importance.score import Score
 from hf_attnkit.models.layers import scored_layers
@@ -33,6 +34,7 @@ _ALL: tuple[type[Score], ...] = (
     Fisher,
     Confidence,
     L0,
+    Reach,
     Magnitude,
     Random,
 )

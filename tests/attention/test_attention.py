@@ -46,7 +46,7 @@ def compare(name: str, tensors: list[Tensor], mask: Mask) -> None:
 
 
 def heads_for(name: str, heads: int = 6, kv_heads: int = 3) -> tuple[int, int]:
-    return (heads, kv_heads) if MATRIX[name].grouped else (heads, 1)
+    return MATRIX[name].heads(heads, kv_heads)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])

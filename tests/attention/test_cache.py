@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sinks": ("sliding_window", {"window": WINDOW, "num_sink_tokens": SINKS}),
     "flash window": ("flash", {"window": WINDOW}),
     "flash": ("flash", {}),
+    "streaming heads": ("streaming_heads", {"heads": [1], "window": WINDOW, "num_sink_tokens": SINKS}),
     "local_global": ("local_global", {"window": WINDOW, "num_global_tokens": 2}),
     "random blocks": (
         "local_global",

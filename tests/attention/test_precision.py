@@ -24,7 +24,7 @@ def plain(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> T
         return expected(name, query, key, value, mask)
     module = nn.Module().eval()
     module.num_key_value_groups = query.shape[1] // key.shape[1]
-    seen = visible(name, mask)
+    seen = visible(name, mask, query.shape[1], key.shape[1])
     bias = torch.zeros(seen.shape, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
     return eager_attention_forward(module, query, key, value, bias, query.shape[-1] ** -0.5)[0].transpose(1, 2)
 

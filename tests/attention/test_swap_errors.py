@@ -11,7 +11,7 @@ from support.unchanged import unchanged
 
 from hf_attnkit import restore_attention, swap_attention
 
-NAMES = "mha, gqa, mqa, sliding_window, local_global, flash, linear"
+NAMES = "mha, gqa, mqa, sliding_window, streaming_heads, local_global, flash, linear"
 Bad = tuple[Callable[[Any], Any], type[Exception], str]
 
 # 8 query over 4 key/value heads, layers 0 and 1.

@@ -15,6 +15,7 @@ import torch
 from support.reference import (
     Text,
     attend,
+    everything,
     phi,
     plain_hedgehog,
     window,
@@ -32,6 +33,7 @@ from hf_attnkit.attention.kinds.local_global import LocalGlobalAttention
 from hf_attnkit.attention.kinds.mha import MultiHeadAttention
 from hf_attnkit.attention.kinds.mqa import MultiQueryAttention
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
+from hf_attnkit.attention.kinds.streaming_heads import StreamingHeadsAttention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common import options
 
@@ -42,7 +44,8 @@ class Case:
 
     Attributes:
         kind: with its options.
-        pattern: which keys a query sees, written by hand, see `reference`; `None` for all that the mask shows.
+        pattern: which keys a query sees, written by hand, see `reference`; `None` for all that the mask shows. Where
+            heads differ, one for each of the fewest key/value heads that the kind runs with.
         features: of queries and keys, for linear attention; `None` if all keys count by e^score.
         near: for linear attention, which keys count by e^score all the same.
         hidden_rows: padding's own queries follow the pattern too, instead of giving just anything.
@@ -50,11 +53,22 @@ class Case:
     """
 
     kind: Kind
-    pattern: Callable[[Text], Tensor] | None = None
+    pattern: Callable[[Text], Tensor] | tuple[Callable[[Text], Tensor], ...] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     near: Callable[[Text], Tensor] | None = None
     hidden_rows: bool = True
     kernel: bool = True
+
+    @property
+    def patterns(self) -> tuple[Callable[[Text], Tensor], ...]:
+        return self.pattern if isinstance(self.pattern, tuple) else () if self.pattern is None else (self.pattern,)
+
+    def heads(self, num_heads: int, num_key_value_heads: int) -> tuple[int, int]:
+        """These numbers, or the nearest that the kind runs with, in groups as large."""
+        if not self.grouped:
+            return num_heads, 1
+        group, fewest = num_heads // num_key_value_heads, max(len(self.patterns), num_key_value_heads)
+        return group * fewest, fewest
 
     @property
     def options(self) -> dict[str, Any]:
@@ -63,7 +77,8 @@ class Case:
     @cached_property
     def exact(self) -> bool:
         """Computes the model's own attention, whatever the sequence."""
-        seen = self.kind.seen(Mask.aligned(40, 40, is_causal=False), torch.Size((1, 1, 40, 1))).visible()
+        shape = torch.Size((1, max(len(self.patterns), 1), 40, 1))
+        seen = self.kind.seen(Mask.aligned(40, 40, is_causal=False), shape).visible()
         return self.kind.forms_scores and (seen is None or bool(seen.all()))
 
     @cached_property
@@ -103,6 +118,9 @@ MATRIX: dict[str, Case] = {
     "mqa": Case(MultiQueryAttention()),
     "sliding_window": Case(SlidingWindowAttention(5), partial(window, 5)),
     "sliding_window, sinks": Case(SlidingWindowAttention(5, num_sink_tokens=3), partial(window_and_sinks, 5, 3)),
+    "streaming_heads": Case(
+        StreamingHeadsAttention((1,), 5, num_sink_tokens=3), (everything, partial(window_and_sinks, 5, 3)), kernel=False
+    ),
     "local_global": Case(LocalGlobalAttention(4, num_global_tokens=2), partial(window_and_global, 4, 2)),
     "local_global, random blocks": Case(
         LocalGlobalAttention(2, num_random_blocks=2, block_size=4, seed=3),
@@ -119,7 +137,11 @@ MATRIX: dict[str, Case] = {
 COVERED = list(dict.fromkeys(case.kind.name for case in MATRIX.values()))  # must be all registered kinds
 EXACT = [name for name, case in MATRIX.items() if case.exact]
 # Options that make every pattern cover a whole short sequence.
-LONG = {"sliding_window": {"window": 200}, "local_global": {"window": 200}}
+LONG = {
+    "sliding_window": {"window": 200},
+    "streaming_heads": {"heads": [1], "window": 200},
+    "local_global": {"window": 200},
+}
 
 # BERT has one key/value head after convert_to_mqa only, see test_swap_save.py and test_conversion.py.
 FAMILIES = ("bert", "llama", "mistral")
@@ -135,7 +157,8 @@ def run(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **argu
     """The kind's output."""
     used = MATRIX[name].kind
     parameters = used.create_parameters(query.shape[1], key.shape[1], query.shape[3])
-    arguments = {"scaling": query.shape[-1] ** -0.5, "call": Call(parameters=parameters)} | arguments
+    call = Call(parameters=parameters, num_heads=query.shape[1])
+    arguments = {"scaling": query.shape[-1] ** -0.5, "call": call} | arguments
     output = used.attention(query, key, value, mask, **arguments)[0]
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)
@@ -149,12 +172,13 @@ def open_rows(name: str, mask: Mask) -> Tensor | None:
     return ~mask.key_visible.gather(1, index)[:, None, :, None]
 
 
-def visible(name: str, mask: Mask) -> Tensor:
+def visible(name: str, mask: Mask, num_heads: int, num_key_value_heads: int) -> Tensor:
     """`(B, 1 or H, Q, K)`: what the kind says that each query sees."""
     parts = (mask.query_position, mask.key_position, mask.key_visible, mask.dense)
     batch = max(len(part) for part in parts if part is not None)
     lengths = mask.query_position.shape[1], mask.key_position.shape[1]
-    seen = MATRIX[name].kind.seen(mask, torch.Size((batch, 1, lengths[1], 1))).visible()
+    shape = torch.Size((batch, num_key_value_heads, lengths[1], 1))
+    seen = MATRIX[name].kind.seen(mask, shape, Call(num_heads=num_heads)).visible()
     return torch.ones(1, 1, *lengths, dtype=torch.bool) if seen is None else seen
 
 
@@ -180,6 +204,6 @@ def weighing(name: str, mask: Mask) -> dict[str, Any]:
 def expected(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **arguments: Any) -> Tensor:
     """The same by definition."""
     arguments = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | weighing(name, mask) | arguments
-    output = attend(query, key, value, visible(name, mask), **arguments)
+    output = attend(query, key, value, visible(name, mask, query.shape[1], key.shape[1]), **arguments)
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)

@@ -39,8 +39,8 @@ def plain(name: str) -> Any:
             return output.transpose(1, 2).contiguous(), None
         is_causal = not mask.triu(1).any()
         given = Mask.receive(mask, query.shape[2], key.shape[2], is_causal=is_causal, device=mask.device)
-        output = attend(query, key, value, visible(name, given), scaling=scaling, bias=position_bias,
-                        **weighing(name, given))  # fmt: skip
+        seen = visible(name, given, query.shape[1], key.shape[1])
+        output = attend(query, key, value, seen, scaling=scaling, bias=position_bias, **weighing(name, given))
         return output.transpose(1, 2).contiguous(), None
 
     return forward

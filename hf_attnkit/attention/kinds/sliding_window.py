@@ -27,7 +27,7 @@ from hf_attnkit.attention.kernels import backends, packed, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.window_cache import window_layer
+from hf_attnkit.attention.window_cache import WindowLayer, window_layer
 from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 
@@ -94,8 +94,21 @@ class SlidingWindowAttention(Kind):
         if mask.dense is not None and (call.cache is None or call.cache.num_sinks == 0):
             pattern = self.seen(mask, key.shape, call)
             return packed.attention(query, key, value, pattern, scaling=scaling, dropout=dropout)
+        if self._sees_all(query, mask, call.cache):
+            whole = Mask.aligned(1, key.shape[2], is_causal=False, device=query.device)
+            return backends.attend(query, key, value, whole, scaling=scaling, dropout=dropout), None
         sinks, key, value = first_keys(key, value, mask, self.num_sink_tokens, call.cache)
         matrix = mask.dense is not None or mask.bias is not None
         if matrix or query.shape[2] == 1 or key.shape[2] <= 2 * self.window:
             return dense_with_extra(query, key, value, mask, sinks, **common), None
         return tiled.attend(query, key, value, mask, extra=sinks, **common)[0], None
+
+    def _sees_all(self, query: Tensor, mask: Mask, cache: SequenceLayer | None) -> bool:
+        """Whether this is a step whose one query sees all keys that the cache returned: sinks, window and itself."""
+        return (
+            query.shape[2] == 1
+            and isinstance(cache, WindowLayer)
+            and mask.key_visible is None and mask.dense is None and mask.bias is None and mask.window is None
+            and cache.num_sinks > 0
+            and int(cache.seen) - self.window >= cache.num_sinks  # no sink is inside the window too
+        )  # fmt: skip

@@ -85,7 +85,7 @@ def compare(
             set_seed(run.training.seed)  # "random" draws
             options: dict[str, Any] = {"method": method, "grouping": "best" if "best" in extras else "adjacent"}
             if "spent" in extras:
-                share = number / layers_to_convert(original)[0].num_key_value_heads
+                share = number / projected_layers(original)[0].num_key_value_heads
                 options |= {"num_key_value_heads": None, "budget": share, "uniform": False}
             else:
                 options |= {"num_key_value_heads": number}

@@ -1,0 +1,109 @@
+"""`reach`: what a head loses in the residual stream when it sees the first tokens and a window only."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.every_type import small_model
+from support.models import batch, build, reads_both_ways
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_attnkit import head_importance, swap_attention
+from hf_attnkit.models.layers import attention_layers
+
+LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
+
+
+def by_definition(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """From eager attention matrices and values in float64, each sequence by itself: no padding."""
+    model = copy.deepcopy(model).double()
+    model.set_attn_implementation("eager")
+    layers = attention_layers(model)
+    values: dict[int, Tensor] = {}
+    for layer in layers:
+        layer.value.register_forward_hook(lambda module, args, out, index=layer.index: values.update({index: out[0]}))
+    total, count = torch.zeros(len(layers), layers[0].num_heads, dtype=torch.float64), 0
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        matrices = model(inputs["input_ids"][row][mask][None], output_attentions=True).attentions
+        length = int(mask.sum())
+        i, j = torch.arange(length)[:, None], torch.arange(length)
+        near = ((i - j).abs() < WINDOW) | (j < SINKS)
+        for layer, matrix in zip(layers, matrices, strict=True):
+            value = values[layer.index].unflatten(-1, (layer.num_key_value_heads, -1)).transpose(0, 1)
+            value = value.repeat_interleave(layer.num_heads // layer.num_key_value_heads, 0)
+            windowed = matrix[0] * near
+            lost = (matrix[0] - windowed / windowed.sum(-1, keepdim=True)) @ value
+            weight = layer.output.weight.unflatten(1, (layer.num_heads, -1))
+            total[layer.index] += torch.einsum("hqd,ehd->hqe", lost, weight).square().sum((1, 2)).detach()
+        count += length
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "grouped"])
+def test_against_the_definition(family: str) -> None:
+    model = build("llama", "causal", 8, 2) if family == "grouped" else build(family)
+    inputs = batch(model, LENGTHS)
+    found = head_importance(model, [inputs], method="reach", window=WINDOW, num_sink_tokens=SINKS)
+    expected = by_definition(model, inputs)
+    assert found.shape == expected.shape and (expected > 0).all()
+    assert reads_both_ways(model) == (family == "bert")
+    # float32 attention of 13 keys and 8 values a head; differences of outputs cancel some of their bits.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_batches_count_by_their_tokens_and_a_window_over_all_loses_nothing() -> None:
+    model = build("llama")
+    inputs = batch(model, LENGTHS)
+    whole = head_importance(model, [inputs], method="reach", window=WINDOW)
+    rows = [{name: tensor[row : row + 1] for name, tensor in inputs.items()} for row in range(3)]
+    torch.testing.assert_close(head_importance(model, rows, method="reach", window=WINDOW), whole, rtol=1e-4, atol=0)
+    nothing = head_importance(model, [inputs], method="reach", window=20)
+    assert (nothing <= 1e-10 * whole.max()).all()
+
+
+def test_a_cap_of_scores_is_applied() -> None:
+    """Gemma 2's: with a cap so low that all keys count alike, means over keys tell the score."""
+    model = small_model("gemma2").double()
+    inputs = {"input_ids": torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))}
+    before = head_importance(model, [inputs], method="reach", window=2, num_sink_tokens=1)
+    for layer in attention_layers(model):
+        layer.module.attn_logit_softcapping = 1e-9
+    found = head_importance(model, [inputs], method="reach", window=2, num_sink_tokens=1)
+    layer = attention_layers(model)[0]
+    values: list[Tensor] = []
+    handle = layer.module.v_proj.register_forward_hook(lambda module, args, out: values.append(out[0]))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    value = values[0].unflatten(-1, (-1, layer.head_dim)).transpose(0, 1)
+    value = value.repeat_interleave(layer.num_heads // len(value), 0)
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    past = (j <= i).double()
+    near = past * ((i - j < 2) | (j < 1))
+    lost = (past / past.sum(-1, keepdim=True) - near / near.sum(-1, keepdim=True)) @ value
+    weight = layer.module.o_proj.weight.unflatten(1, (layer.num_heads, -1))
+    expected = torch.einsum("hqd,ehd->hqe", lost, weight).square().sum((1, 2)) / 12
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(before, found)
+
+
+def test_cross_attention_has_none() -> None:
+    model = small_model("t5")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    found = head_importance(model, [{"input_ids": ids, "decoder_input_ids": ids}], method="reach", window=2)
+    is_cross = torch.tensor([layer.is_cross for layer in attention_layers(model)])
+    assert is_cross.any() and found[is_cross].isnan().all() and found[~is_cross].isfinite().all()
+
+
+def test_bad_input() -> None:
+    model = build("llama")
+    for options, message in (({"window": 0}, "window=0 must be"), ({"num_sink_tokens": -1}, "num_sink_tokens=-1 must")):
+        with pytest.raises(ValueError, match=message):
+            head_importance(model, [batch(model)], method="reach", **options)
+    with pytest.warns(UserWarning, match="another function"):
+        swap_attention(model, "linear")
+    with pytest.raises(ValueError, match="linear attention, which has no window"):
+        head_importance(model, [batch(model)], method="reach", window=2)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.dispatch import stock_function
-from hf_attnkit.attention.kind import ATTRIBUTE, NAME
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind
 from hf_attnkit.attention.saved_kinds import saved_in
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer
@@ -38,6 +38,17 @@ def require_consistent(model: PreTrainedModel, layers: Sequence[AttentionLayer])
             "the config says that attention was swapped, but the layers were not told; load the checkpoint with "
             "hf_attnkit.load_pretrained"
         )
+
+
+def require_unnamed_heads(layers: Sequence[AttentionLayer]) -> None:
+    """Raise `ValueError` if the kind of one of these layers names heads by number: a change would move them."""
+    for layer in layers:
+        kind = getattr(layer.module, ATTRIBUTE, None)
+        if isinstance(kind, Kind) and kind.names_heads:
+            raise ValueError(
+                f"layer {layer.index} runs {kind}, which names heads by their numbers, and these would change; call "
+                "hf_attnkit.restore_attention(model), change the heads, and swap again"
+            )
 
 
 def require_grouping(

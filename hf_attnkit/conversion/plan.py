@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.consistency import require_consistent
+from hf_attnkit.attention.consistency import require_consistent, require_unnamed_heads
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import plain_mode
 from hf_attnkit.conversion import budget as budgets
@@ -128,6 +128,7 @@ def plan_gqa(
     """
     layers = projected_layers(model)
     require_consistent(model, layers)
+    require_unnamed_heads(layers)
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     options = refit_options(refit, default="full", batches=has_batches, given=given)

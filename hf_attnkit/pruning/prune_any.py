@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.consistency import require_consistent
+from hf_attnkit.attention.consistency import require_consistent, require_unnamed_heads
 from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
@@ -54,7 +54,9 @@ def prune_discovered(
     for index, given in removed.items():
         if has_no_heads(found.attentions[index].module):
             raise ValueError(f"layer {index} has no heads left, so {given} cannot be removed; leave the layer out")
-    require_parameters([layer for layer in layers if layer.index in removed])
+    pruned = [layer for layer in layers if layer.index in removed]
+    require_unnamed_heads(pruned)
+    require_parameters(pruned)
     require_nothing_learned_by([found.attentions[index] for index in removed])
     with transformers_attention(model):
         owned = ownerships(model, found.attentions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from support.models import batch, build
 from support.unchanged import unchanged
 from transformers import DynamicCache, StaticCache
 
-from hf_attnkit import load_pretrained, select_heads, streaming_kinds, swap_attention
+from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads, select_heads, streaming_kinds, swap_attention
 from hf_attnkit.attention.growing_cache import BLOCK, GrowingLayer
 from hf_attnkit.attention.heads_cache import HeadsLayer
 from hf_attnkit.attention.kind import ATTRIBUTE
+from hf_attnkit.models.layers import attention_layers
 
 WINDOW, SINKS = 5, 2
 STREAM = {"heads": [1, 2], "window": WINDOW, "num_sink_tokens": SINKS}
@@ -134,6 +136,17 @@ def test_memory_that_grows_by_blocks() -> None:
     expected = torch.arange(2 * BLOCK + 11).double()
     assert torch.equal(layer.keys, expected.expand(2, 3, -1).unsqueeze(-1))
     assert torch.equal(layer.values, -layer.keys) and layer.get_seq_length() == len(expected)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: prune_heads(model, {1: [0, 1]}), lambda model: convert_to_gqa(model, 2)]
+)
+def test_heads_that_are_named_do_not_move(change: Callable[[Any], Any]) -> None:
+    model = swap_attention(model_of(), {1: ("streaming_heads", STREAM)})
+    with unchanged(model), pytest.raises(ValueError, match=r"layer 1 runs 'streaming_heads'.*names heads by their"):
+        change(model)
+    prune_heads(model, {0: [0, 1]})
+    assert attention_layers(model)[0].num_key_value_heads == 3
 
 
 def test_saved_and_loaded(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit import head_importance, swap_attention
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import attention_layers, projected_layers
 
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 
@@ -21,7 +21,7 @@ def by_definition(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """From eager attention matrices and values in float64, each sequence by itself: no padding."""
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
-    layers = attention_layers(model)
+    layers = projected_layers(model)
     values: dict[int, Tensor] = {}
     for layer in layers:
         layer.value.register_forward_hook(lambda module, args, out, index=layer.index: values.update({index: out[0]}))

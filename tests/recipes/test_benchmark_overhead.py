@@ -61,7 +61,6 @@ def test_changes_are_measured_next_to_forward_passes(tmp_path, monkeypatch, caps
     rows = {row["what"]: row for row in saved["rows"]}
     assert list(rows) == [
         "20 forward passes of 16 tokens", "discovery", "what belongs to a head", "swap to flash", "pruning",
-        "pruning, heads found by running", "conversion (mean)",
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
     assert rows["pruning"]["peak_bytes"] > rows["discovery"]["peak_bytes"]

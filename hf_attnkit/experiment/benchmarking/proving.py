@@ -7,6 +7,7 @@ each round begins with another.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,11 +94,13 @@ def measure_changes(
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
         for label in labels:
             step(label)
-            # A copy of its own, made within what is measured: a twin's old weights would stay with the model.
-            peaks[label] = max(
-                0, peak_bytes(lambda label=label: todo[label](copy.deepcopy(model)), model.device) - size
-            )  # type: ignore[misc]
+            # Of a copy made within what is measured: a twin's old weights would stay with the model.
+            peaks[label] = max(0, peak_bytes(functools.partial(_on_a_copy, todo[label], model), model.device) - size)
     return [{"what": label, "seconds": seconds[label], "peak_bytes": peaks[label]} for label in labels]
+
+
+def _on_a_copy(call: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> None:
+    call(copy.deepcopy(model))
 
 
 def _timed(call: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> float:

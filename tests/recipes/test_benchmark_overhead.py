@@ -60,7 +60,8 @@ def test_changes_are_measured_next_to_forward_passes(tmp_path, monkeypatch, caps
     saved = json.loads((tmp_path / "changes.json").read_text())
     rows = {row["what"]: row for row in saved["rows"]}
     assert list(rows) == [
-        "20 forward passes of 16 tokens", "discovery", "what belongs to a head", "swap to flash", "pruning", "conversion (mean)",
+        "20 forward passes of 16 tokens", "discovery", "what belongs to a head", "swap to flash", "pruning",
+        "conversion (mean)",
     ]  # fmt: skip
     assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows.values())
     assert all(row["peak_bytes"] >= 0 for row in rows.values()) and rows["conversion (mean)"]["peak_bytes"] > 0

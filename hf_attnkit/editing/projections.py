@@ -33,34 +33,6 @@ class Edit:
     rows: Rows = field(default_factory=lambda: ALL)  # a slice has no hash, so dataclasses take it for mutable
 
 
-def keep_rows(linear: nn.Linear, heads: Sequence[int], head_dim: int, rows: Rows = ALL) -> Edit:
-    """Keep these heads of a query, key or value projection, in the order given."""
-    weight = linear.weight.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten(0, 1)
-    bias = linear.bias
-    if bias is not None:
-        bias = bias.detach()[rows].unflatten(0, (-1, head_dim))[list(heads)].flatten()
-    return Edit(linear, weight, bias, rows)
-
-
-def keep_columns(linear: nn.Linear, heads: Sequence[int], head_dim: int) -> Edit:
-    """Keep these heads' inputs of an output projection, in the order given; the bias stays."""
-    weight = linear.weight.detach().unflatten(1, (-1, head_dim))[:, list(heads)].flatten(1, 2)
-    bias = None if linear.bias is None else linear.bias.detach().clone()
-    return Edit(linear, weight, bias)
-
-
-def blank_rows(linear: nn.Linear, head_dim: int, rows: Rows = ALL) -> Edit:
-    """One head of zeros instead of these heads of a query, key or value projection."""
-    weight = linear.weight.new_zeros(head_dim, linear.in_features)
-    return Edit(linear, weight, None if linear.bias is None else linear.bias.new_zeros(head_dim), rows)
-
-
-def blank_columns(linear: nn.Linear, head_dim: int) -> Edit:
-    """One head's inputs of an output projection, which it ignores, instead of all; the bias stays."""
-    bias = None if linear.bias is None else linear.bias.detach().clone()
-    return Edit(linear, linear.weight.new_zeros(linear.out_features, head_dim), bias)
-
-
 def whole(edits: Sequence[Edit]) -> list[Edit]:
     """One edit per module: those of its rows joined, with the rows between them."""
     by_linear: dict[int, list[Edit]] = {}

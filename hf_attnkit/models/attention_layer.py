@@ -16,17 +16,17 @@ class AttentionLayer:
     """One attention layer of a model.
 
     Attributes:
-        index: number of the layer, counted through all stacks of the family.
+        index: number of the layer, in calling order, cross-attention after all others.
         name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
         block: the model's layer that it is part of, whose output the next block takes first.
         module: the module whose forward calls the attention interface.
-        query, key, value, output: the projections; `nn.Linear` in the layers of `projected_layers`, perhaps Conv1D in
-            those of `projected_layers`, `None` where `problems` says why.
-        num_heads, num_key_value_heads, head_dim: as the config says.
+        query, key, value, output: the projections, `nn.Linear` or Conv1D in the layers of `projected_layers`; `None` in
+            others, and where `problems` says why.
+        num_heads, num_key_value_heads, head_dim: as its queries and keys arrive.
         is_empty: whether its one head is a stand-in; see `without_heads.py`.
-        saved_as: what the config calls it, under `hf_attnkit`: its number, or the module's path.
+        saved_as: what the config calls it, under `hf_attnkit`: the module's path.
         value_dim: size of a head of values, where it is not `head_dim`.
-        attention: what discovery found; `None` for a layer from the table of families.
+        attention: what discovery found.
         padding: the model's input that says which of its queries are tokens; empty where all are, or where no mask is
             of its positions.
         is_cross: whether queries and keys come from two sequences.

@@ -3,9 +3,7 @@
 Transformers' attention classes cannot run without one: they shape by `view(*shape, -1, head_dim)`, which has no answer
 for zero elements, and the cache takes its length from the keys of layer 0. So such an attention keeps a stand-in, one
 head whose weights are zero: it adds nothing, gets no gradient, and runs, caches, saves and loads as any head does.
-
-    table of families    the config names the layer in `layers_without_heads`, see `config_heads`
-    found by running     the config records 0 heads for the module, see `editing.head_record`, and the module says so
+The config records 0 heads for the module, see `editing.head_record`, and the module says so.
 """
 
 from __future__ import annotations

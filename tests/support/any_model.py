@@ -1,4 +1,4 @@
-"""Models outside the table of families, one that nobody has seen among them, and the same with heads zeroed."""
+"""Models of many kinds, one that nobody has seen among them, and the same with heads zeroed."""
 
 from __future__ import annotations
 

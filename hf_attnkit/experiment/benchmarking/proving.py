@@ -6,6 +6,8 @@ each round begins with another.
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +22,6 @@ from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.ownership import ownerships
-from hf_attnkit.pruning.prune_any import prune_discovered
 
 PASSES, TOKENS = 20, 16
 FORWARD = f"{PASSES} forward passes of {TOKENS} tokens"
@@ -65,7 +66,6 @@ def calls(model: PreTrainedModel) -> dict[str, Callable[[PreTrainedModel], objec
         "what belongs to a head": lambda each: ownerships(each, found.attentions),
         "swap to flash": lambda each: hf_attnkit.swap_attention(each, "flash"),
         "pruning": lambda each: hf_attnkit.prune_heads(each, groups),
-        "pruning, heads found by running": lambda each: prune_discovered(each, groups),
         "conversion (mean)": lambda each: hf_attnkit.convert_to_gqa(each, half, method="mean"),
     }
 
@@ -91,11 +91,16 @@ def measure_changes(
                 step(label)
                 seconds[label].append(_timed(todo[label], twin(model)))
         peaks = {}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
         for label in labels:
             step(label)
-            copied = twin(model)
-            peaks[label] = peak_bytes(lambda copied=copied, label=label: todo[label](copied), model.device)  # type: ignore[misc]
+            # Of a copy made within what is measured: a twin's old weights would stay with the model.
+            peaks[label] = max(0, peak_bytes(functools.partial(_on_a_copy, todo[label], model), model.device) - size)
     return [{"what": label, "seconds": seconds[label], "peak_bytes": peaks[label]} for label in labels]
+
+
+def _on_a_copy(call: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> None:
+    call(copy.deepcopy(model))
 
 
 def _timed(call: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> float:

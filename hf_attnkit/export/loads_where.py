@@ -94,7 +94,8 @@ def loads_where(folder: str | Path, model: PreTrainedModel | None = None, tokeni
 def loads_without_us(folder: Path) -> bool:
     """Whether Transformers' own class, built from the saved config, has the saved model's sizes and attention."""
     config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "hf_attnkit", None) is not None:
+    said = getattr(config, "hf_attnkit", None) or {}
+    if "layers" in said or said.get("heads"):
         return False
     sizes = _sizes(skeleton(config))
     try:

@@ -30,8 +30,8 @@ from hf_attnkit.observing.batches import spare_options
 
 
 def attention_block(layer: AttentionLayer) -> nn.Module:
-    """The smallest part of a layer that holds its query and its output projection."""
-    wanted = {layer.query, layer.output}
+    """The smallest part of a layer that holds what attends and its output projection."""
+    wanted = {layer.module, layer.output}
     holding = [module for module in layer.block.modules() if wanted <= set(module.modules())]
     return min(holding, key=lambda module: sum(1 for _ in module.modules()))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit import restore_attention, swap_attention
+from hf_attnkit.models.layers import attention_layers
 
 
 def precise(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -201,10 +202,11 @@ def test_layers_that_are_not_swapped_keep_what_they_run(family: str, stock: str)
     swap_attention(ours, {3: "mha", 2: ("local_global", {"window": 100})})
     assert_as_accurate(outputs(ours, inputs).detach(), plain.detach(), exact.detach(), terms=TERMS)
     assert ours.config.hf_attnkit["base"] == stock
-    assert {layer: kind[0] for layer, kind in ours.config.hf_attnkit["layers"].items()} == {
-        "1": "flash",
-        "2": "local_global",
-        "3": "mha",
+    paths = [layer.saved_as for layer in attention_layers(ours)]
+    assert {path: kind[0] for path, kind in ours.config.hf_attnkit["layers"].items()} == {
+        paths[1]: "flash",
+        paths[2]: "local_global",
+        paths[3]: "mha",
     }
 
 

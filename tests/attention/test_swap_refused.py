@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.models.discovery import discover
+from hf_attnkit.models.layers import attention_layers
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
@@ -64,9 +65,9 @@ def test_the_reason_is_true(model_type: str) -> None:
 
 
 def test_the_proof_names_the_layer_that_does_not_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One layer of three with attention of its own."""
+    """One layer of three that has attended when it was looked at, and has attention of its own since."""
     model = build("llama", num_hidden_layers=3)
-    attention = model.layers[1].self_attn
+    attention = attention_layers(model)[1].module
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
     with unchanged(model), pytest.raises(ValueError, match=r"layers \[1\] of LlamaModel never called"):
         swap_attention(model, "flash")
@@ -82,7 +83,7 @@ def test_an_error_in_the_proof_leaves_the_model(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(model.encoder.layer[1], "forward", broken)
-    with unchanged(model), pytest.raises(RuntimeError, match="no memory"):
+    with unchanged(model), pytest.raises(ValueError, match="does not run with the new attention: RuntimeError: no mem"):
         swap_attention(model, {0: "flash", 1: ("sliding_window", {"window": 3})})
 
 

@@ -52,12 +52,12 @@ def test_a_checkpoint_may_name_options_at_their_defaults(tmp_path: Path) -> None
     """Saved are the options that differ from the defaults; a config.json that names all of them means the same."""
     given = {"window": 4, "num_sink_tokens": 0, "backend": "auto"}
     model = swap_attention(build("llama"), "sliding_window", **given)
-    assert model.config.hf_attnkit["layers"]["0"] == ["sliding_window", {"window": 4}]
+    assert model.config.hf_attnkit["layers"]["layers.0.self_attn"] == ["sliding_window", {"window": 4}]
     expected = outputs(model, batch(model))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    config["hf_attnkit"]["layers"] = {"0": ["sliding_window", given], "1": ["sliding_window", {"window": 4}]}
+    config["hf_attnkit"]["layers"]["layers.0.self_attn"] = ["sliding_window", given]
     path.write_text(json.dumps(config))
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), batch(model)), expected)
 
@@ -65,7 +65,10 @@ def test_a_checkpoint_may_name_options_at_their_defaults(tmp_path: Path) -> None
 def test_options_may_be_integers_of_other_libraries(tmp_path: Path) -> None:
     """They are saved as JSON knows them."""
     model = swap_attention(build("llama"), "sliding_window", window=np.int64(4), num_sink_tokens=torch.tensor(1))
-    assert model.config.hf_attnkit["layers"]["1"] == ["sliding_window", {"window": 4, "num_sink_tokens": 1}]
+    assert model.config.hf_attnkit["layers"]["layers.1.self_attn"] == [
+        "sliding_window",
+        {"window": 4, "num_sink_tokens": 1},
+    ]
     model.save_pretrained(tmp_path)
     assert torch.equal(outputs(aligned(load_pretrained(tmp_path)), batch(model)), outputs(model, batch(model)))
 

@@ -240,7 +240,7 @@ def test_statistics_that_are_not_finite_or_of_another_model_are_refused(tmp_path
             convert_to_gqa(broken, 4, method=method, calibration=many(broken), refit=refit)
     with (
         unchanged(model),
-        pytest.raises(ValueError, match="refit='queries' must be one of 'none', 'output', 'full', 'sc"),
+        pytest.raises(ValueError, match="refit='queries' must be one of 'none', 'output', 'full', 'descent', 'sc"),
     ):
         convert_to_gqa(model, 4, calibration=many(model), refit="queries")
 

@@ -109,4 +109,7 @@ def test_checking_a_swap_changes_nothing() -> None:
         with pytest.raises(ValueError, match="no option size"):
             swap.check(model, "sliding_window", size=4)
     assert kinds == {1: SlidingWindowAttention(window=4)}
-    assert json.dumps(hf_attnkit.swap_attention(model, "mha").config.hf_attnkit["layers"]["1"]) == '["mha", {}]'
+    assert (
+        json.dumps(hf_attnkit.swap_attention(model, "mha").config.hf_attnkit["layers"]["layers.1.self_attn"])
+        == '["mha", {}]'
+    )

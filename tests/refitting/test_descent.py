@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hf_attnkit.refitting.guard as guard_module
 from hf_attnkit import RefitOptions, convert_to_gqa, last_change, prune_heads
-from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.layers import projected_layers
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.descent import Aim, descend
 
@@ -28,7 +28,7 @@ def error(model: Any, original: Any, batches: list[dict[str, Tensor]]) -> float:
     """Written out, of the first layer: both get the same input there."""
     found: list[list[Tensor]] = [[], []]
     for parts, each in zip(found, (model, original), strict=True):
-        handle = attention_layers(each)[0].output.register_forward_hook(
+        handle = projected_layers(each)[0].output.register_forward_hook(
             lambda _, args, out, parts=parts: parts.append(out.detach())
         )
         for inputs in batches:
@@ -53,9 +53,9 @@ def test_a_layer_comes_nearer_by_definition(family: str) -> None:
     assert report.layers[0].descent[1] == pytest.approx(error(fitted, original, batches), rel=1e-4)
     assert all(after < 0.97 * first for first, after in (layer.descent for layer in report.layers))
     for name in ("query", "key", "value", "output"):
-        now, was = (getattr(attention_layers(model)[0], name).weight for model in (fitted, full))
+        now, was = (getattr(projected_layers(model)[0], name).weight for model in (fitted, full))
         assert not torch.equal(now, was) and now.requires_grad == was.requires_grad, name
-    rest = {id(p) for layer in attention_layers(fitted) for m in (layer.query, layer.key, layer.value, layer.output)
+    rest = {id(p) for layer in projected_layers(fitted) for m in (layer.query, layer.key, layer.value, layer.output)
             for p in m.parameters()}  # fmt: skip
     for (name, now), was in zip(fitted.named_parameters(), original.parameters(), strict=True):
         assert now.grad is None and (id(now) in rest or torch.equal(now, was)), name
@@ -71,7 +71,7 @@ def test_the_pass_that_is_best_unseen_stays() -> None:
     """Where what is unseen asks for the opposite of what is fitted, nothing changes; and what is kept is reported."""
     torch.manual_seed(0)
     model = build("bert")
-    layer = attention_layers(model)[0]
+    layer = projected_layers(model)[0]
     now = aims(model, torch.zeros(1), torch.zeros(1))[0].walk.seen(0, layer.output).output.detach()
     unseen = torch.zeros(3, 10)
     unseen[2] = 1

@@ -155,13 +155,16 @@ def resize(model: nn.Module, paths: Iterable[str], shapes: Shapes) -> None:
                 f"{name} has the shape {shape} in the checkpoint and {tuple(old.shape)} in the model, of which heads "
                 "were removed; the config is not of these weights"
             )
-        if type(old) not in (Tensor, nn.Parameter):
+        is_plain = type(old) in (Tensor, nn.Parameter)
+        if not is_plain and not (isinstance(owner, nn.Linear) and old.is_meta):
             raise ValueError(
                 f"{name} is a {type(old).__name__}, and heads were removed from its module; load the model without "
                 "quantization"
             )
-        new = old.detach().new_empty(shape)
-        if isinstance(old, nn.Parameter):
+        new = old.detach().new_empty(shape) if is_plain else torch.empty(shape, dtype=old.dtype, device="meta")
+        if not is_plain:  # to be quantized (bitsandbytes) when it gets its values: what it knows about how goes along
+            owner._parameters[leaf] = type(old)(new, requires_grad=old.requires_grad, **old.__dict__)
+        elif isinstance(old, nn.Parameter):
             owner._parameters[leaf] = nn.Parameter(new, old.requires_grad)
         else:
             owner._buffers[leaf] = new

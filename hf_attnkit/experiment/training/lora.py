@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from hf_attnkit.experiment.record import Change
@@ -88,12 +89,14 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
     The same model with the same parameters, some of them inside new modules.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    projections = [
-        names[id(linear)]
-        for layer in (attention_layers if is_quantized else projected_layers)(model)
-        for linear in dict.fromkeys((layer.query, layer.key, layer.value, layer.output))  # fused ones are the same
-        if linear is not None  # not told, of a model found by running
-    ]
+    if is_quantized:  # quantized weights have no gradients, which tell what is query, key and value
+        parts = [part for layer in attention_layers(model) for part in (*layer.module.modules(), layer.output)]
+        linears = [part for part in parts if isinstance(part, nn.Linear)]
+    else:
+        layers = projected_layers(model)
+        found = [each for layer in layers for each in (layer.query, layer.key, layer.value, layer.output)]
+        linears = [each for each in found if each is not None]
+    projections = [names[id(linear)] for linear in dict.fromkeys(linears)]  # fused ones are the same
     if not projections:
         raise ValueError(
             f"--lora: the attention projections of {type(model).__name__} cannot be told"

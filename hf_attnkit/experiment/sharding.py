@@ -41,9 +41,10 @@ def shard(trainer: Trainer) -> None:
     """Let a trainer that keeps its model whole shard it when it trains, layer by layer."""
     trainer.is_fsdp_enabled = True
     plugin = trainer.accelerator.state.fsdp_plugin
+    # Found now, since a sharded model does not run alone.
+    layers = attention_layers(core_model(trainer.model), adapters=True)
     if plugin.transformer_cls_names_to_wrap is None:
         # BERT's own list of what to shard holds its embeddings, whose tables accelerate then shards a second time.
-        layers = attention_layers(core_model(trainer.model), adapters=True)
         plugin.transformer_cls_names_to_wrap = sorted({type(layer.block).__name__ for layer in layers})
 
 

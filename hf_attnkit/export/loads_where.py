@@ -143,7 +143,7 @@ def _onnx(empty: PreTrainedModel) -> Answer:
     if getattr(empty.config, "is_encoder_decoder", False) or empty.main_input_name != "input_ids":
         return Answer(where, NO, "export_onnx takes models of one graph that read text")
     swapped = (getattr(empty.config, "hf_attnkit", None) or {}).get("layers", {})
-    if any(options.get("num_random_blocks") for _, options in swapped.values()):
+    if any(options.get("num_random_blocks") for _, options, *_ in swapped.values()):
         return Answer(where, NO, "export_onnx refuses random blocks, which are drawn in Python for each length")
     return Answer(where, NOT_TRIED, "hf-attnkit export makes it, and compares it before it gets its name")
 

@@ -100,6 +100,11 @@ def require_weights(model: PreTrainedModel) -> None:
                 )
 
 
+def is_spread(parameter: Tensor) -> bool:
+    """Whether it is a DTensor, as FSDP2 makes them."""
+    return type(parameter).__module__.startswith("torch.distributed")
+
+
 def require_runnable(model: PreTrainedModel) -> None:
     """Raise `TypeError` or `ValueError` for a model whose heads cannot be told: as `require_weights`, and quantized."""
     require_weights(model)
@@ -109,7 +114,7 @@ def require_runnable(model: PreTrainedModel) -> None:
                 f"{type(model).__name__}: {name} is offloaded, so what belongs to a head cannot be told; load it with "
                 "a device_map that does not offload"
             )
-        if type(parameter).__module__.startswith("torch.distributed"):
+        if is_spread(parameter):
             raise ValueError(
                 f"{type(model).__name__}: {name} is a {type(parameter).__name__}, spread over devices, so rows cannot "
                 "be cut out of it; change the model first and spread it then (without FSDP)"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import Discovery, discover, require_runnable
+from hf_attnkit.models.discovery import Discovery, discover, is_spread, require_runnable
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.projected import Projected, projected
@@ -173,7 +173,10 @@ def _is_module(model: Any) -> bool:
 
 
 class _State:
-    """The parameters, their shapes, and the numbers of the configs."""
+    """The parameters, their shapes, and the numbers of the configs.
+
+    Parameters that FSDP2 put in the place of others, of the same shapes over all devices, change no heads.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [(weakref.ref(p), tuple(p.shape)) for p in model.parameters()]
@@ -185,7 +188,7 @@ class _State:
         if len(parameters) != len(self._parameters):
             return False
         same = all(
-            ref() is parameter and shape == tuple(parameter.shape)
+            (ref() is parameter or is_spread(parameter)) and shape == tuple(parameter.shape)
             for parameter, (ref, shape) in zip(parameters, self._parameters, strict=True)
         )
         return same and _numbers(model) == self._numbers

@@ -14,7 +14,7 @@ from hf_attnkit.attention.choose_kinds import STOCK
 from hf_attnkit.attention.consistency import require_consistent
 from hf_attnkit.attention.kind import ATTRIBUTE, NAME, Kind, Stock
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.models.discovery import quiet, run_outputs
+from hf_attnkit.models.discovery import is_spread, quiet, run_outputs
 from hf_attnkit.models.known import known, part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
 
@@ -72,7 +72,7 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
 def _require_running(model: PreTrainedModel) -> None:
     """Raise `ValueError` for a model that does something of its own with the masks that Transformers makes for it."""
     found = known(model)
-    if found.is_visible:
+    if found.is_visible or any(map(is_spread, model.parameters())):  # a sharded model does not run alone
         return
     try:
         with quiet(model):

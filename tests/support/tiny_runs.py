@@ -62,6 +62,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--save_steps": ("1",),
     "--distance_samples": ("2", "--calibration_samples", "6"),
     "--sides": ("pytorch", "onnx"),
+    "--tasks": ("demo_pairs", "--limit", "4"),
     "--batch_sizes": ("2",),
     "--new_tokens": ("2",),
 }
@@ -223,6 +224,8 @@ class Workplace:
                 del words[: DROPPED[word]]
             elif last in BEFORE_A_MODEL or word in MODEL_WORDS:
                 values.append(self.model(word))
+            elif word.startswith("pretrained="):
+                values.append(f"pretrained={self.model('MODEL')}")
             elif last.endswith("_file") and last != "--output_file":
                 values.append("text.txt")
             elif "*" in word:  # as the shell does

@@ -195,7 +195,7 @@ def _narrowed(config: PreTrainedConfig) -> bool:
         return False
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = size // heads
-    config.hidden_size = min(size, WIDTH)
+    config.hidden_size = min(size, heads * max(WIDTH // heads, 1))  # some configs want a multiple
     return True
 
 

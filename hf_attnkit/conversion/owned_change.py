@@ -101,7 +101,7 @@ class OwnedChange:
         self.model, self._layers, self._merges = model, list(layers), list(merges)
         new = {one.layer.index: len(one.groups) for one in merges}
         self.heads = [(layer.num_heads, new.get(layer.index, layer.num_key_value_heads)) for layer in layers]
-        require_nothing_learned_by([layer.attention for layer in layers if layer.attention is not None])
+        require_nothing_learned_by([layer.attention for layer in layers])
         require_grouping(
             model, [layer.module for layer in layers], self.heads, [_running(model, layer) for layer in layers]
         )

@@ -17,7 +17,7 @@ class AttentionLayer:
 
     Attributes:
         index: number of the layer, in calling order, cross-attention after all others.
-        name: what messages call it: "layer 3", or "layer 9 (decoder cross-attention 1)".
+        name: what messages call it: "layer 3 (model.layers.3.self_attn)".
         block: the model's layer that it is part of, whose output the next block takes first.
         module: the module whose forward calls the attention interface.
         query, key, value, output: the projections, `nn.Linear` or Conv1D in the layers of `projected_layers`; `None` in
@@ -31,12 +31,11 @@ class AttentionLayer:
             of its positions.
         is_cross: whether queries and keys come from two sequences.
         position_bias: whether the module passes a bias of the scores.
-        fused: whether query, key and value are one module; `rows` tells them apart.
         rope: how keys are rotated, or `None`.
         norm: what is between key projection and product and would not follow another basis of the keys (the name of a
             norm), or empty.
-        row_numbers: by "query", "key", "value", their rows where heads were found by running.
-        problems: by the same, why a projection cannot be told; of a layer found by running.
+        row_numbers: by "query", "key", "value", their rows.
+        problems: by the same, why a projection cannot be told.
         between_values: what is between values and the output projection that another basis would not follow.
         other_inputs: of "query" and "value", those whose projection takes another input than the keys'.
         takes_outputs: whether the output projection takes what the heads put out as it is.
@@ -54,16 +53,15 @@ class AttentionLayer:
     num_heads: int
     num_key_value_heads: int
     head_dim: int
+    attention: Attention
     name: str = ""
     is_cross: bool = False
     position_bias: bool = False
-    fused: bool = False
     rope: Rope | None = None
     norm: str = ""
     is_empty: bool = False
     saved_as: str = ""
     value_dim: int = 0
-    attention: Attention | None = None
     padding: str = "attention_mask"
     row_numbers: dict[str, Tensor] = field(default_factory=dict, repr=False)
     problems: dict[str, str] = field(default_factory=dict)
@@ -81,12 +79,12 @@ class AttentionLayer:
     @property
     def refusal(self) -> str:
         """Why nothing can be swapped in, or empty."""
-        return "" if self.attention is None or self.attention.calls_interface else self.attention.reason
+        return "" if self.attention.calls_interface else self.attention.reason
 
     @property
     def permuted_apart(self) -> str:
         """What has something for each head and is no projection, so that heads cannot change their order; or empty."""
-        bias = "a bias of the scores, head by head," if self.attention is not None and self.position_bias else ""
+        bias = "a bias of the scores, head by head," if self.position_bias else ""
         return ", ".join(self.per_head) or bias
 
     @property
@@ -95,13 +93,12 @@ class AttentionLayer:
 
         Learned keys without value (sinks) take a part of the weights.
         """
-        return self.takes_outputs and not (self.attention is not None and self.attention.has_sinks)
+        return self.takes_outputs and not self.attention.has_sinks
 
     @property
     def shifts_cancel(self) -> bool:
         """Whether a constant in all scores of a query changes nothing: a softmax of the scores themselves."""
-        attention = self.attention
-        return attention is None or (attention.softcap is None and not attention.has_sinks)
+        return self.attention.softcap is None and not self.attention.has_sinks
 
     @property
     def output_weight(self) -> Tensor:
@@ -114,17 +111,13 @@ class AttentionLayer:
         return range(0 if self.is_empty else self.num_heads)
 
     def rows(self, name: str) -> slice | Tensor:
-        """The rows of "query", "key", "value" or "output" in its module, head by head: a slice, or their numbers.
+        """The rows of "query", "key" or "value" in its module, head by head, `(heads * size of a head,)`.
 
-        Numbers are `(heads * size of a head,)` and there where the rows are not one slice in this order.
+        Of "output" all rows, as a slice.
         """
         if name in self.row_numbers:
             return self.row_numbers[name]
-        if not self.fused or name == "output":
-            return slice(0, weight_of(getattr(self, name)).shape[0])
-        width, kv_width = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        start = {"query": 0, "key": width, "value": width + kv_width}[name]
-        return slice(start, start + (width if name == "query" else kv_width))
+        return slice(0, weight_of(getattr(self, name)).shape[0])
 
     @property
     def group_size(self) -> int:

@@ -80,7 +80,7 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 def in_running_order(layers: Sequence[AttentionLayer]) -> list[AttentionLayer]:
     """The layers as they run: a decoder's cross-attention within its blocks."""
-    return sorted(layers, key=lambda layer: layer.index if layer.attention is None else layer.attention.order)
+    return sorted(layers, key=lambda layer: layer.attention.order)
 
 
 def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
@@ -123,7 +123,6 @@ def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> Att
         key=modules.get("key"),  # type: ignore[arg-type]
         value=modules.get("value"),  # type: ignore[arg-type]
         num_key_value_heads=owned.num_key_value_heads,
-        fused=len({id(module) for module in modules.values()}) < len(modules),
         rope=found.rope,
         norm=found.between_keys,
         row_numbers={role: own.rows.flatten() for role, own in found.rows.items()},

@@ -59,8 +59,7 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
             if (config := getattr(layer.module, "config", None)) is not None:
                 # Transformers sets it only for classes whose source has a word that it looks for.
                 config._attn_implementation_internal = NAME
-        if layers[0].attention is not None:
-            _require_running(model)
+        _require_running(model)
         yield
     finally:
         for config, running in before:

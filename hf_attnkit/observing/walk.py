@@ -76,22 +76,17 @@ class Walk:
         self._kept: dict[int, Any] = {}  # by list, what its last block below index - 1 put out
         self._last: Any = None  # what block index - 1 put out, once it has run
 
-    def seen(
-        self, index: int, module: nn.Module, *, stream: bool = False, enters: bool = False, grad: bool = False
-    ) -> Seen:
+    def seen(self, index: int, module: nn.Module, *, stream: bool = False, grad: bool = False) -> Seen:
         """What `module`, a part of layer `index`, takes and puts out.
 
         Args:
             index: the layer asked for last, or the next one to run; a layer that was passed must not change any more.
             stream: whether to look for the residual stream too.
-            enters: whether the residual stream is known to be what the layer's block gets, which is then returned.
             grad: whether the output has a graph.
         """
         found: list[tuple[Tensor, Tensor]] = []
-        entered: list[Tensor] = []
         layer = self._layers[index]
-        attention = layer.attention
-        again = attention is not None and attention.calls > 1
+        again = layer.attention.calls > 1
         adds = _Adds() if stream and not again else None
 
         def look(module: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
@@ -102,12 +97,7 @@ class Walk:
             if adds is not None:
                 adds.output = output
 
-        def enter(block: nn.Module, args: Sequence[Tensor]) -> None:
-            entered[:] = [args[0].clone()]  # the block may add to it in place
-
         with ExitStack() as stack:
-            if enters:
-                stack.callback(layer.block.register_forward_pre_hook(enter).remove)
             if adds is not None:
                 stack.callback(layer.block.register_forward_hook(adds.leave).remove)
                 stack.enter_context(adds)
@@ -115,7 +105,7 @@ class Walk:
         if not found:
             raise ValueError(f"{layer.name} does not run on a calibration batch; leave the batch out")
         if len(found) == 1:
-            return Seen(*found[0], entered[0] if entered else None if adds is None else adds.stream)
+            return Seen(*found[0], None if adds is None else adds.stream)
         return Seen(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def _run(self, layer: AttentionLayer, watch: Callable[[], RemovableHandle], *, grad: bool = False) -> None:
@@ -160,7 +150,7 @@ def can_skip(
     Args:
         stream: whether the walk looks for the residual stream too.
     """
-    if any(layer.attention is not None and layer.attention.calls > 1 for layer in layers):
+    if any(layer.attention.calls > 1 for layer in layers):
         return False
     whole: dict[int, list[Tensor]] = {}
 
@@ -179,8 +169,7 @@ def can_skip(
     walk = Walk(model, inputs, layers)
     try:
         for layer in in_running_order(layers):
-            looks = stream and layer.attention is not None
-            walked = _digest(walk.seen(layer.index, layer.output, stream=looks).taken)
+            walked = _digest(walk.seen(layer.index, layer.output, stream=stream).taken)
             if not all(map(torch.equal, walked, whole[layer.index])):
                 return False
     except Exception:  # whatever a forward says whose blocks do not run, it cannot be walked

@@ -47,13 +47,13 @@ class Attended:
 def can_fit_queries(layer: AttentionLayer) -> bool:
     """Whether queries are a linear map of the layer's input, rotated, and attention is a softmax of their products.
 
-    Of a layer found by running: no cap of the scores, no sinks, no bias head by head, keys that are not repeated before
-    they are attended to, and one call in a forward pass.
+    There is no cap of the scores, no sink, no bias head by head; keys are not repeated before they are attended to, and
+    there is one call in a forward pass.
     """
     if layer.norm or layer.is_cross or not has_softmax(layer.module):
         return False
     attention = layer.attention
-    return attention is None or not (
+    return not (
         layer.query is None
         or "query" in layer.problems
         or attention.softcap is not None
@@ -211,8 +211,6 @@ def _rotation(layer: AttentionLayer, run: Callable[[Walk], Attended], walk: Walk
 
 def _factor(layer: AttentionLayer, expected: Tensor, query: Tensor) -> float:
     """What a module multiplies all queries by before it attends (Whisper: the scaling), 1 where it does not."""
-    if layer.attention is None:
-        return 1.0
     expected = expected.double()
     factor = float((expected * query).sum() / expected.square().sum().clamp(min=1e-300))
     return 1.0 if abs(factor - 1) < 1e-2 else factor
@@ -227,5 +225,5 @@ def _require_linear(layer: AttentionLayer, expected: Tensor, query: Tensor) -> N
     if not error <= bound * expected.abs().max():
         raise NotLinearError(
             f"layer {layer.index}: the queries that enter the scores differ by {error:.2g} from projection and rotary "
-            "embedding, so something is between them that the families table does not know; give refit='output'"
+            "embedding, so something is between them that is not known; give refit='output'"
         )

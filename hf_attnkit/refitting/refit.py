@@ -17,7 +17,7 @@ the attention, y_t what the attention puts out and a prime for the untouched mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -125,11 +125,8 @@ def refit_layers(
             counts = [None] * len(calls) if weights is None else weights
             apart = [folds.is_aside(number, call.output.shape[:-1]) for number, call in enumerate(calls)]
             watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, apart, strict=True)]
-            try:
+            with suppress(NotLinearError):  # the queries stay
                 divergences = fit_layer_queries(model, layer, watched, options.query_steps)
-            except NotLinearError:
-                if layer.attention is None:
-                    raise
             targets = [Seen(call.output, call.output) for call in calls]
         else:
             with made.undone():
@@ -275,12 +272,8 @@ def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) 
 
 
 def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
-    """What the output projection takes and puts out, and the residual stream that this is added to.
-
-    Of a layer of the table the stream is known to be what its block gets.
-    """
-    in_table = layer.attention is None
-    return walk.seen(layer.index, layer.output, stream=stream and not in_table, enters=stream and in_table)
+    """What the output projection takes and puts out, and the residual stream that this is added to."""
+    return walk.seen(layer.index, layer.output, stream=stream)
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -309,4 +302,4 @@ def _weights(layer: AttentionLayer, norms: Sequence[Tensor], inputs: Sequence[Ma
 
 
 def _calls(layer: AttentionLayer) -> int:
-    return 1 if layer.attention is None else layer.attention.calls
+    return layer.attention.calls

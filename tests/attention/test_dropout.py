@@ -75,14 +75,14 @@ def test_repeats_with_the_seed_and_differs_without(name: str) -> None:
 @pytest.mark.slow
 @every_name
 def test_backward_uses_the_weights_of_the_forward(name: str) -> None:
-    """Finite differences under a fixed seed."""
+    """Finite differences along random directions, under a fixed seed."""
     tensors, mask = problem(name, 9)
 
     def fixed(*inputs: Tensor) -> Tensor:
         torch.manual_seed(5)
         return run(name, *inputs, mask, dropout=P)
 
-    assert torch.autograd.gradcheck(fixed, [tensor.requires_grad_() for tensor in tensors])
+    assert torch.autograd.gradcheck(fixed, [tensor.requires_grad_() for tensor in tensors], fast_mode=True)
 
 
 @every_name

@@ -24,8 +24,8 @@ from hf_attnkit.conversion.methods.table import transforms
 from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.layers import projected_layers
 
-# Every family with the method that changes least and the one that changes most; the others with a family that has
-# biases and no rotation and with one that has a fused projection and rotates.
+# Every family with the method that changes least or the one that changes most; all methods with a family that has
+# biases and no rotation.
 CASES = [(family, ("mean", "pca+statistics")[number % 2]) for number, family in enumerate(EDITABLE)]
 CASES += [("bert", method) for method in METHODS if method != "random"] + [("phi3", "pca+statistics")]
 SHARD = "40KB"

@@ -66,6 +66,13 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--batch_sizes": ("2",),
     "--new_tokens": ("2",),
 }
+# Of recipes that try many ways: the others are tried by tests of their own.
+SMALLER_OF: dict[str, tuple[str, ...]] = {
+    "recipes/compare/conversions_glue.py": ("--variants", "mean", "pca+data+descent+best"),
+    "recipes/compare/conversions_lm.py": ("--variants", "mean", "pca+data+refit"),
+    "recipes/compare/long_context_lm.py": ("--variants", "reach+refit", "random", "window", "--shares", "0.5",
+                                           "--random_draws", "1"),
+}  # fmt: skip
 # Without effect under the sizes that `--quantities` fixes.
 FIXED = {"--quantities": ("--lengths", "--batch_size")}
 # A GGUF file needs a real model.
@@ -233,6 +240,7 @@ class Workplace:
             else:
                 values.append(word)
         values = ends_of_list(values, "--num_key_value_heads")
+        values += SMALLER_OF.get(command.target, ())
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
         for flag, value in SMALLER.items():

@@ -68,13 +68,14 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
 }
 # Of recipes that try many ways: the others are tried by tests of their own.
 SMALLER_OF: dict[str, tuple[str, ...]] = {
+    "recipes/benchmarks/attention.py": ("--implementations", "sdpa", "flash", "linear"),
     "recipes/compare/conversions_glue.py": ("--variants", "mean", "pca+data+descent+best"),
     "recipes/compare/conversions_lm.py": ("--variants", "mean", "pca+data+refit"),
     "recipes/compare/long_context_lm.py": ("--variants", "reach+refit", "random", "window", "--shares", "0.5",
                                            "--random_draws", "1"),
 }  # fmt: skip
 # Without effect under the sizes that `--quantities` fixes.
-FIXED = {"--quantities": ("--lengths", "--batch_size")}
+FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
 # What comes before a model's name, and what stands for one.
@@ -240,9 +241,10 @@ class Workplace:
             else:
                 values.append(word)
         values = ends_of_list(values, "--num_key_value_heads")
-        values += SMALLER_OF.get(command.target, ())
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
+        own = SMALLER_OF.get(command.target, ())
+        values += () if set(own) & fixed else own
         for flag, value in SMALLER.items():
             if takes(command.parser, flag) and flag not in fixed:
                 values += [flag, *value]

@@ -253,7 +253,7 @@ class Workplace:
                 values += [flag, *value]
         if takes(command.parser, "--data_dir") and "--data_dir" not in given and "demo" not in command.arguments:
             values += ["--data_dir", "path/to/glue"]
-        if takes(command.parser, "--train_file") and "--train_file" not in given:
+        if takes(command.parser, "--train_file") and not {"--train_file", "--text"} & given:
             values += ["--train_file", "text.txt", "--validation_file", "text.txt"]
         return values
 

@@ -34,9 +34,15 @@ def streaming_kinds(
         for layers that are not named: all that can run these.
 
     Raises:
+        TypeError: for anything else than a mapping of layers to lists of heads.
         ValueError: a layer or head out of range, a part of a group, or a bad window.
     """
     layers = attention_layers(model)
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads={heads!r} must be a mapping {{layer: [query head, ...]}}, as select_heads gives it")
+    for where, given in heads.items():
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise TypeError(f"layer {where}: {given!r} must be a list of query heads")
     chosen = {in_range(where, len(layers), "layer"): list(own) for where, own in heads.items()}
     kinds: dict[Where, tuple[str, Mapping[str, Any]]] = {}
     for layer in layers:

@@ -65,6 +65,12 @@ def test_heads_that_cannot_stream(heads: dict, options: dict, message: str) -> N
         streaming_kinds(heads, model_of(), **options)
 
 
+@pytest.mark.parametrize(("heads", "message"), [([0], "must be a mapping"), ({0: 5}, "layer 0: 5 must be a list")])
+def test_heads_in_another_form(heads: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        streaming_kinds(heads, model_of(), window=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

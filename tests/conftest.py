@@ -12,17 +12,18 @@ from support import collector, slow
 from support.recipe_runs import checkpoint, tokenizer  # noqa: F401
 from support.text_runs import byte_tokenizer, text, text_checkpoint  # noqa: F401
 
-torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed_and_threads() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a command may have asked for more
 
 
 def pytest_configure() -> None:
+    torch.set_num_threads(1)
     slow.watch()
     collector.rarely()
 

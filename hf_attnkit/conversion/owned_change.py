@@ -31,7 +31,6 @@ from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.models.owners import Ownership
 
@@ -118,8 +117,7 @@ class OwnedChange:
                 or a model that then gives something else than it should.
         """
         model, owned = self.model, known.owned(self.model)
-        with known.transformers_attention(model):
-            found = discover(model, known.probe_of(model))
+        found = known.discovery(model)
         by_index = list(zip(found.attentions, owned, strict=True))
         plans = {one.layer.index: one.plan(*by_index[one.layer.index]) for one in self._merges}
         require_own_parameters(model, list(plans.values()))

@@ -22,6 +22,7 @@ from hf_attnkit.conversion.statistics import Statistics, statistics_of
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
 from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.last_change import record_change
+from hf_attnkit.models import known
 from hf_attnkit.models.layers import AttentionLayer, projected_layers
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
@@ -33,7 +34,7 @@ class _Work:
     """What `GQAPlan.apply` does; let go of afterwards, since it holds new weights, and the refit's batches."""
 
     change: OwnedChange
-    made_for: Fingerprint
+    made_for: Fingerprint | None
     heads_before: tuple[tuple[int, int], ...]
     batches: list[Mapping[str, Any]]
     refit: RefitOptions
@@ -65,6 +66,7 @@ class GQAPlan:
     report: ConversionReport | None = field(default=None, repr=False)
 
     @plain_mode()
+    @known.looked_at_once()
     def apply(self) -> PreTrainedModel:
         """Make the conversion, refit included, and return the model. `report` then says what it did.
 
@@ -77,7 +79,8 @@ class GQAPlan:
         work = self._work
         if work is None:
             raise ValueError("the plan was applied already; make a new one")
-        work.made_for.require_same(self.model)
+        if work.made_for is not None:
+            work.made_for.require_same(self.model)
         refit: RefitReport | None = None
         with work.change.made(thins=self.refit == "none") as made:
             if self.refit != "none":
@@ -98,6 +101,7 @@ class GQAPlan:
 
 
 @plain_mode()
+@known.looked_at_once()
 def plan_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,
@@ -126,6 +130,28 @@ def plan_gqa(
     Raises:
         TypeError, ValueError: as `convert_to_gqa`.
     """
+    plan = planned(
+        model, num_key_value_heads, method=method, calibration=calibration, refit=refit, key_method=key_method,
+        grouping=grouping, budget=budget, uniform=uniform,
+    )  # fmt: skip
+    assert plan._work is not None
+    plan._work = replace(plan._work, made_for=Fingerprint(model, projected_layers(model), projected_layers))
+    return plan
+
+
+def planned(
+    model: PreTrainedModel,
+    num_key_value_heads: int | Sequence[int] | None,
+    *,
+    method: str | None,
+    calibration: Iterable[Mapping[str, Any]] | Statistics | None,
+    refit: str | bool | RefitOptions | None,
+    key_method: str | None,
+    grouping: str,
+    budget: float | None,
+    uniform: bool,
+) -> GQAPlan:
+    """As `plan_gqa`, to be applied at once: it does not note what the model was when it was made."""
     layers = projected_layers(model)
     require_consistent(model, layers)
     require_unnamed_heads(layers)
@@ -186,8 +212,7 @@ def plan_gqa(
         * model.dtype.itemsize
         for part in (before, after)
     )
-    change, made_for = OwnedChange(model, layers, merges), Fingerprint(model, layers, projected_layers)
-    work = _Work(change, made_for, tuple(before), batches, options)
+    work = _Work(OwnedChange(model, layers, merges), None, tuple(before), batches, options)
     return GQAPlan(
         model, merging.method, merging.key_method, merging.grouping, options.fits, tuple(planned),
         statistics.num_tokens, bytes_before, bytes_after, work,

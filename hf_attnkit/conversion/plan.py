@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_unnamed_heads
@@ -193,16 +194,9 @@ def planned(
         if not merging.changes(layer, number):
             planned.append(_as_it_is(layer))
             continue
-        present = statistics.with_others(layer.index, heads.read(layer))
-        groups = merging.groups(present, number, moment)
-        merged = merging.merge(present, groups, moment)
-        merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
-        planned.append(
-            LayerPlan(
-                layer.index, layer.num_heads, number, layer.head_dim,
-                tuple(tuple(group) for group in groups), merged.key_loss, merged.value_loss,
-            )
-        )  # fmt: skip
+        merge, plan = _merged(layer, number, merging, statistics, moment)
+        merges.append(merge)
+        planned.append(plan)
     if not merges:
         reason = next((why for layer in layers for why in layer.problems.values()), "it has no output projection")
         raise ValueError(f"nothing would change: no layer's heads can get another basis ({layers[0].name}: {reason})")
@@ -222,6 +216,18 @@ def planned(
 def _as_it_is(layer: AttentionLayer) -> LayerPlan:
     groups = tuple((head,) for head in range(layer.num_key_value_heads))
     return LayerPlan(layer.index, layer.num_heads, layer.num_key_value_heads, layer.head_dim, groups, 0.0, 0.0)
+
+
+def _merged(
+    layer: AttentionLayer, number: int, merging: Merging, statistics: Statistics, moment: Tensor
+) -> tuple[LayerMerge, LayerPlan]:
+    """A layer's merge into this number of heads; in a function of its own, since its heads in float64 are large."""
+    present = statistics.with_others(layer.index, heads.read(layer))
+    groups = tuple(tuple(group) for group in merging.groups(present, number, moment))
+    merged = merging.merge(present, groups, moment)
+    losses = merged.key_loss, merged.value_loss
+    plan = LayerPlan(layer.index, layer.num_heads, number, layer.head_dim, groups, *losses)
+    return _merge(layer, merged, merging, groups), plan
 
 
 def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tuple[tuple[int, ...], ...]) -> LayerMerge:

@@ -60,9 +60,11 @@ class RandomRun:
             if given and isinstance(given[0], Tensor) and (self.attended is not None or not self.heads):
                 found.append((names[id(module)], given[0]))
 
-        def give(module: nn.Module, _: tuple[Any, ...], result: Any) -> None:
-            if isinstance(result, Tensor) and result.requires_grad:
-                self.products.setdefault(names[id(module)], []).append(result)
+        def give(module: nn.Module, _: tuple[Any, ...], result: Any) -> Any:
+            if not isinstance(result, Tensor) or not result.requires_grad:
+                return result
+            self.products.setdefault(names[id(module)], []).append(result)
+            return result.clone()  # which may be written into (DeBERTa): what was given stays a part of the graph
 
         with ExitStack() as stack:
             for module in self.module.modules():

@@ -20,8 +20,8 @@ from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "discovered_layers", "in_running_order", "layers_sharing_a_bias",
-           "output_of", "ownership_of", "projected_layers", "require_parameters", "require_plain", "scored_layers",
-           "weight_of", "without_heads"]  # fmt: skip
+           "output_of", "own_key_value_heads", "ownership_of", "projected_layers", "require_parameters",
+           "require_plain", "scored_layers", "weight_of", "without_heads"]  # fmt: skip
 
 
 def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
@@ -222,6 +222,18 @@ def layers_sharing_a_bias(model: PreTrainedModel) -> list[tuple[int, ...]]:
     """
     biases = [each.bias for each in known.known(model).attentions if each.bias is not None]
     return list(dict.fromkeys(bias.users for bias in biases if len(bias.users) > 1))
+
+
+def own_key_value_heads(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[int]:
+    """Of each of the model's layers, the key/value heads that have parameters of their own.
+
+    What never calls the interface does not show them, and a module may repeat its keys before it attends. As they
+    arrive, where parameters do not tell (quantized weights, a module that does not run alone).
+    """
+    try:
+        return [own.num_key_value_heads for own in known.owned(model)]
+    except ValueError:
+        return [layer.num_key_value_heads for layer in layers]
 
 
 def output_of(layer: AttentionLayer) -> nn.Module:

@@ -54,7 +54,7 @@ def model_class(
             continue
         if not (options or {}).get("trust_remote_code"):
             raise ValueError(
-                f"{reference} is code that comes with the checkpoint; read it, and pass trust_remote_code=True to run it"
+                f"{reference} is code that comes with the checkpoint; read it, then pass trust_remote_code=True"
             )
         where = {key: value for key, value in (options or {}).items() if key not in _NOT_OF_CODE}
         own = cast(Class, get_class_from_dynamic_module(reference, source, **where))

@@ -73,7 +73,7 @@ def _registered(config: PreTrainedConfig) -> Iterator[Class]:
     if type(config).__module__.startswith("transformers.models."):
         return
     for auto in vars(modeling_auto).values():
-        mapping = getattr(auto, "_model_mapping", None) or ()
-        if type(config) in mapping:
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and type(config) in mapping:
             found = mapping[type(config)]
             yield found[0] if isinstance(found, tuple) else found

@@ -35,7 +35,7 @@ SERVED: dict[str, str] = {
         aimv2_vision_model got_ocr2 pp_chart2table pp_formulanet
     """,
     "entropy contribution prune": """
-        inkling2_text nllb-moe splinter
+        inkling2_text nllb-moe paligemma splinter
     """,
     "swap window entropy contribution convert": """
         bitnet
@@ -51,9 +51,6 @@ SERVED: dict[str, str] = {
     """,
     "swap window contribution alike": """
         longt5
-    """,
-    "prune": """
-        paligemma
     """,
     "swap contribution prune": """
         segformer

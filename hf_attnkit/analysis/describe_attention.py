@@ -163,8 +163,8 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
             attention.path, attention.calls_interface, num_heads, trials.key_value_heads[attention.index],
             attention.head_dim, attention.value_head_dim,
             attention.is_causal, attention.is_cross, attention.window, pairing, rotated, _runs(model, attention, base),
-            swap=outcome["swap"], score=trials.score or _opaque(attention), prune=outcome["prune"], convert=outcome["convert"],
-            alike=trials.alike(attention),
+            swap=outcome["swap"], score=trials.score or _opaque(attention), prune=outcome["prune"],
+            convert=outcome["convert"], alike=trials.alike(attention),
         ))  # fmt: skip
     return AttentionReport(
         type(model).__name__, str(model.dtype).removeprefix("torch."), tuple(rows), trials.kinds(), _targets(rows),

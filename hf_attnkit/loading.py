@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -27,6 +27,7 @@ from hf_attnkit.editing.heads_before import record_heads_before, require_heads_b
 from hf_attnkit.models.checkpoint_shapes import loading_arguments, renamed, resize, stored_shapes
 from hf_attnkit.models.global_reads import expect_global_reads
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.model_class import model_class as class_of
 
 # On a model that is being loaded: modules whose parameters get the checkpoint's shapes.
 _SIZED = "_hf_attnkit_sized"
@@ -72,7 +73,7 @@ def load_pretrained(
             f"this checkpoint's attention was swapped, so attn_implementation={kwargs['attn_implementation']!r} "
             "contradicts it; leave it out, and call hf_attnkit.restore_attention(model) after loading"
         )
-    model_class = _model_class(config, auto_class)
+    model_class = class_of(config, auto_class, pretrained_model_name_or_path, located)
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # Newer versions may keep the weights quantized, and refuse to save the model even where they do not.
         kwargs.setdefault("quantization_config", transformers.GgufConfig(dequantize=True))
@@ -116,7 +117,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         ValueError: if the config names no class.
     """
     with torch.device("meta"):
-        return _sized(_model_class(config, None))(config)
+        return _sized(class_of(config))(config)
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -126,7 +127,7 @@ def random_model(config: PreTrainedConfig) -> PreTrainedModel:
         ValueError: if the config names no class.
     """
     with torch.random.fork_rng(devices=[]):
-        return _model_class(config, None)(config)
+        return class_of(config)(config)
 
 
 def _align(model: PreTrainedModel) -> None:
@@ -170,26 +171,6 @@ def _describe(config: PreTrainedConfig) -> str:
     if not isinstance(heads, int):  # other fields say it
         return str(config.model_type)
     return f"{heads} query and {getattr(config, 'num_key_value_heads', None) or heads} key/value heads"
-
-
-def _model_class(config: PreTrainedConfig, auto_class: Any) -> type[PreTrainedModel]:
-    if auto_class is None:
-        names = config.architectures or []
-        if not names or not hasattr(transformers, names[0]):
-            raise ValueError(
-                f"the config names no class of Transformers (architectures={config.architectures}); give auto_class, "
-                "for example transformers.AutoModelForSequenceClassification"
-            )
-        return cast(type[PreTrainedModel], getattr(transformers, names[0]))
-    if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
-        return auto_class
-    mapping = getattr(auto_class, "_model_mapping", None)
-    if mapping is None:
-        raise ValueError(f"auto_class={auto_class!r} is neither an auto class nor a model class of Transformers")
-    if type(config) not in mapping:
-        raise ValueError(f"{auto_class.__name__} has no class for models of type {config.model_type!r}")
-    found = mapping[type(config)]
-    return cast(type[PreTrainedModel], found[0] if isinstance(found, tuple) else found)
 
 
 def _sized(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -163,8 +163,8 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
             attention.path, attention.calls_interface, num_heads, trials.key_value_heads[attention.index],
             attention.head_dim, attention.value_head_dim,
             attention.is_causal, attention.is_cross, attention.window, pairing, rotated, _runs(model, attention, base),
-            swap=outcome["swap"], score=trials.score, prune=outcome["prune"], convert=outcome["convert"],
-            alike=trials.alike(attention),
+            swap=outcome["swap"], score=trials.score or _opaque(attention), prune=outcome["prune"],
+            convert=outcome["convert"], alike=trials.alike(attention),
         ))  # fmt: skip
     return AttentionReport(
         type(model).__name__, str(model.dtype).removeprefix("torch."), tuple(rows), trials.kinds(), _targets(rows),
@@ -175,6 +175,13 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
 def cache_bytes(rows: Sequence[AttentionRow], dtype: torch.dtype) -> int:
     """Bytes of keys and values per token; where no head is left, of its stand-in."""
     return sum(max(1, row.num_key_value_heads) * (row.head_dim + row.value_head_dim) for row in rows) * dtype.itemsize
+
+
+def _opaque(attention: Attention) -> str:
+    """Why its heads get no score where others of the model do, or nothing."""
+    if attention.calls_interface or attention.output is not None:
+        return ""
+    return "its heads can neither be looked at nor told (nn.MultiheadAttention or the like), so their scores are NaN"
 
 
 def _is_model(model: Any) -> bool:

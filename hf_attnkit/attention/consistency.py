@@ -63,7 +63,8 @@ def require_grouping(
     key/value head, which is broadcast.
     """
     for module, (num_heads, num_key_value_heads), implementation in zip(modules, heads, implementations, strict=True):
-        if implementation == "eager" and num_key_value_heads not in (1, num_heads) and not _eager_groups(module):
+        is_grouped = num_key_value_heads not in (1, num_heads)
+        if implementation == "eager" and is_grouped and not _eager_groups(module, num_heads, num_key_value_heads):
             raise ValueError(
                 f"Transformers' eager attention has no grouped heads for {model.config.model_type!r}; load "
                 f"{type(model).__name__} with attn_implementation='sdpa', call model.set_attn_implementation('sdpa'), "
@@ -71,11 +72,15 @@ def require_grouping(
             )
 
 
-def _eager_groups(module: nn.Module) -> bool:
-    """Whether the eager attention of the module's class lets query heads share key/value heads: tried."""
+def _eager_groups(module: nn.Module, num_heads: int, num_key_value_heads: int) -> bool:
+    """Whether the eager attention of the module's class lets so many query heads share so many key/value heads: tried.
+
+    The numbers matter to a module that has something for each query head (gpt-oss' sinks).
+    """
     original, module = module, copy.copy(module)
-    module.__dict__["num_key_value_groups"] = 2
-    query, key = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    module.__dict__["num_key_value_groups"] = num_heads // num_key_value_heads
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(1))
+    query, key = (like.new_zeros(1, number, 3, 8) for number in (num_heads, num_key_value_heads))
     try:
         stock_function("eager", original)(module, query, key, key, None, scaling=1.0, dropout=0.0)
     except RuntimeError:  # of shapes that do not fit

@@ -8,6 +8,7 @@ raises when the batching is set up.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,9 +18,13 @@ from hf_attnkit.models.layers import attention_layers
 _NAME = "init_continuous_batching"  # the way in of all of it
 
 
-def refuse_paged_cache(model: PreTrainedModel) -> None:
-    """Let a model whose layers do not fit a paged cache refuse it; one whose layers do, is as Transformers made it."""
-    if hasattr(type(model), _NAME) and reason_against(model) is not None:
+def refuse_paged_cache(model: PreTrainedModel, numbers: Iterable[int] | None = None) -> None:
+    """Let a model whose layers do not fit a paged cache refuse it; one whose layers do, is as Transformers made it.
+
+    Args:
+        numbers: of key/value heads of its layers, where they are known; by default the model is run to find them.
+    """
+    if hasattr(type(model), _NAME) and reason_against(model, numbers) is not None:
         model.__dict__[_NAME] = types.MethodType(init_continuous_batching, model)
     else:
         model.__dict__.pop(_NAME, None)
@@ -36,11 +41,13 @@ def init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -
     return getattr(type(self), _NAME)(self, *args, **kwargs)
 
 
-def reason_against(model: PreTrainedModel) -> str | None:
-    """Why a paged cache does not fit the model's layers; `None` if it does."""
+def reason_against(model: PreTrainedModel, numbers: Iterable[int] | None = None) -> str | None:
+    """Why a paged cache does not fit the model's layers; `None` if it does. `numbers` as of `refuse_paged_cache`."""
     config = model.config.get_text_config()
     try:
-        found = sorted({layer.num_key_value_heads for layer in attention_layers(model)})
+        if numbers is None:
+            numbers = [layer.num_key_value_heads for layer in attention_layers(model)]
+        found = sorted(set(numbers))
     except (ValueError, TypeError):  # not a model whose layers are known
         return None
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)

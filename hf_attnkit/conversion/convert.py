@@ -14,11 +14,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_attnkit.conversion.plan import plan_gqa
+from hf_attnkit.common.state import plain_mode
+from hf_attnkit.conversion.plan import planned
 from hf_attnkit.conversion.statistics import Statistics
+from hf_attnkit.models import known
 from hf_attnkit.refitting.options import RefitOptions
 
 
+@plain_mode()
+@known.looked_at_once()
 def convert_to_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,
@@ -75,7 +79,7 @@ def convert_to_gqa(
             quantized, PEFT-wrapped or weightless model, shared projections, key or value heads that are no rows of one
             matrix, a forward pass that does not run with fewer, or a proof that fails. The model is then unchanged.
     """
-    return plan_gqa(
+    return planned(
         model,
         num_key_value_heads,
         method=method,

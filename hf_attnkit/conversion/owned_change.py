@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_grouping
@@ -31,7 +31,6 @@ from hf_attnkit.editing.saved_cut import require_nothing_learned_by, save_cut
 from hf_attnkit.editing.undo import Undo
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.models.owners import Ownership
 
@@ -118,8 +117,7 @@ class OwnedChange:
                 or a model that then gives something else than it should.
         """
         model, owned = self.model, known.owned(self.model)
-        with known.transformers_attention(model):
-            found = discover(model, known.probe_of(model))
+        found = known.discovery(model)
         by_index = list(zip(found.attentions, owned, strict=True))
         plans = {one.layer.index: one.plan(*by_index[one.layer.index]) for one in self._merges}
         require_own_parameters(model, list(plans.values()))
@@ -135,13 +133,15 @@ class OwnedChange:
                         cut.steps.keep(module)
                 if KEPT in layer.module.__dict__:  # learned by a kind that ran before, for heads in another basis
                     cut.steps.drop(layer.module, KEPT)
-            edits = projections.whole([edit for one in self._merges for edit in one.edits])
-            for edit in edits:
-                cut.steps.keep(edit.linear)
-                projections.apply(edit)
+            changed: list[nn.Module] = []
+            for one in self._merges:  # one after the other: their weights at full size are large
+                for edit in projections.whole(one.edits):
+                    cut.steps.keep(edit.linear)
+                    projections.apply(edit)
+                    changed.append(edit.linear)
             problem = alike.difference()
             if not problem and as_before is not None:
-                problem = as_before.difference([edit.linear for edit in edits])
+                problem = as_before.difference(changed)
             if problem:
                 raise ValueError(
                     f"{problem}, though heads got another basis and nothing else: give method='mean', which leaves "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.consistency import require_consistent, require_unnamed_heads
@@ -22,6 +23,7 @@ from hf_attnkit.conversion.statistics import Statistics, statistics_of
 from hf_attnkit.conversion.target_heads import check_budget, possible_targets, target_heads
 from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.last_change import record_change
+from hf_attnkit.models import known
 from hf_attnkit.models.layers import AttentionLayer, projected_layers
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
@@ -33,7 +35,7 @@ class _Work:
     """What `GQAPlan.apply` does; let go of afterwards, since it holds new weights, and the refit's batches."""
 
     change: OwnedChange
-    made_for: Fingerprint
+    made_for: Fingerprint | None
     heads_before: tuple[tuple[int, int], ...]
     batches: list[Mapping[str, Any]]
     refit: RefitOptions
@@ -65,6 +67,7 @@ class GQAPlan:
     report: ConversionReport | None = field(default=None, repr=False)
 
     @plain_mode()
+    @known.looked_at_once()
     def apply(self) -> PreTrainedModel:
         """Make the conversion, refit included, and return the model. `report` then says what it did.
 
@@ -77,7 +80,8 @@ class GQAPlan:
         work = self._work
         if work is None:
             raise ValueError("the plan was applied already; make a new one")
-        work.made_for.require_same(self.model)
+        if work.made_for is not None:
+            work.made_for.require_same(self.model)
         refit: RefitReport | None = None
         with work.change.made(thins=self.refit == "none") as made:
             if self.refit != "none":
@@ -98,6 +102,7 @@ class GQAPlan:
 
 
 @plain_mode()
+@known.looked_at_once()
 def plan_gqa(
     model: PreTrainedModel,
     num_key_value_heads: int | Sequence[int] | None = None,
@@ -126,6 +131,28 @@ def plan_gqa(
     Raises:
         TypeError, ValueError: as `convert_to_gqa`.
     """
+    plan = planned(
+        model, num_key_value_heads, method=method, calibration=calibration, refit=refit, key_method=key_method,
+        grouping=grouping, budget=budget, uniform=uniform,
+    )  # fmt: skip
+    assert plan._work is not None
+    plan._work = replace(plan._work, made_for=Fingerprint(model, projected_layers(model), projected_layers))
+    return plan
+
+
+def planned(
+    model: PreTrainedModel,
+    num_key_value_heads: int | Sequence[int] | None,
+    *,
+    method: str | None,
+    calibration: Iterable[Mapping[str, Any]] | Statistics | None,
+    refit: str | bool | RefitOptions | None,
+    key_method: str | None,
+    grouping: str,
+    budget: float | None,
+    uniform: bool,
+) -> GQAPlan:
+    """As `plan_gqa`, to be applied at once: it does not note what the model was when it was made."""
     layers = projected_layers(model)
     require_consistent(model, layers)
     require_unnamed_heads(layers)
@@ -167,16 +194,9 @@ def plan_gqa(
         if not merging.changes(layer, number):
             planned.append(_as_it_is(layer))
             continue
-        present = statistics.with_others(layer.index, heads.read(layer))
-        groups = merging.groups(present, number, moment)
-        merged = merging.merge(present, groups, moment)
-        merges.append(_merge(layer, merged, merging, tuple(tuple(group) for group in groups)))
-        planned.append(
-            LayerPlan(
-                layer.index, layer.num_heads, number, layer.head_dim,
-                tuple(tuple(group) for group in groups), merged.key_loss, merged.value_loss,
-            )
-        )  # fmt: skip
+        merge, plan = _merged(layer, number, merging, statistics, moment)
+        merges.append(merge)
+        planned.append(plan)
     if not merges:
         reason = next((why for layer in layers for why in layer.problems.values()), "it has no output projection")
         raise ValueError(f"nothing would change: no layer's heads can get another basis ({layers[0].name}: {reason})")
@@ -186,8 +206,7 @@ def plan_gqa(
         * model.dtype.itemsize
         for part in (before, after)
     )
-    change, made_for = OwnedChange(model, layers, merges), Fingerprint(model, layers, projected_layers)
-    work = _Work(change, made_for, tuple(before), batches, options)
+    work = _Work(OwnedChange(model, layers, merges), None, tuple(before), batches, options)
     return GQAPlan(
         model, merging.method, merging.key_method, merging.grouping, options.fits, tuple(planned),
         statistics.num_tokens, bytes_before, bytes_after, work,
@@ -197,6 +216,18 @@ def plan_gqa(
 def _as_it_is(layer: AttentionLayer) -> LayerPlan:
     groups = tuple((head,) for head in range(layer.num_key_value_heads))
     return LayerPlan(layer.index, layer.num_heads, layer.num_key_value_heads, layer.head_dim, groups, 0.0, 0.0)
+
+
+def _merged(
+    layer: AttentionLayer, number: int, merging: Merging, statistics: Statistics, moment: Tensor
+) -> tuple[LayerMerge, LayerPlan]:
+    """A layer's merge into this number of heads; in a function of its own, since its heads in float64 are large."""
+    present = statistics.with_others(layer.index, heads.read(layer))
+    groups = tuple(tuple(group) for group in merging.groups(present, number, moment))
+    merged = merging.merge(present, groups, moment)
+    losses = merged.key_loss, merged.value_loss
+    plan = LayerPlan(layer.index, layer.num_heads, number, layer.head_dim, groups, *losses)
+    return _merge(layer, merged, merging, groups), plan
 
 
 def _merge(layer: AttentionLayer, merged: Merged, merging: Merging, groups: tuple[tuple[int, ...], ...]) -> LayerMerge:

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import KEPT
@@ -53,12 +53,14 @@ class CutHeads:
         numbers: by the attention's path, the attributes that were given other numbers (a list of them where one said
             how to split a matrix's output), and how many modules of a list are left.
         config: the fields of configs that the attention reads while it runs: config, name, number before and now.
+        outputs: what the cut model puts out under the discovery's inputs.
     """
 
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
     numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: list[tuple[PreTrainedConfig, str, int, int]] = field(default_factory=list)
     steps: Undo = field(default_factory=Undo, repr=False)
+    outputs: list[Tensor] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
         """Put the model back as it was."""
@@ -139,6 +141,7 @@ def cut_planned(model: PreTrainedModel, plans: Sequence[CutPlan], discovery: Dis
             cut.heads[plan.attention.index] = 0, 0
     if problem := zeroed.difference():
         raise ValueError(f"{problem}; the model is unchanged")
+    cut.outputs = zeroed.outputs
 
 
 class _Uncut:

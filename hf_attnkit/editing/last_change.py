@@ -32,7 +32,7 @@ _REPORTS: WeakKeyDictionary[PreTrainedModel, ChangeReport] = WeakKeyDictionary()
 def record_change(model: PreTrainedModel, report: ChangeReport) -> None:
     """Note what a change did to the model; `last_change` gives it."""
     _REPORTS[model] = report
-    refuse_paged_cache(model)
+    refuse_paged_cache(model, [max(1, groups) for _, groups in report.heads_after])  # a stand-in is one head
 
 
 def last_change(model: PreTrainedModel) -> ChangeReport | None:

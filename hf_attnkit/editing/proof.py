@@ -96,6 +96,7 @@ class Zeroed:
             inputs: of the model.
         """
         self._model, self._inputs = model, inputs
+        self.outputs: list[Tensor] = []
         zero, rounded = {}, {}
         generator = torch.Generator().manual_seed(0)
         for attention in attentions:
@@ -121,10 +122,10 @@ class Zeroed:
         ]
 
     def difference(self) -> str:
-        """What is wrong with the model as it is now, or nothing."""
+        """What is wrong with the model as it is now, or nothing; `outputs` are then what it puts out."""
         try:
             with quiet(self._model):
-                got = run_outputs(self._model, self._inputs)
+                got = self.outputs = run_outputs(self._model, self._inputs)
         except Exception as error:
             return f"the model does not run with fewer heads: {type(error).__name__}: {str(error)[:200]}"
         if len(got) != len(self._want):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_attnkit.attention.kind import NAME
@@ -41,9 +41,11 @@ def into_stock_fields(
     if (0, 0) in heads:  # no field of Transformers' says that a head is a stand-in
         return False
     fields = _uniform_fields(model, found, heads)
-    if not fields or any(key in (getattr(model.config, KEY, None) or {}) for key in ("layers", "base")):
+    if not fields or not _says_more(model, fields, cut):
         return False
-    if not _same_model(model, fields, found.inputs):
+    if any(key in (getattr(model.config, KEY, None) or {}) for key in ("layers", "base")):
+        return False
+    if not _same_model(model, fields, found.inputs, cut.outputs):
         return False
     for old in list(configs_in(model.config)):
         for name, value in fields.get(id(old), {}).items():
@@ -53,6 +55,15 @@ def into_stock_fields(
         if old.__dict__.get("attn_implementation") == NAME:
             cut.steps.drop(old, "attn_implementation")
     return True
+
+
+def _says_more(model: PreTrainedModel, fields: Mapping[int, Fields], cut: CutHeads) -> bool:
+    """Whether a field says another number than the class would build the uncut model by."""
+    configs = list(configs_in(model.config))
+    changed = any(
+        getattr(each, name, None) != value for each in configs for name, value in fields.get(id(each), {}).items()
+    )
+    return changed or bool(cut.config) or any(record_of(each).get("config") for each in configs)
 
 
 def _forget(config: PreTrainedConfig) -> None:
@@ -97,8 +108,14 @@ def _config_of(model: PreTrainedModel, path: str) -> PreTrainedConfig:
     return model.config
 
 
-def _same_model(model: PreTrainedModel, fields: Mapping[int, Fields], inputs: Mapping[str, Any]) -> bool:
-    """Whether the model's class, built from its config with these fields, is the same model."""
+def _same_model(
+    model: PreTrainedModel, fields: Mapping[int, Fields], inputs: Mapping[str, Any], outputs: Sequence[Tensor]
+) -> bool:
+    """Whether the model's class, built from its config with these fields, is the same model.
+
+    Args:
+        outputs: of the model under these inputs.
+    """
     config = copy.deepcopy(model.config)
     try:
         for old, new in zip(configs_in(model.config), list(configs_in(config)), strict=True):
@@ -118,7 +135,7 @@ def _same_model(model: PreTrainedModel, fields: Mapping[int, Fields], inputs: Ma
             (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = tensor
         stock.eval()
         with quiet(model):
-            return first_difference(run_outputs(model, inputs), run_outputs(stock, inputs)) is None
+            return first_difference(outputs, run_outputs(stock, inputs)) is None
     except Exception:  # whatever a class says that is built from such numbers, it is not the same model
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,7 +69,8 @@ def head_importance(
 
     Returns:
         `(num_layers, num_heads)`, float32, higher = keep. Where layers have different numbers of
-        heads, the places of the missing ones hold NaN; all of a layer's where it has no head left.
+        heads, the places of the missing ones hold NaN; all of a layer's where it has no head left, or
+        heads that nothing shows (PyTorch's `nn.MultiheadAttention` in SigLIP), which a warning names.
 
     Raises:
         TypeError: if `model` is not a plain `PreTrainedModel`.
@@ -79,10 +81,18 @@ def head_importance(
     if batches is None and score.needs_batches:
         raise ValueError(f"importance method {method!r} looks at data; give batches of model inputs")
     layers = scored_layers(model)
-    scores = score.score(model, layers, () if batches is None else batches)
+    opaque = [layer.name for layer in layers if layer.is_opaque]
+    able = [layer for layer in layers if not layer.is_opaque] or layers  # of which the method says why not
+    scores = score.score(model, able, () if batches is None else batches)
+    if opaque:
+        warnings.warn(
+            f"{', '.join(opaque)} of {type(model).__name__}: its heads can neither be looked at nor told, as those of "
+            "nn.MultiheadAttention; their scores are NaN, and it is not pruned",
+            stacklevel=3,
+        )
     importance = torch.full((len(layers), max(layer.num_heads for layer in layers)), torch.nan)
-    for row, layer, layer_scores in zip(importance, layers, scores, strict=True):
-        row[: len(layer.heads)] = layer_scores[: len(layer.heads)]
+    for layer, layer_scores in zip(able, scores, strict=True):
+        importance[layer.index, : len(layer.heads)] = layer_scores[: len(layer.heads)]
     return importance
 
 

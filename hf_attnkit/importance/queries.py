@@ -73,7 +73,7 @@ class QuerySums:
         Raises:
             ValueError: if `batches` is empty, or a batch is no mapping.
         """
-        with visible_attention(model), observe(self):
+        with visible_attention(model, only=self._layers), observe(self):
             for batch, run in run_batches(model, batches, description=self._what):
                 self.inputs = batch
                 run()

@@ -110,6 +110,16 @@ class AttentionLayer:
         """Numbers of its query heads; none in a layer whose one head is a stand-in."""
         return range(0 if self.is_empty else self.num_heads)
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether nothing shows its heads: PyTorch's own `nn.MultiheadAttention` (SigLIP's head)."""
+        return bool(self.refusal) and self.output is None
+
+    @property
+    def scored_heads(self) -> range:
+        """Numbers of the heads that scores have a place for; as `heads`, none where it is opaque."""
+        return range(0) if self.is_opaque else self.heads
+
     def rows(self, name: str) -> slice | Tensor:
         """The rows of "query", "key" or "value" in its module, head by head, `(heads * size of a head,)`.
 

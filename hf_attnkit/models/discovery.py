@@ -128,6 +128,11 @@ def require_runnable(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} is quantized; load it without quantization to look at its heads")
 
 
+# On a CPU, bitsandbytes lays 4-bit weights out for inference when a module that has this first runs in evaluation mode:
+# they could not train from then on, and small ones do not run.
+_PACKS = "support_avx512bf16_for_cpu"
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Run the model for a while in evaluation mode, without gradients or autocast; modes and random state come back."""
@@ -139,6 +144,10 @@ def quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        for module in model.modules() if getattr(model, "is_quantized", False) else ():
+            if module.__dict__.get(_PACKS):
+                setattr(module, _PACKS, False)
+                stack.callback(setattr, module, _PACKS, True)
         yield
 
 

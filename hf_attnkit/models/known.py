@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,12 +27,14 @@ _OTHER_FIELDS = {"attn_implementation", "_attn_implementation_internal", "_exper
                  "hf_attnkit", "problem_type", "use_cache", "output_attentions", "output_hidden_states",
                  "_output_attentions", "return_dict", "name_or_path", "_name_or_path"}  # fmt: skip
 
-__all__ = ["Known", "known", "owned", "part_configs", "probe_of", "projections", "require_runnable", "set_probe",
-           "transformers_attention"]  # fmt: skip
+__all__ = ["Known", "discovery", "known", "looked_at_once", "owned", "part_configs", "probe_of", "probed",
+           "projections", "require_runnable", "set_probe", "transformers_attention"]  # fmt: skip
 
 _probes: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 # The last two states that a model was looked at in: a refit goes back and forth between the changed and the untouched.
 _known: weakref.WeakKeyDictionary[nn.Module, list[Known]] = weakref.WeakKeyDictionary()
+# Discoveries with what modules were given, while `looked_at_once` runs: by the model, and the state that it was in.
+_whole: ContextVar[list[tuple[nn.Module, _State, Discovery]] | None] = ContextVar("_whole", default=None)
 
 
 @dataclass
@@ -89,7 +92,7 @@ def known(model: PreTrainedModel) -> Known:
     entries = _known.get(model, []) if isinstance(model, nn.Module) else []
     one = next((each for each in entries if each.state.holds(model)), None)
     if one is None:
-        one = Known(_spare(_discover(model)), _State(model))
+        one = Known(_spare(discovery(model)), _State(model))
     _known[model] = [one, *(each for each in entries if each is not one)][:2]
     return one
 
@@ -103,7 +106,7 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
     require_runnable(model)
     one = known(model)
     if not one.owned:
-        found = _discover(model)
+        found = discovery(model)
         with transformers_attention(model):
             one.owned = ownerships(model, found.attentions)
     return one.owned
@@ -118,16 +121,41 @@ def projections(model: PreTrainedModel) -> list[Projected]:
     require_runnable(model)
     one = known(model)
     if not one.projected:
-        found = _discover(model)
+        found = discovery(model)
         with transformers_attention(model):
             one.owned = one.owned or ownerships(model, found.attentions)
             one.projected = projected(model, found.attentions, one.owned)
     return one.projected
 
 
-def _discover(model: PreTrainedModel) -> Discovery:
+def discovery(model: PreTrainedModel) -> Discovery:
+    """What discovery says about the model as it is now, with what each module was given.
+
+    Raises:
+        TypeError, ValueError: as `discover`.
+    """
+    whole = _whole.get()
+    for each, state, found in whole or ():
+        if each is model and state.holds(model):
+            return found
     with transformers_attention(model):
-        return discover(model, _probes.get(model) if isinstance(model, nn.Module) else None)
+        found = discover(model, _probes.get(model) if isinstance(model, nn.Module) else None)
+    if whole is not None:
+        whole[:] = [(model, _State(model), found)]
+    return found
+
+
+@contextmanager
+def looked_at_once() -> Iterator[None]:
+    """For the steps of one change: what modules were given is kept meanwhile, so that the model runs once for all."""
+    if _whole.get() is not None:
+        yield
+        return
+    token = _whole.set([])
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def _spare(found: Discovery) -> Discovery:
@@ -144,6 +172,27 @@ def part_configs(model: nn.Module) -> list[PreTrainedConfig]:
 def probe_of(model: nn.Module) -> dict[str, Any] | None:
     """The inputs that `set_probe` was given."""
     return _probes.get(model)
+
+
+@contextmanager
+def probed(model: nn.Module, inputs: Mapping[str, Any] | None) -> Iterator[None]:
+    """As between `set_probe(model, inputs)` and taking it back; nothing for `None`."""
+    if inputs is None:
+        yield
+        return
+    probe, entries, whole = _probes.get(model), _known.pop(model, None), _whole.get()
+    whole = [] if whole is None else whole
+    whole.clear()  # what was found before may be of inputs that reach less
+    _probes[model] = inputs  # type: ignore[assignment] # `discover` refuses what is no mapping
+    try:
+        yield
+    finally:
+        whole.clear()
+        for table, before in ((_probes, probe), (_known, entries)):
+            if before is None:
+                table.pop(model, None)
+            else:
+                table[model] = before  # type: ignore[assignment]
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +20,8 @@ from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.without_heads import has_no_heads
 
 __all__ = ["AttentionLayer", "attention_layers", "discovered_layers", "in_running_order", "layers_sharing_a_bias",
-           "output_of", "ownership_of", "projected_layers", "require_parameters", "require_plain", "scored_layers",
-           "weight_of", "without_heads"]  # fmt: skip
+           "output_of", "own_key_value_heads", "ownership_of", "projected_layers", "require_parameters",
+           "require_plain", "scored_layers", "weight_of", "without_heads"]  # fmt: skip
 
 
 def attention_layers(model: PreTrainedModel, *, adapters: bool = False) -> list[AttentionLayer]:
@@ -62,12 +63,15 @@ def discovered_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     Raises:
         TypeError, ValueError: as `discover`.
     """
-    attentions = known.known(model).attentions
+    found = known.known(model).discovery
+    attentions = found.attentions
     outputs = [attention.output for attention in attentions]
     if None in outputs:  # something lies between: only gradients tell
         with suppress(ValueError):  # one that does not run alone; only scores need its output
             outputs = [own.output for own in known.owned(model)]
-    layers = [_from(model, attention, output) for attention, output in zip(attentions, outputs, strict=True)]
+    layers = [
+        _from(model, found.inputs, attention, output) for attention, output in zip(attentions, outputs, strict=True)
+    ]
     for layer in layers:
         weight = getattr(layer.output, "weight", None) if layer.is_empty else None
         if isinstance(weight, Tensor) and not weight.is_meta and weight.any():
@@ -93,9 +97,9 @@ def projected_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """
     require_plain(model)
     known.require_runnable(model)
-    require_parameters(discovered_layers(model))
-    projections, owned = known.projections(model), known.owned(model)
-    parts = zip(discovered_layers(model), projections, owned, strict=True)
+    layers = discovered_layers(model)
+    require_parameters(layers)
+    parts = zip(layers, known.projections(model), known.owned(model), strict=True)
     return [_projected(layer, found, own) for layer, found, own in parts]
 
 
@@ -134,7 +138,13 @@ def _projected(layer: AttentionLayer, found: Projected, owned: Ownership) -> Att
     )
 
 
-def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> AttentionLayer:
+def _from(
+    model: PreTrainedModel, inputs: Mapping[str, Any], attention: Attention, output: str | None
+) -> AttentionLayer:
+    """
+    Args:
+        inputs: under which the model was found to run.
+    """
     parts = attention.path.split(".")
     outer = [".".join(parts[:stop]) for stop in range(len(parts), -1, -1)]
     inside = (path for path, above in pairwise(outer)
@@ -157,8 +167,8 @@ def _from(model: PreTrainedModel, attention: Attention, output: str | None) -> A
         value_dim=attention.value_head_dim,
         is_empty=has_no_heads(attention.module),
         attention=attention,
-        padding=_fitting(model, padding := _padding(model, attention.path), attention.lengths[0]),
-        key_padding=_fitting(model, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
+        padding=_fitting(inputs, padding := _padding(model, attention.path), attention.lengths[0]),
+        key_padding=_fitting(inputs, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
     )
 
 
@@ -169,9 +179,9 @@ def _encoder_padding(model: PreTrainedModel) -> str:
     return "attention_mask" if model.main_input_name == "input_ids" else ""
 
 
-def _fitting(model: PreTrainedModel, padding: str, length: int) -> str:
+def _fitting(inputs: Mapping[str, Any], padding: str, length: int) -> str:
     """The same, or nothing where the mask was of other positions than the layer's: text next to an image's patches."""
-    mask = known.known(model).discovery.inputs.get(padding)
+    mask = inputs.get(padding)
     fits = not isinstance(mask, Tensor) or not length or mask.shape[-1] == length
     return padding if fits else ""
 
@@ -212,6 +222,18 @@ def layers_sharing_a_bias(model: PreTrainedModel) -> list[tuple[int, ...]]:
     """
     biases = [each.bias for each in known.known(model).attentions if each.bias is not None]
     return list(dict.fromkeys(bias.users for bias in biases if len(bias.users) > 1))
+
+
+def own_key_value_heads(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> list[int]:
+    """Of each of the model's layers, the key/value heads that have parameters of their own.
+
+    What never calls the interface does not show them, and a module may repeat its keys before it attends. As they
+    arrive, where parameters do not tell (quantized weights, a module that does not run alone).
+    """
+    try:
+        return [own.num_key_value_heads for own in known.owned(model)]
+    except ValueError:
+        return [layer.num_key_value_heads for layer in layers]
 
 
 def output_of(layer: AttentionLayer) -> nn.Module:

@@ -26,7 +26,7 @@ from hf_attnkit.models.attention import Attention, by_head, is_linear
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import signature
-from hf_attnkit.models.random_run import RandomRun
+from hf_attnkit.models.random_run import RandomRun, random_leaves
 from hf_attnkit.models.rotary_pairs import Rope, rotary_pairs
 
 ROLES = ("query", "key", "value")
@@ -109,10 +109,11 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
     group = attention.num_heads // owned.num_key_value_heads
     if any(owned.key_head_of(h, attention.num_heads) != h // group for h in range(attention.num_heads)):
         problems["key"] = problems["value"] = "query heads share them in another order than one after the other"
-    pairs = rotary_pairs(model, attention, owned)
+    leaves = random_leaves(attention.module)
+    pairs = rotary_pairs(model, attention, owned, leaves)
     rope = None if pairs is None else pairs.rope
     with quiet(model), torch.enable_grad():
-        behind = _Behind(attention, owned, rows, rope)
+        behind = _Behind(attention, owned, rows, rope, leaves)
         keys = behind.between("key", in_use) or behind.between("query", in_use) or behind.next_to()
         if keys and pairs is not None and rope is None:
             keys = f"a rotation in pairs {list(pairs.pairs)[:4]}..., which no method knows,"
@@ -125,8 +126,15 @@ def _look(model: nn.Module, attention: Attention, owned: Ownership) -> Projected
 class _Behind:
     """What is behind the projections of one attention."""
 
-    def __init__(self, attention: Attention, owned: Ownership, rows: Mapping[str, Rows], rope: Rope | None) -> None:
-        self._attention, self._owned, self._rows, self._rope = attention, owned, rows, rope
+    def __init__(
+        self,
+        attention: Attention,
+        owned: Ownership,
+        rows: Mapping[str, Rows],
+        rope: Rope | None,
+        leaves: dict[str, Tensor],
+    ) -> None:
+        self._attention, self._owned, self._rows, self._leaves = attention, owned, rows, leaves
         generator = torch.Generator().manual_seed(3)
         count = owned.num_key_value_heads
         sizes = {"key": attention.head_dim, "query": attention.head_dim, "value": attention.value_head_dim}
@@ -140,7 +148,7 @@ class _Behind:
         self._turned = self._run(turn=True)
 
     def _run(self, *, turn: bool = False, turn_output: bool = False, notes: bool = False) -> RandomRun:
-        run, module = RandomRun(self._attention), self._attention.module
+        run, module = RandomRun(self._attention, self._leaves), self._attention.module
         if turn_output:
             run.turn = lambda output: torch.einsum("hef,bqhf->bqhe", self._output_maps.to(output), output)
         with ExitStack() as stack:

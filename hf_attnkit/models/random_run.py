@@ -19,18 +19,13 @@ from hf_attnkit.models.tensors import as_float32, tensors_in
 class RandomRun:
     """One forward pass of an attention module alone, with random parameters, and the tensors that show its heads."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, leaves: dict[str, Tensor] | None = None) -> None:
+        """
+        Args:
+            leaves: of another run of the same attention: its parameters, where they are the same in both.
+        """
         self.attention, self.module = attention, attention.module
-        generator = torch.Generator().manual_seed(0)
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        self.leaves: dict[str, Tensor] = {
-            name: _random(parameter, generator).to(device).requires_grad_()
-            for name, parameter in self.module.named_parameters()
-            if parameter.is_floating_point()
-        }
-        for name, buffer in self.module.named_buffers():
-            if buffer.is_floating_point() and "running_" not in name:  # what a batch norm keeps takes no gradient
-                self.leaves[name] = buffer.detach().to(torch.float32, copy=True).requires_grad_()
+        self.leaves: dict[str, Tensor] = random_leaves(self.module) if leaves is None else leaves
         self.products: dict[str, list[Tensor]] = {}  # by path in the module, what its matrix products give
         self.heads: dict[str, Tensor] = {}  # (heads, batch, positions, size) by role
         self.attended: Tensor | None = None  # the output, before gates; leaf of what the output projection takes
@@ -65,9 +60,11 @@ class RandomRun:
             if given and isinstance(given[0], Tensor) and (self.attended is not None or not self.heads):
                 found.append((names[id(module)], given[0]))
 
-        def give(module: nn.Module, _: tuple[Any, ...], result: Any) -> None:
-            if isinstance(result, Tensor) and result.requires_grad:
-                self.products.setdefault(names[id(module)], []).append(result)
+        def give(module: nn.Module, _: tuple[Any, ...], result: Any) -> Any:
+            if not isinstance(result, Tensor) or not result.requires_grad:
+                return result
+            self.products.setdefault(names[id(module)], []).append(result)
+            return result.clone()  # which may be written into (DeBERTa): what was given stays a part of the graph
 
         with ExitStack() as stack:
             for module in self.module.modules():
@@ -166,6 +163,21 @@ class _SoftmaxOfItsOwn(TorchFunctionMode):
             scores = args[0] if args else (kwargs or {})["input"]
             return result * (1 + scores.tanh())
         return result
+
+
+def random_leaves(module: nn.Module) -> dict[str, Tensor]:
+    """Random values for the module's parameters, and copies of its buffers, by name, in float32; the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    leaves = {
+        name: _random(parameter, generator).to(device).requires_grad_()
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point()
+    }
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and "running_" not in name:  # what a batch norm keeps takes no gradient
+            leaves[name] = buffer.detach().to(torch.float32, copy=True).requires_grad_()
+    return leaves
 
 
 def _entries(nonzero: Tensor) -> list[Tensor]:

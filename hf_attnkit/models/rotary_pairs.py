@@ -62,12 +62,18 @@ class RotaryPairs:
         return rope if known else None
 
 
-def rotary_pairs(model: nn.Module, attention: Attention, owned: Ownership) -> RotaryPairs | None:
-    """The pairs of components that rotate together; `None` without a rotary embedding, or where it cannot be told."""
+def rotary_pairs(
+    model: nn.Module, attention: Attention, owned: Ownership, leaves: dict[str, Tensor] | None = None
+) -> RotaryPairs | None:
+    """The pairs of components that rotate together; `None` without a rotary embedding, or where it cannot be told.
+
+    Args:
+        leaves: as of `RandomRun`.
+    """
     if not attention.calls_interface:
         return None
     with quiet(model), torch.enable_grad():
-        run = RandomRun(attention)
+        run = RandomRun(attention, leaves)
         run.forward()
         query = run.heads["query"][0]  # (batch, positions, head_dim)
         for name in _telling(run, attention, owned):

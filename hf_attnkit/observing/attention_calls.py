@@ -30,7 +30,9 @@ def require_visible(model: PreTrainedModel, layers: Sequence[AttentionLayer]) ->
 
 
 @contextmanager
-def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iterator[None]:
+def visible_attention(
+    model: PreTrainedModel, *, adapters: bool = False, only: Sequence[AttentionLayer] | None = None
+) -> Iterator[None]:
     """Within the context, every attention call of the model goes through `hf_attnkit`; each layer runs what it ran.
 
     Fused kernels whose masks are not tensors (flash-attention, FlexAttention) are replaced by SDPA, or by the model's
@@ -38,10 +40,12 @@ def visible_attention(model: PreTrainedModel, *, adapters: bool = False) -> Iter
 
     Args:
         adapters: accept a model with PEFT adapters inside.
+        only: the layers that are looked at, the others may be opaque; by default all.
     """
     layers = attention_layers(model, adapters=adapters)
     require_consistent(model, layers)
-    require_visible(model, layers)
+    require_visible(model, layers if only is None else only)
+    layers = [layer for layer in layers if not layer.is_opaque]
     stock = [layer for layer in layers if not hasattr(layer.module, ATTRIBUTE)]
     if not stock:
         yield

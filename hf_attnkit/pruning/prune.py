@@ -19,11 +19,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import plain_mode
+from hf_attnkit.models import known
 from hf_attnkit.pruning.prune_any import prune_discovered
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 
 
 @plain_mode()
+@known.looked_at_once()
 def prune_heads(
     model: PreTrainedModel,
     heads: Mapping[Any, Iterable[int]],

@@ -12,11 +12,9 @@ from hf_attnkit.common.checks import in_range
 from hf_attnkit.editing.cut_heads import cut_heads
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.editing.saved_cut import cache_bytes_of, require_nothing_learned_by, save_cut
+from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention
-from hf_attnkit.models.discovery import discover
-from hf_attnkit.models.known import probe_of, require_runnable, transformers_attention
 from hf_attnkit.models.layers import attention_layers, discovered_layers, require_parameters, require_plain
-from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.refitting.options import RefitOptions
@@ -43,11 +41,17 @@ def prune_discovered(
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
     """
     require_plain(model)
-    require_runnable(model)
+    with known.probed(model, probe):
+        return _prune(model, heads, batches, refit)
+
+
+def _prune(
+    model: PreTrainedModel, heads: Heads, batches: Sequence[Mapping[str, Any]], refit: RefitOptions
+) -> PreTrainedModel:
+    known.require_runnable(model)
     layers = attention_layers(model)
     require_consistent(model, layers)
-    with transformers_attention(model):
-        found = discover(model, probe_of(model) if probe is None else probe)
+    found = known.discovery(model)
     removed = by_index(heads, found.attentions)
     if not removed:
         raise ValueError("no head to remove: heads is empty")
@@ -58,8 +62,7 @@ def prune_discovered(
     require_unnamed_heads(pruned)
     require_parameters(pruned)
     require_nothing_learned_by([found.attentions[index] for index in removed])
-    with transformers_attention(model):
-        owned = ownerships(model, found.attentions)
+    owned = known.owned(model)
     before = [
         (0, 0) if has_no_heads(each.module) else (each.num_heads, own.num_key_value_heads)
         for each, own in zip(found.attentions, owned, strict=True)

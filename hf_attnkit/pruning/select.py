@@ -21,7 +21,12 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.checks import choice, in_range, integer
 from hf_attnkit.common.checks import number as checked_number
-from hf_attnkit.models.layers import AttentionLayer, attention_layers, layers_sharing_a_bias
+from hf_attnkit.models.layers import (
+    AttentionLayer,
+    attention_layers,
+    layers_sharing_a_bias,
+    own_key_value_heads,
+)
 
 GROUPS = {"whole": "in whole groups", "across": "equally many from each group"}
 
@@ -278,7 +283,8 @@ def groups_per_layer(
             raise ValueError("give model or num_key_value_heads, not both")
         layers = attention_layers(model)
         require_heads_of(layers, num_heads, what)
-        return [layer.num_key_value_heads if layer.heads else 0 for layer in layers]
+        numbers = zip(layers, own_key_value_heads(model, layers), strict=True)
+        return [number if len(layer.scored_heads) else 0 for layer, number in numbers]
     if not isinstance(num_key_value_heads, Sized):
         return [num_key_value_heads] * len(num_heads)
     if len(num_key_value_heads) != len(num_heads):
@@ -288,7 +294,7 @@ def groups_per_layer(
 
 def require_heads_of(layers: Sequence[AttentionLayer], num_heads: Sequence[int], what: str) -> None:
     """Raise `ValueError` if these numbers of heads, which `what` is of, are not those of the model's layers."""
-    expected = [len(layer.heads) for layer in layers]
+    expected = [len(layer.scored_heads) for layer in layers]
     if list(num_heads) != expected:
         raise ValueError(
             f"{what} has {list(num_heads)} heads in its layers, the model {expected}; compute it with this model as it "

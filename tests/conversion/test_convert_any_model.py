@@ -10,7 +10,7 @@ from support.any_model import any_model
 from support.every_type import small_model
 from support.unchanged import unchanged
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from hf_attnkit import convert_to_gqa, last_change, load_pretrained, plan_gqa
 from hf_attnkit.models.discovery import discover, run_outputs
@@ -132,3 +132,15 @@ def test_heads_that_never_meet_the_interface_have_one_reason(options: dict) -> N
     model = small_model("deberta-v2")
     with unchanged(model), pytest.raises(ValueError, match=r"cannot be merged, by any method.*removed \(prune_heads\)"):
         convert_to_gqa(model, 2, **options)
+
+
+def test_eager_attention_with_something_for_each_head_is_tried_with_its_heads() -> None:
+    """gpt-oss groups heads in eager attention, its only one, and has a sink for each of its query heads."""
+    torch.manual_seed(0)
+    config = GptOssConfig(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=4,
+                          num_attention_heads=8, num_key_value_heads=8, num_local_experts=2, num_experts_per_tok=1,
+                          pad_token_id=0, eos_token_id=2)  # fmt: skip
+    model = GptOssForCausalLM(config).eval()
+    assert model.config._attn_implementation == "eager"
+    convert_to_gqa(model, 4)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (16, 32)

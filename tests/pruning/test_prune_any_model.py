@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DebertaConfig,
+    DebertaModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     PreTrainedModel,
@@ -290,3 +292,20 @@ def test_gpt2_with_shared_keys_is_pruned_further(tmp_path: Path) -> None:
     with torch.no_grad():
         for a, b in zip(run_outputs(again, found.inputs), run_outputs(model, found.inputs), strict=True):
             assert torch.equal(a, b)
+
+
+def test_an_output_that_the_module_writes_into_is_followed() -> None:
+    """DeBERTa divides what the projection of its relative positions gives, in place."""
+    torch.manual_seed(0)
+    config = DebertaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        max_position_embeddings=32, relative_attention=True, pos_att_type="c2p|p2c", initializer_range=0.3,
+    )  # fmt: skip
+    model = DebertaModel(config).eval()
+    found, owned, _ = one_group(model)
+    assert {"pos_proj.weight", "pos_q_proj.weight", "pos_q_proj.bias"} <= owned[0].owned.keys()
+    with zeroed(model, found, owned, {0: [0, 2]}):
+        want = loss(model, found)[0][0]
+    got = loss(prune_heads(model, {0: [0, 2]}), found)[0][0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert model.encoder.layer[0].attention.self.pos_q_proj.weight.shape == (16, 32)

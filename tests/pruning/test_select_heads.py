@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.every_type import small_model
 from support.models import build
-from transformers import PreTrainedModel
+from transformers import FalconConfig, FalconModel, PreTrainedModel
 
 from hf_attnkit import convert_to_gqa, head_importance, prune_heads, rearrange_heads, select_heads
+from hf_attnkit.models.discovery import discover
 
 SCORES = torch.tensor([[0.1, 0.5, 0.3, 0.9], [0.2, 0.8, 0.7, 0.6], [1.0, 1.1, 1.2, 1.3]])
 NAN = float("nan")
@@ -259,3 +260,28 @@ def test_groups_of_layers_that_share_a_bias() -> None:
 def test_scores_that_are_all_nan_are_refused() -> None:
     with pytest.raises(ValueError, match=r"importance \(2, 3\) is NaN everywhere.*the score went wrong"):
         select_heads(torch.full((2, 3), NAN), fraction=0.5)
+
+
+def test_groups_of_a_model_that_never_calls_the_interface() -> None:
+    """Falcon's four query heads share two key/value heads, which no call shows."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+                          new_decoder_architecture=True, eos_token_id=2)  # fmt: skip
+    model = FalconModel(config).eval()
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.5, 0.6, 0.7, 0.8]])
+    chosen = select_heads(scores, num_heads=2, model=model)
+    assert chosen == {0: [2, 3]}
+    prune_heads(model, chosen)
+
+
+def test_heads_that_nothing_shows_are_left_out() -> None:
+    """SigLIP pools its patches by PyTorch's `nn.MultiheadAttention`."""
+    model = small_model("siglip_vision_model")
+    batch = dict(discover(model).inputs)
+    for method in ("entropy", "contribution", "magnitude"):
+        with pytest.warns(UserWarning, match=r"head.attention.*their scores are NaN"):
+            scores = head_importance(model, [batch], method=method)
+        assert scores.isnan().sum(1).tolist() == [0, 0, 4]
+    chosen = select_heads(scores, fraction=0.5, model=model)
+    assert sum(map(len, chosen.values())) == 4 and 2 not in chosen
+    prune_heads(model, chosen)

@@ -3,13 +3,13 @@
 # By what can be done, the types.
 SERVED: dict[str, str] = {
     "swap window entropy contribution prune": """
-        afmoe axk1 bailing_hybrid deepseek_v2 deepseek_v3 dinov3_vit dpt embedding_gemma2
-        embedding_gemma2_text fuyu glm4_moe_lite gpt_bigcode gpt_neox gte hrm_text inkling_mm_model
-        inkling_text internvl internvl_vision jina_embeddings_v3 kimi_k25 markuplm minicpm3 mistral4 mlcd
-        mlcd_vision_model modernbert modernvbert moss_transcribe_diarize_audio neomme nomic_bert opt
-        persimmon pixtral qianfan_ocr qianfan_ocr_vision qwen2_audio_encoder radio sam3_vision_model
-        sam3_vit_model speech_to_text step3p7 tipsv2 tipsv2_text_model tipsv2_vision_model
-        umt5 voxtral_encoder yolos youtu
+        afmoe axk1 aya_vision bailing_hybrid cohere2_vision deepseek_v2 deepseek_v3 dinov3_vit dpt
+        embedding_gemma2 embedding_gemma2_text fuyu glm4_moe_lite gpt_bigcode gpt_neox gte hrm_text
+        inkling_mm_model inkling_text internvl internvl_vision jina_embeddings_v3 kimi_k25 markuplm minicpm3
+        mistral4 mlcd mlcd_vision_model modernbert modernvbert moss_transcribe_diarize_audio neomme nomic_bert
+        opt persimmon pixtral qianfan_ocr qianfan_ocr_vision qwen2_audio_encoder radio sam3_vision_model
+        sam3_vit_model siglip siglip_vision_model speech_to_text step3p7 tipsv2 tipsv2_text_model
+        tipsv2_vision_model umt5 voxtral_encoder yolos youtu
     """,
     "contribution prune": """
         aimv2 axk2 bigbird_pegasus canine cvt data2vec-vision deberta deberta-v2 deepseek_v32
@@ -34,11 +34,8 @@ SERVED: dict[str, str] = {
     "swap window contribution prune": """
         aimv2_vision_model got_ocr2 pp_chart2table pp_formulanet
     """,
-    "swap window prune": """
-        aya_vision cohere2_vision siglip siglip_vision_model
-    """,
     "entropy contribution prune": """
-        inkling2_text nllb-moe splinter
+        inkling2_text nllb-moe paligemma splinter
     """,
     "swap window entropy contribution convert": """
         bitnet
@@ -54,9 +51,6 @@ SERVED: dict[str, str] = {
     """,
     "swap window contribution alike": """
         longt5
-    """,
-    "prune": """
-        paligemma
     """,
     "swap contribution prune": """
         segformer

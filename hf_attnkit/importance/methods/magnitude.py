@@ -31,16 +31,26 @@ class Magnitude(Score):
 def _owned(layer: AttentionLayer, own: Ownership) -> Tensor:
     """By the rows that gradients say are the head's; see `ownership`."""
     output_of(layer)
-    output = layer.output_weight.float().unflatten(1, (-1, layer.value_head_dim)).square().sum((0, 2))
-    total = torch.zeros(layer.num_heads, dtype=torch.float32) + output.cpu()
+    squares: dict[str, Tensor] = {}  # by role, one for each head of that role
     parameters = dict(layer.module.named_parameters())
     for name, owners in own.owned.items():
         weight = parameters.get(name)
         if weight is None or weight.dim() < 2:
             continue
-        squares = weight.detach().float().square()
-        squares = squares.sum([dim for dim in range(squares.dim()) if dim != owners.dim]).cpu()
-        for rows in owners.rows.values():
-            sums = (rows.cpu().float() * squares).sum(1)
-            total += sums if len(sums) == layer.num_heads else sums.repeat_interleave(layer.num_heads // len(sums))
-    return total.sqrt()
+        for role, rows in owners.rows.items():
+            found = _squares(weight.detach().movedim(owners.dim, 0), rows.to(weight.device)).cpu()
+            squares[role] = squares[role] + found if role in squares else found
+    by_head = {role: found.repeat_interleave(layer.num_heads // len(found)) for role, found in squares.items()}
+    nothing = torch.zeros(layer.num_heads)
+    query, key, value, own_output = (by_head.get(role, nothing) for role in ("query", "key", "value", "output"))
+    output = layer.output_weight.float().unflatten(1, (-1, layer.value_head_dim)).square().sum((0, 2)).cpu()
+    return (query + (key + value) + own_output + output).sqrt()
+
+
+def _squares(weight: Tensor, rows: Tensor) -> Tensor:
+    """Sum of squares of each head's rows `(heads,)`; `rows` as of `Owners`, of the first dimension."""
+    counts = rows.sum(1)
+    if bool((counts != counts[0]).any()):
+        return torch.stack([weight[own].float().square().sum() for own in rows])
+    heads = weight[rows.nonzero()[:, 1]].float().unflatten(0, (len(rows), -1))
+    return heads.square().flatten(1).sum(1)

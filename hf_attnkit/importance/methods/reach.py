@@ -53,7 +53,7 @@ class Reach(Score):
 
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         differences = _Differences(layers, SlidingWindowAttention(self.window, self.num_sink_tokens))
-        with visible_attention(model), observe(differences):
+        with visible_attention(model, only=layers), observe(differences):
             for batch, run in run_batches(model, batches, description="reach"):
                 differences.inputs = batch
                 run()

@@ -252,7 +252,7 @@ def _collected(
 
 def _notes(model: PreTrainedModel, examples: Sequence[Example]) -> list[str]:
     limit = _limit(model)
-    longest = max(len(sequence.labels) for example in examples for sequence in example.sequences)
+    longest = max((len(each.labels) for example in examples for each in example.sequences if each.is_text), default=0)
     if limit is not None and longest > limit:
         return [f"The input has {longest} tokens, and the model was made for {limit}."]
     return []

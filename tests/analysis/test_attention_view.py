@@ -79,7 +79,9 @@ def test_equals_the_stock_models_eager_weights(family: str) -> None:
         for layer in range(2):
             each = torch.stack([getattr(example.maps[layer], name).double() for example in view.examples])
             mean = (each * (counts / counts.sum())[:, None]).sum(0)
-            torch.testing.assert_close(mean, getattr(statistics, name)[layer, : heads[layer]].double(), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                mean, getattr(statistics, name)[layer, : heads[layer]].double(), rtol=1e-5, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -94,8 +96,10 @@ def test_encoder_decoders_with_cross_attention(family: str) -> None:
         cross = [each for each in example.maps if each.is_cross]
         decoder = [each for each in example.maps if each not in encoder and not each.is_cross]
         for own, theirs in (
-            (encoder, wanted.encoder_attentions), (decoder, wanted.decoder_attentions), (cross, wanted.cross_attentions),
-        ):  # fmt: skip
+            (encoder, wanted.encoder_attentions),
+            (decoder, wanted.decoder_attentions),
+            (cross, wanted.cross_attentions),
+        ):
             for found, matrix in zip(own, theirs, strict=True):
                 close(found.weights, matrix[0], attentions=2 + 2 * 3)
         assert {(each.queries, each.keys) for each in cross} == {(decoder[0].queries, encoder[0].queries)}
@@ -105,7 +109,7 @@ def test_encoder_decoders_with_cross_attention(family: str) -> None:
 
 
 def recording(name: str, weights: list[Tensor]) -> str:
-    """Plain softmax in the model's dtype under the pattern of a case, as an `attn_implementation` that keeps weights."""
+    """Plain softmax in the model's dtype under the pattern of a case, which keeps the weights."""
 
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any

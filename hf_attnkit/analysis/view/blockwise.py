@@ -99,7 +99,7 @@ class Sums:
         if self.units.key_block == 1:
             return p
         padded = F.pad(p, (0, self._columns * self.units.key_block - self.num_keys))
-        return padded.unflatten(-1, (self._columns, -1)).sum(-1)
+        return padded.reshape(*p.shape[:-1], self._columns, -1).sum(-1)
 
     def _add(self, name: str, values: Tensor, choices: Tensor) -> None:
         self._sums[name] += values.masked_fill(~choices, 0.0).sum(-1).double().cpu()

@@ -160,9 +160,8 @@ class _Collector:
         except ValueError as error:
             raise ValueError(f"{common['name']}: {error}") from error
         weights, sink, visible = sums.map()
-        return AttentionMap(
-            **common, weights=weights, sink=sink, visible=visible, links=sums.links(), **sums.statistics()
-        )
+        found: dict[str, Any] = {"weights": weights, "sink": sink, "visible": visible, "links": sums.links()}
+        return AttentionMap(**common, **found | sums.statistics())
 
 
 def _real_keys(mask: Mask) -> Tensor:

@@ -14,10 +14,9 @@ maximum flow from the output token's node to j's, found by NetworkX.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import networkx as nx
 import torch
-from networkx.algorithms.flow import build_residual_network, shortest_augmenting_path
 from torch import Tensor
 
 from hf_attnkit.analysis.view.maps import Example
@@ -44,12 +43,14 @@ class Flow:
     flows: Tensor
 
 
-def network(example: Example) -> tuple[nx.DiGraph, dict[int, list[str]]]:
-    """The network, and by sequence the names of its attentions.
+def network(example: Example) -> tuple[Any, dict[int, list[str]]]:
+    """The network, a `networkx.DiGraph`, and by sequence the names of its attentions.
 
     Raises:
         ValueError: if an attention has no weights.
     """
+    import networkx as nx  # here, since importing hf_attnkit is not to wait for it
+
     graph = nx.DiGraph()
     steps: dict[int, list[str]] = {number: [] for number in range(len(example.sequences))}
     for each in example.maps:
@@ -78,6 +79,9 @@ def attention_flow(example: Example, queries: int, token: int, *, every_step: bo
     Raises:
         ValueError: as `network`; if the sequence has no attention of its own.
     """
+    import networkx as nx
+    from networkx.algorithms.flow import build_residual_network, shortest_augmenting_path
+
     graph, steps = network(example)
     names = steps[queries]
     if not names:
@@ -91,14 +95,11 @@ def attention_flow(example: Example, queries: int, token: int, *, every_step: bo
         for number, flow in flows.items():
             for column in range(flow.shape[1]):
                 if (number, 0, column) in below:
-                    flow[place, column] = _flow(residual, source, (number, 0, column))
+                    target = (number, 0, column)
+                    solved = shortest_augmenting_path(residual, source, target, residual=residual, two_phase=True)
+                    flow[place, column] = float(solved.graph["flow_value"])
     return [
         Flow(queries, number, token, tuple(names[step - 1] for step in shown), flow)
         for number, flow in flows.items()
         if flow.any()
     ]
-
-
-def _flow(residual: nx.DiGraph, source: Node, target: Node) -> float:
-    found = shortest_augmenting_path(residual, source, target, residual=residual, two_phase=True)
-    return float(found.graph["flow_value"])

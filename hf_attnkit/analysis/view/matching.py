@@ -49,7 +49,8 @@ def agreement(before: AttentionLayer, after: AttentionLayer) -> Tensor | None:
         return None
 
     def size(heads: Tensor) -> Tensor:
-        return (heads.mT @ heads).flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+        products = heads.mT @ heads
+        return products.square().sum((-1, -2)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
     between = torch.einsum("hfa,gfb->hgab", one, other).square().sum((-1, -2))
     return between / (size(one)[:, None] * size(other))

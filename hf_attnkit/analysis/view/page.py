@@ -180,6 +180,7 @@ def _attributions(example: Example, packed: Bytes) -> dict[str, Any]:
             for each in rollouts
         ],
         "why": why and f"Not shown where it would pass through an attention without weights ({why}).",
+        "answers": {each.queries: _answers(example, each.queries) for each in rollouts},
         "flow": [],
         "flow_why": "",
     }  # fmt: skip

@@ -30,6 +30,7 @@ function render(focused) {
   redraws = [];
   hideTip();
   say("");
+  document.getElementById("facts").textContent = describe();
   controls();
   for (const button of document.querySelectorAll("[role=tab]")) {
     const chosen = button.id === `tab-${state.tab}`;
@@ -44,16 +45,24 @@ function render(focused) {
   if (target) target.focus();
 }
 
+function describe() {
+  const sizes = example().sequences.map((each) => `${each.labels.length} tokens of ${each.name}`);
+  const pooled = example().sequences.filter((each) => each.block > 1);
+  return [
+    `${maps(0).length} attentions, ${maps(0).reduce((sum, each) => sum + each.heads, 0)} heads; ${sizes.join(", ")}.`,
+    pooled.length
+      ? `Pooled: a row is the mean of up to ${Math.max(...pooled.map((each) => each.block))} queries, a column the sum of as many keys, with the strongest keys of single queries next to it.`
+      : "Exact: every weight of every query, in 254 steps.",
+    ...data.notes,
+  ].join(" ");
+}
 document.getElementById("title").textContent = data.title;
-const sizes = example().sequences.map((each) => `${each.labels.length} tokens of ${each.name}`);
-const pooled = data.examples.flatMap((each) => each.sequences).filter((each) => each.block > 1);
-document.getElementById("facts").textContent = [
-  `${maps(0).length} attentions, ${maps(0).reduce((sum, each) => sum + each.heads, 0)} heads; ${sizes.join(", ")}.`,
-  pooled.length
-    ? `Pooled: a row is the mean of up to ${Math.max(...pooled.map((each) => each.block))} queries, a column the sum of as many keys, with the strongest keys of single queries next to it.`
-    : "Exact: every weight of every query, in 254 steps.",
-  ...data.notes,
-].join(" ");
+if (compared) { // begin where it differs most
+  let most = -1;
+  example().differences.forEach((each, number) => each.total.forEach((total, head) => {
+    if (total !== null && total > most) [most, state.map, state.head] = [total, number, head];
+  }));
+}
 const tabs = document.getElementById("tabs");
 for (const [tab, [text]] of Object.entries(TABS)) {
   tabs.append(make("button", { role: "tab", id: `tab-${tab}`, "aria-controls": "panel", text, onclick: () => open(tab) }));

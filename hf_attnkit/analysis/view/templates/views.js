@@ -97,7 +97,7 @@ function modelView(panel) {
     const button = headButton(number, head, state.side, `${streams ? "streaming " : ""}${group ? "grouped" : ""}`, () => open("head"));
     if (group) button.style.setProperty("--group", `hsl(${(group.number * 137.5 + 30) % 360} 60% 55%)`);
     const canvas = make("canvas");
-    const draw = () => drawMap(canvas, headMap(found, own), 64);
+    const draw = () => drawMap(canvas, headMap(found, own), 46);
     redraws.push(draw);
     draw();
     button.append(canvas);
@@ -113,7 +113,7 @@ function unavailable(panel) {
   if (why) panel.append(make("p", { text: `Nothing to show: ${why}.` }));
   return Boolean(why);
 }
-const title = (found) => `layer ${found.layer}${found.cross ? ", cross-attention" : ""}, ${found.name.replace(/^layer \d+ /, "")}, ${found.kind}`;
+const title = (found) => `layer ${found.layer}${found.cross ? ", cross-attention" : ""}, ${found.name.replace(/^layer \d+ \((.*)\)/, "$1")}, ${found.kind}`;
 
 function linesView(panel) {
   const found = map(), sequences = example().sequences;
@@ -162,7 +162,7 @@ function headView(panel) {
   panel.append(make("p", { class: "soft", text: `${title(found)}. Rows are queries, columns keys; grey is not seen. Arrows move, + and − zoom.` }),
     make("p", { class: "numbers", text: facts(state.map, state.head, state.side).join(" · ") }),
     make("div", { class: "controls" }, make("label", { text: "size" }, widget.zooms), edge),
-    make("div", { class: "side" }, widget.frame, pictures), more);
+    make("div", { class: "side" }, pictures, widget.frame), more);
   if (picture) chosen(0);
   if (found.links) chosen(0);
 }
@@ -190,7 +190,7 @@ function linkTable(found, head, row, from, to) {
 }
 
 function attributionView(panel) {
-  const { rollout, flow, why, flow_why: flowWhy } = example().attributions, sequences = example().sequences;
+  const { rollout, flow, why, flow_why: flowWhy, answers } = example().attributions, sequences = example().sequences;
   const list = state.method === "rollout" ? rollout : flow;
   const note = [why, state.method === "flow" ? flowWhy : ""].filter(Boolean).join(" ");
   const controls = make("div", { class: "controls" }, choose("method", ["attention rollout", "attention flow"],
@@ -205,7 +205,7 @@ function attributionView(panel) {
     controls.append(choose("of", list.map((each) => `${sequences[each.queries].name} → ${sequences[each.keys].name}`),
       state.pair, (value) => { state.pair = value; state.token = null; render(); }));
   }
-  const last = state.token === null || state.token >= names.length ? names.length - 1 : state.token;
+  const last = state.token === null || state.token >= names.length ? answers[found.queries] : state.token;
   const token = state.method === "flow" ? found.token : last;
   if (state.method === "rollout") {
     controls.append(choose("token", names.map((name, number) => `${number}: ${name}`), token, (value) => { state.token = value; render(); }));
@@ -220,15 +220,15 @@ function attributionView(panel) {
   const chosen = (step) => {
     const values = Array.from({ length: found.columns }, (_, key) => weight(own[step * found.columns + key]));
     if (picture) picture.draw(values, from.grid ? token : undefined);
-    text.replaceChildren(make("h2", { text: `After ${found.steps[step]}` }), strip(columns, values),
-      make("p", { class: "soft", text: `most: ${strongest(values, 5).map(([unit, value]) => `${columns[unit]} ${written(value)}`).join(", ")}` }));
+    text.replaceChildren(...[make("h2", { text: `After ${found.steps[step]}` }), picture ? null : strip(columns, values),
+      make("p", { class: "soft", text: `most: ${strongest(values, 5).map(([unit, value]) => `${columns[unit]} ${written(value)}`).join(", ")}` })].filter(Boolean));
   };
   const widget = matrixWidget({ rows: steps, columns: found.columns, own }, found.steps.map((step) => step.split(" (")[0]), columns,
-    { chosen, edge: () => false, name: `${state.method} of ${names[token]}` });
+    { chosen, edge: () => false, name: `${state.method} of ${names[token]}`, tall: 18 });
   panel.append(make("p", { text: state.method === "rollout"
     ? `What “${names[token]}” has of each input token after each layer, if half of every layer is the residual (Abnar and Zuidema 2020).`
     : `How much can flow from “${names[token]}” after each layer to each input token: a maximum flow through the weights (Abnar and Zuidema 2020).` }),
-    make("div", { class: "side" }, widget.frame, picture ? make("figure", {}, make("figcaption", { text: "after the chosen layer" }), picture.canvas) : null), text);
+    make("div", { class: "side" }, picture ? make("figure", {}, make("figcaption", { text: "after the chosen layer" }), picture.canvas) : null, widget.frame), text);
   chosen(steps - 1);
 }
 

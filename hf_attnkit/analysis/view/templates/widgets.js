@@ -22,8 +22,9 @@ function sized(canvas, width, height) {
   return context;
 }
 
-// A matrix with names, zoom, a cursor that arrows and the mouse move, and the edge of what is visible.
-function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, edge, name }) {
+// A matrix with names, zoom, a cursor that arrows and the mouse move, and the edge of what is visible. Rows are at least
+// `tall` pixels high.
+function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, edge, name, tall = 0 }) {
   const label = Math.min(110, 8 + 7 * Math.max(3, ...[...rowNames, ...columnNames].map((text) => text.length)));
   const room = Math.max(200, Math.min(720, document.getElementById("panel").clientWidth - label - 24));
   const fitting = ZOOMS.filter((zoom) => zoom * columns <= room).pop() || 1;
@@ -36,20 +37,21 @@ function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, e
     make("div", { class: "left" }, left), make("div", { class: "field" }, field, mark));
   const frame = make("div", { class: "scroll frame" }, matrix);
 
+  const cellSize = () => [ZOOMS[zoom], Math.max(ZOOMS[zoom], tall)];
   function draw() {
-    const cell = ZOOMS[zoom], wide = columns * cell, high = rows * cell;
+    const [cell, row] = cellSize(), wide = columns * cell, high = rows * row;
     const small = document.createElement("canvas");
     drawMap(small, { rows, columns, own }, Math.max(rows, columns));
     const context = sized(field, wide, high);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, 0, 0, wide, high);
-    if (edge()) outline(context, cell);
-    const named = cell >= LABEL_CELL;
-    names(top, wide, named ? label : 4, named && columnNames, cell, true);
-    names(left, named ? label : 4, high, named && rowNames, cell, false);
+    if (edge()) outline(context, cell, row);
+    const [across, down] = [cell >= LABEL_CELL, row >= LABEL_CELL];
+    names(top, wide, across ? label : 4, across && columnNames, cell, true);
+    names(left, down ? label : 4, high, down && rowNames, row, false);
     place();
   }
-  function outline(context, cell) {
+  function outline(context, cell, tallness) {
     context.strokeStyle = `rgb(${getComputedStyle(document.documentElement).getPropertyValue("--edge")})`;
     context.lineWidth = cell >= 6 ? 1.5 : 1;
     context.beginPath();
@@ -57,12 +59,12 @@ function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, e
     for (let row = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++) {
         if (column + 1 < columns && hidden(row, column) !== hidden(row, column + 1)) {
-          context.moveTo((column + 1) * cell, row * cell);
-          context.lineTo((column + 1) * cell, (row + 1) * cell);
+          context.moveTo((column + 1) * cell, row * tallness);
+          context.lineTo((column + 1) * cell, (row + 1) * tallness);
         }
         if (row + 1 < rows && hidden(row, column) !== hidden(row + 1, column)) {
-          context.moveTo(column * cell, (row + 1) * cell);
-          context.lineTo((column + 1) * cell, (row + 1) * cell);
+          context.moveTo(column * cell, (row + 1) * tallness);
+          context.lineTo((column + 1) * cell, (row + 1) * tallness);
         }
       }
     }
@@ -90,9 +92,9 @@ function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, e
     });
   }
   function place() {
-    const cell = ZOOMS[zoom];
-    Object.assign(mark.style, { left: `${cursor.column * cell - 2}px`, top: `${cursor.row * cell - 2}px`,
-      width: `${cell + 4}px`, height: `${cell + 4}px` });
+    const [cell, row] = cellSize();
+    Object.assign(mark.style, { left: `${cursor.column * cell - 2}px`, top: `${cursor.row * row - 2}px`,
+      width: `${cell + 4}px`, height: `${row + 4}px` });
   }
   function move(row, column, quiet) {
     cursor.row = Math.max(0, Math.min(rows - 1, row));
@@ -106,7 +108,8 @@ function matrixWidget({ rows, columns, own }, rowNames, columnNames, { chosen, e
   }
   const at = (event) => {
     const box = field.getBoundingClientRect();
-    return [Math.floor((event.clientY - box.top) / ZOOMS[zoom]), Math.floor((event.clientX - box.left) / ZOOMS[zoom])];
+    const [cell, row] = cellSize();
+    return [Math.floor((event.clientY - box.top) / row), Math.floor((event.clientX - box.left) / cell)];
   };
   field.addEventListener("mousemove", (event) => move(...at(event)));
   field.addEventListener("click", (event) => { field.focus({ preventScroll: true }); move(...at(event)); });

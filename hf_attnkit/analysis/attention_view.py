@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -95,6 +95,10 @@ class AttentionView:
         return make_page(
             self.title, self.names, self.examples, self.compared, self.differences, self.importance, self.notes
         )
+
+    def noted(self, note: str) -> AttentionView:
+        """The same with one note more at its head."""
+        return replace(self, notes=(*self.notes, note))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page.

@@ -109,7 +109,7 @@ function modelView(panel) {
 const own = () => headIn(state.side, state.map, state.head);
 function unavailable(panel) {
   const found = map();
-  const why = found.missing || (own() === null ? `head ${state.head} of layer ${found.layer} ${data.names[1]}: ${lost(state.map)}` : "");
+  const why = found.missing || (own() === null ? `head ${state.head} of layer ${found.layer} in “${data.names[1]}”: ${lost(state.map)}` : "");
   if (why) panel.append(make("p", { text: `Nothing to show: ${why}.` }));
   return Boolean(why);
 }

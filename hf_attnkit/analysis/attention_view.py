@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -39,7 +39,7 @@ MAX_EXAMPLES = 16
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_source_positions", "n_ctx")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionView:
     """What `attention_view` found; shows itself in a notebook.
 
@@ -58,7 +58,7 @@ class AttentionView:
     examples: tuple[Example, ...]
     compared: tuple[Example, ...] = ()
     differences: tuple[tuple[Difference, ...], ...] = ()
-    importance: Tensor | None = field(default=None, repr=False)
+    importance: Tensor | None = None
     notes: tuple[str, ...] = ()
 
     def rollout(self, example: int = 0) -> list[rollouts.Rollout]:
@@ -112,6 +112,11 @@ class AttentionView:
         except OSError as error:
             raise _unwritable(path, error) from error
         return target
+
+    def __repr__(self) -> str:
+        maps = self.examples[0].maps
+        heads = sum(each.num_heads for each in maps)
+        return f"{self.title}: {len(self.examples)} example(s), {len(maps)} attentions, {heads} heads"
 
     def _repr_html_(self) -> str:
         # Its rules and scripts are its own, so it gets a document of its own.

@@ -3,6 +3,7 @@
 Importing registers one attention name of our own with Transformers and changes nothing else.
 """
 
+from hf_attnkit.analysis.attention_view import AttentionView, attention_view
 from hf_attnkit.analysis.describe_attention import describe_attention
 from hf_attnkit.analysis.entropy_callback import AttentionEntropyCallback
 from hf_attnkit.analysis.head_statistics import HeadStatistics, head_statistics
@@ -27,10 +28,12 @@ from hf_attnkit.refitting.swap_attention import swap_attention
 
 __all__ = [
     "AttentionEntropyCallback",
+    "AttentionView",
     "HeadStatistics",
     "RefitOptions",
     "attention_backends",
     "attention_entropy",
+    "attention_view",
     "available_attentions",
     "cache_bytes_per_token",
     "convert_to_gqa",

@@ -14,10 +14,12 @@ import hf_attnkit
 ROOT = Path(hf_attnkit.__file__).parent
 PUBLIC = [
     "AttentionEntropyCallback",
+    "AttentionView",
     "HeadStatistics",
     "RefitOptions",
     "attention_backends",
     "attention_entropy",
+    "attention_view",
     "available_attentions",
     "cache_bytes_per_token",
     "convert_to_gqa",

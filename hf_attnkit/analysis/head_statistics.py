@@ -211,7 +211,7 @@ class _Sums:
         for queries, scores, visible in masked_scores(query, key, mask, scaling, block):
             shown = real_keys[:, None, None, :] if visible is None else visible & real_keys[:, None, None, :]
             own = real[:, None, queries] & (shown.sum(-1) > (1 if mask.sinks is None else 0))
-            p, sink = _weights(scores, shown, mask.sinks)
+            p, sink = weights_and_sink(scores, shown, mask.sinks)
             every = p if sink is None else torch.cat([p, sink], -1)
             self._add("entropy", torch.special.entr(every).sum(-1), own)
             self._add("confidence", every.amax(-1), own)
@@ -269,7 +269,7 @@ class _Sums:
         return 1 - self._apart / 2 / self._compared
 
 
-def _weights(scores: Tensor, shown: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def weights_and_sink(scores: Tensor, shown: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weights of the keys `(B, H, q, K)`, and those of the sink `(B, H, q, 1)`, where there is one."""
     if sinks is None:
         return scores.softmax(-1).masked_fill(~shown, 0.0), None

@@ -13,6 +13,7 @@ from hf_attnkit.analysis.entropy_callback import core_model
 from hf_attnkit.experiment.costs import machine
 from hf_attnkit.experiment.files import write_json
 from hf_attnkit.experiment.record import command, command_digest
+from hf_attnkit.experiment.report.attention_page import write_attention_page
 from hf_attnkit.experiment.report.card import write_card
 from hf_attnkit.experiment.report.console import print_stages
 from hf_attnkit.experiment.report.page import write_report
@@ -80,6 +81,8 @@ def publish(run: Run, **facts: Any) -> None:
         write_card(run.output, found, name=run.training.hub_model_id or model_name(str(run.output.resolve())))
         write_json(run.output / "results.json", found)
         run.progress.remove()
+        if not run.training.push_to_hub:  # it holds sentences of the data, which may not be the public's
+            write_attention_page(run)
         write_report(run.output)
         print_stages(found)
     if run.training.push_to_hub:

@@ -79,7 +79,7 @@ FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
 # What comes before a model's name, and what stands for one.
-BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export")
+BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export", "--compare")
 MODEL_WORDS = ("MODEL", "IN")
 CLI = "hf_attnkit.cli"
 TEXT = [f"the {'quick' if i % 2 else 'slow'} fox {i} jumps over {i * 7 % 13} dogs" for i in range(60)]

@@ -27,6 +27,8 @@ from hf_attnkit.experiment.report.stage_table import headline, notes, share_of_c
 from hf_attnkit.experiment.report.template import environment
 from hf_attnkit.experiment.report.training_charts import History, curves, entropies, last_step
 
+ATTENTION = "attention.html"
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -59,7 +61,8 @@ def write_report(folder: Path) -> Path:
     histories = {name: json.loads(path.read_text(encoding="utf-8"))["log_history"] for name, path in named.items()}
     importance = folder / "head_importance.json"
     scores = json.loads(importance.read_text(encoding="utf-8")) if importance.is_file() else None
-    write_text(folder / "report.html", report_page(results, histories, scores))
+    seen = (folder / ATTENTION).is_file()
+    write_text(folder / "report.html", report_page(results, histories, scores, attention=seen))
     return folder / "report.html"
 
 
@@ -67,6 +70,8 @@ def report_page(
     results: Mapping[str, Any],
     histories: Mapping[str, History] | None = None,
     importance: Mapping[str, Any] | None = None,
+    *,
+    attention: bool = False,
 ) -> str:
     """The page.
 
@@ -74,6 +79,7 @@ def report_page(
         results: what results.json holds.
         histories: `log_history` of each training, by what its heading adds to the word training.
         importance: what head_importance.json holds.
+        attention: whether attention.html is next to it.
 
     Raises:
         ValueError: as `read_results`.
@@ -97,6 +103,7 @@ def report_page(
             for name, history in logged.items()
         ],
         importance=scored,
+        attention=ATTENTION if attention else "",
         heat_maps=heat_maps(scored["rounds"]) if scored else [],
         change=summary.change_facts(found),
         settings=summary.settings(found),

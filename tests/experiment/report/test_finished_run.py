@@ -17,6 +17,7 @@ import transformers.trainer
 import uptrain_gqa_glue
 from huggingface_hub import HfApi, ModelCard, ModelCardData, RepoUrl
 from support.html_page import Page
+from support.page_data import PageData
 from support.recipe_runs import flags, run
 from transformers import AutoModelForSequenceClassification
 
@@ -40,6 +41,21 @@ def finished(checkpoint, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
 
 def text_of(folder: Path) -> str:
     return Page((folder / "report.html").read_text(encoding="utf-8")).text
+
+
+def test_the_page_links_what_heads_attend_to_before_and_after(finished) -> None:
+    output, _ = finished
+    links = [
+        attrs["href"] for tag, attrs in Page((output / "report.html").read_text(encoding="utf-8")).tags if tag == "a"
+    ]
+    assert links == ["attention.html"]
+    data = PageData((output / "attention.html").read_text(encoding="utf-8")).data
+    assert data["names"] == ["untouched", "recovered"] and len(data["examples"]) == 3
+    for example in data["examples"]:
+        before, after = example["maps"]
+        assert [each["groups"] for each in after] == [2, 2] != [each["groups"] for each in before]
+        assert example["sequences"][0]["is_text"] and all(each["total"][0] > 0 for each in example["differences"])
+    assert "of the dev set" in " ".join(data["notes"])
 
 
 def test_every_stage_says_what_it_costs(finished) -> None:

@@ -183,7 +183,7 @@ def _difference(call: Call, one: _Seen) -> str:
         off = (ours.double() - theirs.double()).abs()
         counts = _counts(mask, pattern)
         off = off if counts is None else off.masked_fill(~counts, 0.0)
-        bound = _bound(each)
+        bound = rounding_bound(each)
         if not bool((off <= bound).all()):
             what = "plain softmax" if pattern is None else "plain softmax under its pattern as a matrix"
             return (
@@ -232,7 +232,7 @@ def _under(call: Call, pattern: Mask) -> Call:
     return replace(call, mask=matrix, keywords=call.keywords | {"is_causal": False})
 
 
-def _bound(call: Call) -> float:
+def rounding_bound(call: Call) -> float:
     group = call.query.shape[1] // call.key.shape[1]
     scaling = call.keywords.get("scaling")
     scaling = call.query.shape[-1] ** -0.5 if scaling is None else scaling

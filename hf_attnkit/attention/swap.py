@@ -30,6 +30,7 @@ from hf_attnkit.attention.choose_kinds import STOCK, Spec, Where, check_kind, ch
 from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
 from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
+from hf_attnkit.attention.proof_cached import prove_cached
 from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
@@ -231,6 +232,7 @@ def _installed(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds
         saved_kinds.mark_wholes(model)
         swapped = [layer for layer in model_layers if layer.index in kinds]
         inputs = prove_swap(model, model_layers, swapped)
+        prove_cached(model, swapped, inputs)
         with quiet(model):
             note_handed_down(model, [layer.module for layer in swapped], inputs)
         add_checks(model)

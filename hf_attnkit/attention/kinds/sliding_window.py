@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
+from hf_attnkit.attention.eight_bits import check_cache_dtype
 from hf_attnkit.attention.kernels import backends, packed, tiled
 from hf_attnkit.attention.kernels.global_tokens import dense_with_extra, first_keys
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
@@ -40,6 +41,7 @@ class SlidingWindowAttention(Kind):
         window: number of keys that a query sees on each side, its own included.
         num_sink_tokens: how many of the first tokens (after left padding) every query sees.
         backend: which kernel computes it, see `backends`.
+        cache_dtype: of the cache's keys and values, "int8" or "float8_e4m3fn"; `None` for the model's own.
     """
 
     name = "sliding_window"
@@ -49,6 +51,7 @@ class SlidingWindowAttention(Kind):
     window: int
     num_sink_tokens: int = 0
     backend: str = "auto"
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         store(
@@ -56,6 +59,7 @@ class SlidingWindowAttention(Kind):
             window=integer(self.window, "window", minimum=1, why="the number of keys, the own one included"),
             num_sink_tokens=integer(self.num_sink_tokens, "num_sink_tokens", minimum=0),
         )
+        check_cache_dtype(self.cache_dtype)
         backends.check_backend(self.backend)
         if self.num_sink_tokens and self.backend not in ("auto", "tiled"):
             raise ValueError(
@@ -73,7 +77,7 @@ class SlidingWindowAttention(Kind):
 
     def create_cache(self, max_length: int | None) -> SequenceLayer:
         """It keeps `num_sink_tokens + window - 1` tokens."""
-        return window_layer(max_length, self.window, self.num_sink_tokens)
+        return window_layer(max_length, self.window, self.num_sink_tokens, self.cache_dtype)
 
     def attention(
         self,

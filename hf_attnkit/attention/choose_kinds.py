@@ -129,6 +129,11 @@ def check_kind(kind: Kind, layer: AttentionLayer) -> None:
             raise ValueError(
                 f"{layer.name}: {cached[0]}={getattr(kind, cached[0])!r} is about a cache of this kind's own, and {why}"
             )
+    if getattr(kind, "renumber", False) and (layer.attention.softcap is not None or layer.attention.has_sinks):
+        raise ValueError(
+            f"{layer.name}: it caps its scores or has learned sinks, which renumber=True does not take in; use "
+            "renumber=False"
+        )
     if layer.position_bias and not kind.forms_scores:
         raise ValueError(
             f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "

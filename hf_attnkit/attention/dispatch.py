@@ -21,7 +21,7 @@ from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.create_mask import create_mask
 from hf_attnkit.attention.eight_bits import decode, is_encoded
 from hf_attnkit.attention.kernels import capped
-from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Call, Kind, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, ROTATION, Call, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.score_changes import OF_SCORES, as_stock_applies
 
@@ -132,7 +132,7 @@ def _run(
         # Its function adds the position bias, which is among the keywords.
         return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
     given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
-    call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1])
+    call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1], getattr(module, ROTATION, None))
     if _observers:
         _tell_observers(module, query, key, value, kind.seen(mask, key.shape, call), scaling)
     if not kind.own_window:

@@ -16,13 +16,31 @@ from hf_attnkit.attention.mask import Mask
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    turned: Tensor | None = None,
+    num_turned: int = 0,
 ) -> tuple[Tensor, None]:
-    """Attend. Shapes as in `Kind.attention`; returns no weights."""
+    """Attend. Shapes as in `Kind.attention`; returns no weights.
+
+    Args:
+        turned: the queries that the first `num_turned` keys meet in place of `query`: the same at other positions.
+    """
     batch, num_heads, q_length, head_dim = query.shape
     num_groups, kv_length = key.shape[1], key.shape[2]
     stacked = (query * scaling).reshape(batch, num_groups, -1, head_dim)
-    scores = _products(stacked, key).view(batch, num_heads, q_length, kv_length)
+    if turned is None:
+        scores = _products(stacked, key)
+    else:
+        first = (turned * scaling).reshape(stacked.shape)
+        both = _products(first, key[:, :, :num_turned]), _products(stacked, key[:, :, num_turned:])
+        scores = torch.cat(both, dim=-1)
+    scores = scores.view(batch, num_heads, q_length, kv_length)
     weights = F.dropout(mask.softmax(scores), dropout)
     output = _sums(weights.view(batch, num_groups, -1, kv_length), value)
     return output.view(batch, num_heads, q_length, -1), None

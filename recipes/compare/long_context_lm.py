@@ -109,7 +109,7 @@ def measure(run: LanguageModelRun, arguments: StreamingArguments, stage: str, **
 
 
 def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments, window: int) -> None:
-    options = {"window": window, "num_sink_tokens": arguments.num_sink_tokens}
+    options: dict[str, Any] = {"window": window, "num_sink_tokens": arguments.num_sink_tokens}
     draws = range(arguments.random_draws)
     scores = {}
     if any(variant.startswith("reach") for variant in arguments.variants):
@@ -193,8 +193,8 @@ def print_found(results: Mapping[str, Any]) -> None:
     for stage in results["stages"]:
         share = "" if stage["stage"] == "baseline" else f"{stage['share']:.0%}"
         for form, found in stage.get("found", {}).items():
-            row = (form, str(stage.get("window", "")), share, stage.get("variant", "untouched"))
-            rows.setdefault(row, []).append(found)
+            what = (form, str(stage.get("window", "")), share, stage.get("variant", "untouched"))
+            rows.setdefault(what, []).append(found)
     if not rows:
         return
     table = Table(title=f"share found at {len(hidden.DEPTHS)} depths, by tokens of the text")

@@ -16,6 +16,7 @@ from hf_attnkit.experiment.benchmarking.measure import peak_bytes
 LENGTH, WINDOW, SINKS, LAYERS, HEADS, SIZE = 8192, 256, 4, 4, 4, 32
 ALL = LAYERS * HEADS * LENGTH * 2 * SIZE * 4  # bytes of all keys and values in float32
 NEAR = SINKS + WINDOW - 1
+OPTIONS = {"window": WINDOW, "num_sink_tokens": SINKS}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,15 @@ def whole(stock: PreTrainedModel) -> int:
 @pytest.mark.parametrize(
     ("name", "options", "kept"),
     [
-        ("streaming_heads", {"heads": [0, 1, 3], "window": WINDOW, "num_sink_tokens": SINKS}, 0.25 + 0.75 * NEAR / LENGTH),
-        ("sliding_window", {"window": WINDOW, "num_sink_tokens": SINKS, "renumber": True}, NEAR / LENGTH),
+        ("streaming_heads", {"heads": [0, 1, 3]} | OPTIONS, 0.25 + 0.75 * NEAR / LENGTH),
+        ("sliding_window", {"renumber": True} | OPTIONS, NEAR / LENGTH),
     ],
     ids=["streaming heads", "sinks, renumbered"],
 )  # fmt: skip
 def test_the_peak_falls_with_the_cache(
     stock: PreTrainedModel, whole: int, name: str, options: dict[str, Any], kept: float
 ) -> None:
-    """By what the cache no longer keeps; a block of growing memory and the tiles of a step are all that may be added."""
+    """By what the cache no longer keeps. All that may be added are a block of growing memory and a chunk's tiles."""
     assert whole > ALL
     model = swap_attention(copy.deepcopy(stock), name, **options)
     tiles = 2 * HEADS * 256 * 512 * 4  # scores of a chunk with a tile of keys, twice

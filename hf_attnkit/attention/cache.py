@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_attnkit.attention.eight_bits import encode, is_encoded
 from hf_attnkit.attention.mask import Mask
 
 CACHE_ARGUMENT = "hf_attnkit_cache"
@@ -37,8 +38,13 @@ class SequenceLayer(CacheLayerMixin):
     `update` returns what the new tokens may attend to. After the attention call, `settle` drops what no later
     token needs.
 
+    With `cache_dtype` all that is stored and returned is in 8 bits, the new tokens too, so that what a token attends to
+    does not depend on how a text was cut into calls. Rounding has no gradient: a pass that takes one attends to what it
+    was given.
+
     Attributes:
-        keys, values: `(B, num_key_value_heads, kept, head_dim)`; `None` before the first token.
+        keys, values: `(B, num_key_value_heads, kept, head_dim)`, or in 8 bits; `None` before the first token.
+        cache_dtype: which 8 bits, see `eight_bits`; `None` for the model's own dtype.
         seen: tokens so far; a tensor in a static cache.
         max_length: that of a static cache, else `None`.
         owner: the kind of attention that it keeps keys for, as `Kind.cached_as` says.
@@ -57,9 +63,9 @@ class SequenceLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, max_length: int | None) -> None:
+    def __init__(self, max_length: int | None, cache_dtype: str | None = None) -> None:
         super().__init__()
-        self.max_length = max_length
+        self.max_length, self.cache_dtype = max_length, cache_dtype
         self.owner: Any = None
         self.announced = False
         self.seen = 0
@@ -74,6 +80,43 @@ class SequenceLayer(CacheLayerMixin):
     def keeps_apart(self) -> bool:
         """Whether it holds keys that a mask of the keys returned says nothing about."""
         return self.num_sinks > 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens.
+
+        Args:
+            key_states, value_states: theirs, `(B, num_key_value_heads, new, head_dim)`.
+
+        Returns:
+            Keys and values of all tokens that these may attend to, the copies of sinks first.
+
+        Raises:
+            ValueError: for tokens of another attention; for a gradient through 8 bits.
+        """
+        self._begin()
+        exact = self._takes_gradient(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        handed = self._add(self._stored(key_states), self._stored(value_states))
+        return (key_states, value_states) if exact else handed
+
+    def _add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`update`, of tokens in the form that is stored."""
+        raise NotImplementedError(type(self).__name__)
+
+    def _stored(self, states: Tensor) -> Tensor:
+        return states if self.cache_dtype is None or is_encoded(states) else encode(states, self.cache_dtype)
+
+    def _takes_gradient(self, *states: Tensor) -> bool:
+        """Whether a gradient goes through 8 bits."""
+        if self.cache_dtype is None or not torch.is_grad_enabled() or not any(each.requires_grad for each in states):
+            return False
+        if int(self.seen):
+            raise ValueError(
+                f"the cache holds {int(self.seen)} tokens as {self.cache_dtype!r}, through which no gradient goes; run "
+                "under torch.no_grad(), or train with use_cache=False"
+            )
+        return True
 
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
         """`(kv_length,)` positions of the keys returned last, without the sinks; the new tokens are the last."""

@@ -60,9 +60,10 @@ def place_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
                 "start with a new cache"
             )
         if isinstance(layer, QUANTIZED):
+            remedy = ", and for 8 bits the option cache_dtype of swap_attention" if hasattr(kind, "cache_dtype") else ""
             raise ValueError(
-                f"layer {index} runs {kind}, whose cache of constant size is not quantized, so a "
-                f"quantized cache ({type(layer).__name__}) would have no effect on it; use the usual cache"
+                f"layer {index} runs {kind}, which has a cache layer of its own, so a quantized cache "
+                f"({type(layer).__name__}) would have no effect on it; use the usual cache{remedy}"
             )
         needed.owner = kind.cached_as
         # Transformers asks the first sliding and the first other layer for the sizes of its two masks, so that a layer

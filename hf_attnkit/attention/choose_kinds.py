@@ -17,6 +17,8 @@ from hf_attnkit.models.layers import AttentionLayer
 # that can be made from ours.
 STOCK = ("sdpa", "eager")
 
+OF_CACHE = ("cache_dtype", "renumber")  # options that would do nothing where no cache layer of ours is
+
 Spec = str | tuple[str, Mapping[str, Any]]
 Where = int | str  # a layer's number, or the path of its module
 
@@ -121,8 +123,35 @@ def check_kind(kind: Kind, layer: AttentionLayer) -> None:
             f"{layer.name}: {kind.name!r} needs queries and keys of one sequence, and cross-attention has two; leave "
             "this layer out, or give it 'mha', 'gqa' or 'flash'"
         )
+    if cached := [name for name in OF_CACHE if getattr(kind, name, None)]:
+        why = _no_cache_of_ours(layer)
+        if why:
+            raise ValueError(
+                f"{layer.name}: {cached[0]}={getattr(kind, cached[0])!r} is about a cache of this kind's own, and {why}"
+            )
+    if getattr(kind, "renumber", False) and (layer.attention.softcap is not None or layer.attention.has_sinks):
+        raise ValueError(
+            f"{layer.name}: it caps its scores or has learned sinks, which renumber=True does not take in; use "
+            "renumber=False"
+        )
     if layer.position_bias and not kind.forms_scores:
         raise ValueError(
             f"{layer.name}: {kind.name!r} forms no scores, so the model's position bias could not be added to them; "
             "use another attention for this model"
         )
+
+
+def _no_cache_of_ours(layer: AttentionLayer) -> str:
+    """Why a layer never has a cache layer of ours, or empty."""
+    if layer.is_cross:
+        return "cross-attention keeps the encoder's keys; name the decoder's self-attention with layers=[...]"
+    if not layer.attention.is_causal:
+        return "this attention is not causal and keeps none; leave it out, or name causal layers with layers=[...]"
+    if layer.position_bias:
+        return "this model's position bias is made for the keys of Transformers' cache; leave it out"
+    if layer.attention.window is not None:
+        return (
+            f"the model keeps a window of its own, {layer.attention.window} tokens; set config.sliding_window to None "
+            "before the swap and give a window"
+        )
+    return ""

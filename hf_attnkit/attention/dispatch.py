@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from hf_attnkit.attention.cache import CACHE_ARGUMENT, SequenceLayer
 from hf_attnkit.attention.create_mask import create_mask
+from hf_attnkit.attention.eight_bits import decode, is_encoded
 from hf_attnkit.attention.kernels import capped
-from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, Call, Kind, Stock
+from hf_attnkit.attention.kind import ATTRIBUTE, NAME, PARAMETERS, ROTATION, Call, Kind, Stock
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.score_changes import OF_SCORES, as_stock_applies
 
@@ -83,7 +84,8 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         # As SDPA does: everything in autocast's dtype, sums in float32, nothing cast again inside.
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        query, key, value = (t.to(dtype) if t.dtype in floats else t for t in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
         output, weights = _run(kind, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
@@ -108,6 +110,8 @@ def _run(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     cache: SequenceLayer | None = kwargs.pop(CACHE_ARGUMENT, None)
+    if is_encoded(key) and (_observers or (torch.is_grad_enabled() and query.requires_grad)):
+        key, value = decode(key, query.dtype), decode(value, query.dtype)
     mask = Mask.receive(
         attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
         is_causal=is_causal, device=query.device, cache=cache, window=kwargs.get("sliding_window"),
@@ -128,7 +132,7 @@ def _run(
         # Its function adds the position bias, which is among the keywords.
         return _run_stock(kind.name, module, query, key, value, stock, scaling, dropout, kwargs)
     given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
-    call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1])
+    call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1], getattr(module, ROTATION, None))
     if _observers:
         _tell_observers(module, query, key, value, kind.seen(mask, key.shape, call), scaling)
     if not kind.own_window:
@@ -143,6 +147,7 @@ def _run(
                 "or heads apart does not take in; generate with use_cache=False, or without sink or global tokens and "
                 "streaming heads"
             )
+        key, value = decode(key, query.dtype), decode(value, query.dtype)
         seen = kind.seen(mask, key.shape, call)
         output, weights = capped.attention(query, key, value, seen, scaling=scaling, dropout=dropout)
     else:

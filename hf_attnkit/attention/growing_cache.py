@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
+from hf_attnkit.attention.window_cache import ALL_TOKENS, window_layer
 
 BLOCK = 256  # tokens: at most so many have memory and are not there yet
 
@@ -15,22 +14,19 @@ BLOCK = 256  # tokens: at most so many have memory and are not there yet
 class GrowingLayer(SequenceLayer):
     """`keys` and `values` are views of the memory."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, cache_dtype: str | None = None) -> None:
+        super().__init__(None, cache_dtype)
         self._memory: tuple[Tensor, ...] = ()
         self._shown: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = (self._stored(states[:, :, :0]) for states in (key_states, value_states))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._begin()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         start, self.seen = self.keys.shape[2], self.seen + key_states.shape[2]
-        if torch.is_grad_enabled():  # what a backward pass needs must not be written over
+        if torch.is_grad_enabled() and self.cache_dtype is None:  # what a backward pass needs must not be written over
             self.keys = torch.cat([self.keys, key_states], dim=2)
             self.values = torch.cat([self.values, value_states], dim=2)
             return self.keys, self.values
@@ -59,6 +55,13 @@ class GrowingLayer(SequenceLayer):
             and self._memory[0].shape[2] >= end
             and self._memory[0].is_inference() == torch.is_inference_mode_enabled()
         )
+
+
+def full_layer(max_length: int | None, cache_dtype: str | None = None) -> SequenceLayer:
+    """A layer that keeps all tokens; static if the cache has a maximum length."""
+    if max_length is None:
+        return GrowingLayer(cache_dtype)
+    return window_layer(max_length, ALL_TOKENS, cache_dtype=cache_dtype)
 
 
 def _larger(states: Tensor, end: int) -> Tensor:

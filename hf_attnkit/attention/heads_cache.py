@@ -31,7 +31,7 @@ class HeadsLayer(SequenceLayer):
     division: tuple[Tensor, Tensor, Tensor]
 
     def __init__(self, heads: tuple[int, ...], far: SequenceLayer, near: SequenceLayer) -> None:
-        super().__init__(far.max_length)
+        super().__init__(far.max_length, far.cache_dtype)
         self.heads, self.far, self.near = heads, far, near
         self.is_first, self._is_empty = False, True
         self.is_compileable = far.is_compileable and near.is_compileable
@@ -46,14 +46,11 @@ class HeadsLayer(SequenceLayer):
             part.lazy_initialization(key_states[:, heads], value_states[:, heads])
         self._follow()
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._begin()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         returned = []
         for part, heads in zip((self.far, self.near), self.division, strict=False):
             part.announced = True
-            returned.append(part.update(key_states[:, heads], value_states[:, heads], *args, **kwargs))
+            returned.append(part.update(key_states[:, heads], value_states[:, heads]))
         self._follow()
         (keys, values), (self.near_keys, self.near_values) = returned
         self.is_first, self._is_empty = self._is_empty, False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.cache import SequenceLayer
 from hf_attnkit.attention.kernels import backends
+from hf_attnkit.attention.kernels.rotation import Rotation
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common import options
 
@@ -26,6 +27,9 @@ ATTRIBUTE = "_hf_attnkit_kind"  # of an attention module: the `Kind` or `Stock` 
 
 
 PARAMETERS = "hf_attnkit_parameters"  # a submodule of the attention module, so that it is trained and saved with it
+
+
+ROTATION = "_hf_attnkit_rotation"  # of an attention module: the `Rotation` of its queries and keys, if its kind asks
 
 
 KEPT = "_hf_attnkit_kept_parameters"  # of an attention module: those of a kind that it ran before, with the same heads
@@ -40,12 +44,14 @@ class Call:
         parameters: what `Kind.create_parameters` made.
         arguments: those keywords of `Kind.call_arguments` that were given to `model(...)`.
         num_heads: of the query; `None` for as many as key/value heads.
+        rotation: of the layer's queries and keys, where a kind with `renumber` has to know it.
     """
 
     cache: SequenceLayer | None = None
     parameters: nn.Module | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     num_heads: int | None = None
+    rotation: Rotation | None = None
 
 
 NO_CALL = Call()

@@ -32,7 +32,7 @@ from hf_attnkit.attention import kind as kinds_module
 from hf_attnkit.attention.cache import CACHE_ARGUMENT
 from hf_attnkit.attention.consistency import bases
 from hf_attnkit.attention.dispatch import attention_forward
-from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Kind
+from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, ROTATION, Kind
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models import known
@@ -179,11 +179,11 @@ def _difference(call: Call, one: _Seen) -> str:
     pairs = [(call, one.output)] if one.exact is None else [(_in_float32(call), one.exact), (call, one.output)]
     for each, ours in pairs:
         mask, pattern = _masks(each, kind)
-        theirs = (each if pattern is None else _under(each, pattern)).run()[0]
+        theirs = _plainly(each, kind, mask, pattern)
         off = (ours.double() - theirs.double()).abs()
         counts = _counts(mask, pattern)
         off = off if counts is None else off.masked_fill(~counts, 0.0)
-        bound = _bound(each)
+        bound = rounding_bound(each)
         if not bool((off <= bound).all()):
             what = "plain softmax" if pattern is None else "plain softmax under its pattern as a matrix"
             return (
@@ -191,6 +191,17 @@ def _difference(call: Call, one: _Seen) -> str:
                 "rounding explains"
             )
     return ""
+
+
+def _plainly(call: Call, kind: Any, mask: Mask, pattern: Mask | None) -> Tensor:
+    """What plain softmax gives; where positions are counted otherwise, the kind's one expression."""
+    if not getattr(kind, "renumber", False):
+        return (call if pattern is None else _under(call, pattern)).run()[0]
+    scaling = call.keywords.get("scaling") or call.query.shape[-1] ** -0.5
+    rotation = getattr(call.module, ROTATION)
+    with_rotation = kinds_module.Call(num_heads=call.query.shape[1], rotation=rotation)
+    output: Tensor = kind.of_any_length(call.query, call.key, call.value, mask, scaling=scaling, call=with_rotation)
+    return output.transpose(1, 2)
 
 
 def _counts(mask: Mask, pattern: Mask | None) -> Tensor | None:
@@ -232,7 +243,7 @@ def _under(call: Call, pattern: Mask) -> Call:
     return replace(call, mask=matrix, keywords=call.keywords | {"is_causal": False})
 
 
-def _bound(call: Call) -> float:
+def rounding_bound(call: Call) -> float:
     group = call.query.shape[1] // call.key.shape[1]
     scaling = call.keywords.get("scaling")
     scaling = call.query.shape[-1] ** -0.5 if scaling is None else scaling

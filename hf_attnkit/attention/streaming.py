@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.choose_kinds import Where
+from hf_attnkit.attention.eight_bits import check_cache_dtype
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.kinds.streaming_heads import StreamingHeadsAttention
 from hf_attnkit.common.checks import in_range
@@ -15,7 +16,12 @@ from hf_attnkit.models.layers import attention_layers
 
 
 def streaming_kinds(
-    heads: Mapping[int, Iterable[int]], model: PreTrainedModel, *, window: int, num_sink_tokens: int = 4
+    heads: Mapping[int, Iterable[int]],
+    model: PreTrainedModel,
+    *,
+    window: int,
+    num_sink_tokens: int = 4,
+    cache_dtype: str | None = None,
 ) -> dict[Where, tuple[str, Mapping[str, Any]]]:
     """The kinds under which these heads stream and all others see everything.
 
@@ -28,6 +34,7 @@ def streaming_kinds(
         model: the model that was scored; unchanged.
         window: number of keys that a streaming head sees on each side of a query, its own included.
         num_sink_tokens: how many of the first tokens it sees as well.
+        cache_dtype: of the caches of all of these layers, "int8" or "float8_e4m3fn"; `None` for the model's own.
 
     Returns:
         `{layer: (kind, options)}`: "streaming_heads", "sliding_window" where all heads of a layer stream, and "flash"
@@ -44,6 +51,8 @@ def streaming_kinds(
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise TypeError(f"layer {where}: {given!r} must be a list of query heads")
     chosen = {in_range(where, len(layers), "layer"): list(own) for where, own in heads.items()}
+    check_cache_dtype(cache_dtype)
+    bits = {} if cache_dtype is None else {"cache_dtype": cache_dtype}
     kinds: dict[Where, tuple[str, Mapping[str, Any]]] = {}
     for layer in layers:
         own = {
@@ -57,12 +66,12 @@ def streaming_kinds(
                 f"layer {layer.index}: query heads {sorted(whole - own)} share a key/value head with heads that are to "
                 "stream, and keys are kept for all of them or for none; choose with select_heads(..., model=model)"
             )
-        options: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens}
+        options: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens} | bits
         if streaming and layer.is_cross:
             raise ValueError(f"layer {layer.index} is cross-attention, whose keys are of another text: no window fits")
         if not streaming:
             if not layer.refusal:
-                kinds[layer.index] = ("flash", {})
+                kinds[layer.index] = ("flash", bits)
         elif len(streaming) == layer.num_key_value_heads:
             SlidingWindowAttention(**options)
             kinds[layer.index] = (SlidingWindowAttention.name, options)

@@ -28,8 +28,11 @@ from hf_attnkit.attention.cache_placement import add_hook, remove_hook
 from hf_attnkit.attention.call_checks import add_checks, note_handed_down, remove_checks
 from hf_attnkit.attention.choose_kinds import STOCK, Spec, Where, check_kind, choose_kinds
 from hf_attnkit.attention.consistency import base_of, bases, is_swapped, require_grouping
-from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, Kind, Stock
+from hf_attnkit.attention.find_rotation import find_rotations
+from hf_attnkit.attention.kernels.rotation import Rotation
+from hf_attnkit.attention.kind import ATTRIBUTE, KEPT, NAME, PARAMETERS, ROTATION, Kind, Stock
 from hf_attnkit.attention.proof import prove_swap
+from hf_attnkit.attention.proof_cached import prove_cached
 from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
@@ -164,6 +167,7 @@ def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
             delattr(layer.module, ATTRIBUTE)
         remove_hook(layer.module)
         _set_parameters(layer.module, None)
+    _set_rotations(model_layers, {})
     remove_checks(model)
     for config in part_configs(model):
         config._attn_implementation_internal = before[id(config)]
@@ -214,6 +218,7 @@ def _installed(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds
     old_kinds = [getattr(layer.module, ATTRIBUTE, None) for layer in model_layers]
     ran = [old or Stock(base_of(model, layer)) for layer, old in zip(model_layers, old_kinds, strict=True)]
     old_parameters = [(getattr(layer.module, PARAMETERS, None), _kept(layer.module)) for layer in model_layers]
+    old_rotations = {layer.index: found for layer in model_layers if (found := getattr(layer.module, ROTATION, None))}
     runs = {layer.index: kinds.get(layer.index, own) for layer, own in zip(model_layers, ran, strict=True)}
     try:
         for layer in model_layers:
@@ -230,12 +235,15 @@ def _installed(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds
                 config._attn_implementation_internal = NAME
         saved_kinds.mark_wholes(model)
         swapped = [layer for layer in model_layers if layer.index in kinds]
+        _set_rotations(model_layers, find_rotations(model, [each for each in model_layers if _renumbers(each)]))
         inputs = prove_swap(model, model_layers, swapped)
+        prove_cached(model, swapped, inputs)
         with quiet(model):
             note_handed_down(model, [layer.module for layer in swapped], inputs)
         add_checks(model)
         yield Swap(model, model_layers, frozenset(kinds), ran, list(runs.values()))
     except BaseException:
+        _set_rotations(model_layers, old_rotations)
         for layer, old, (parameters, kept) in zip(model_layers, old_kinds, old_parameters, strict=True):
             _set_parameters(layer.module, parameters)
             layer.module.__dict__.pop(KEPT, None)
@@ -253,6 +261,17 @@ def _installed(model: PreTrainedModel, model_layers: list[AttentionLayer], kinds
             replace_state(each, state)
         saved_kinds.unmark_wholes(model)
         raise
+
+
+def _renumbers(layer: AttentionLayer) -> bool:
+    return bool(getattr(getattr(layer.module, ATTRIBUTE, None), "renumber", False))
+
+
+def _set_rotations(layers: Iterable[AttentionLayer], rotations: Mapping[int, Rotation]) -> None:
+    for layer in layers:
+        layer.module.__dict__.pop(ROTATION, None)
+        if layer.index in rotations:
+            layer.module.__dict__[ROTATION] = rotations[layer.index]
 
 
 def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:

@@ -7,8 +7,6 @@ keys of a `WindowLayer`, window 3, 2 sinks, after 8 tokens and one step with tok
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,19 +19,18 @@ ALL_TOKENS = 2**62  # a window that no text is longer than
 class WindowLayer(SequenceLayer):
     """Keeps the last `window - 1` tokens and the first `num_sink_tokens` of each row."""
 
-    def __init__(self, max_length: int | None, window: int, num_sink_tokens: int = 0) -> None:
-        super().__init__(max_length)
+    def __init__(
+        self, max_length: int | None, window: int, num_sink_tokens: int = 0, cache_dtype: str | None = None
+    ) -> None:
+        super().__init__(max_length, cache_dtype)
         self.window, self.num_sink_tokens = window, num_sink_tokens
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = (self._stored(states[:, :, :0]) for states in (key_states, value_states))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._begin()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.keys = torch.cat([self.keys, key_states], dim=2)
         self.values = torch.cat([self.values, value_states], dim=2)
         self.seen += key_states.shape[2]
@@ -82,8 +79,8 @@ class StaticWindowLayer(SequenceLayer):
     seen: Tensor
     is_compileable = True
 
-    def __init__(self, max_length: int, window: int, num_sink_tokens: int = 0) -> None:
-        super().__init__(max_length)
+    def __init__(self, max_length: int, window: int, num_sink_tokens: int = 0, cache_dtype: str | None = None) -> None:
+        super().__init__(max_length, cache_dtype)
         self.window, self.num_sink_tokens = min(window, max_length), num_sink_tokens
         self.seen = torch.zeros((), dtype=torch.long)
         self._in_order = True  # whether the keys returned last are in order
@@ -93,7 +90,8 @@ class StaticWindowLayer(SequenceLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         slots = self.num_sink_tokens + self.window
         self.keys, self.values = (
-            states.new_zeros(*states.shape[:2], slots, states.shape[3]) for states in (key_states, value_states)
+            states.new_zeros(*states.shape[:2], slots, states.shape[3])
+            for states in (self._stored(key_states[:, :, :0]), self._stored(value_states[:, :, :0]))
         )
         self.seen = self.seen.to(self.device)
         for tensor in (self.keys, self.values, self.seen):
@@ -101,10 +99,7 @@ class StaticWindowLayer(SequenceLayer):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._begin()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _add(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         new, sinks = key_states.shape[2], self.num_sink_tokens
         # The first tokens come in order too: which of them are sinks is known when they have attended.
         self._in_order = new > 1 or (sinks > 0 and self.sink_position is None)
@@ -168,10 +163,12 @@ class StaticWindowLayer(SequenceLayer):
         self.sink_position = self.sink_visible = None
 
 
-def window_layer(max_length: int | None, window: int, num_sink_tokens: int = 0) -> SequenceLayer:
+def window_layer(
+    max_length: int | None, window: int, num_sink_tokens: int = 0, cache_dtype: str | None = None
+) -> SequenceLayer:
     """A layer that keeps a window; static if the cache has a maximum length."""
     kind = WindowLayer if max_length is None else StaticWindowLayer
-    return kind(max_length, window, num_sink_tokens)  # type: ignore[arg-type]
+    return kind(max_length, window, num_sink_tokens, cache_dtype)  # type: ignore[arg-type]
 
 
 class StateLayer(WindowLayer):

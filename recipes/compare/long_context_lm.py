@@ -1,7 +1,9 @@
-"""Compare which heads of a causal language model may see only the first tokens and a window, by perplexity.
+"""Compare which heads of a causal language model may see only the first tokens and a window.
+
+By perplexity, and by whether something random that was hidden in a long text is found again:
 
     python recipes/compare/long_context_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \\
-        --block_size 3072 --windows 256 --shares 0.25 0.5 0.67 0.8 --output_dir outputs/smollm2-streaming
+        --block_size 3072 --windows 256 --shares 0.25 0.5 0.67 0.8 --find passkey --output_dir outputs/smollm2-heads
 
 Of the key/value heads a share streams: those with the least reach, or random ones. Next to them a window for all heads
 whose cache is as large. Scores and refit look at training text only. Writes results.json; saves no model.
@@ -21,6 +23,7 @@ import hf_attnkit
 from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.record import Change
+from hf_attnkit.experiment.text import hidden
 from hf_attnkit.experiment.text.data import TextArguments
 from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 from hf_attnkit.models.layers import attention_layers
@@ -43,15 +46,29 @@ class StreamingArguments:
     random_draws: int = field(default=3, metadata={"help": "How often random heads are drawn."})
     score_tokens: int = field(default=3072, metadata={"help": "Training tokens to score on."})
     refit_tokens: int = field(default=12288, metadata={"help": "Training tokens for the refit."})
+    find: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Any of {', '.join(hidden.FORMS)}: hidden in held-out text and looked for; none by default."
+        },
+    )
+    find_lengths: list[int] = field(
+        default_factory=lambda: [512, 1024, 2048, 4096],
+        metadata={"help": "Tokens of the texts that hide them."},
+    )
+    find_draws: int = field(default=1, metadata={"help": f"Strings for each length and each depth of {hidden.DEPTHS}."})
 
     def __post_init__(self) -> None:
+        for form in self.find:
+            if form not in hidden.FORMS:
+                raise ValueError(f"--find {form!r} must be one of {', '.join(hidden.FORMS)}")
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(f"--variants {variant!r} must be one of {', '.join(VARIANTS)}")
         for share in self.shares:
             if not 0 < share <= 1:
                 raise ValueError(f"--shares {share} must be above 0 and at most 1")
-        for name in ("random_draws", "score_tokens", "refit_tokens"):
+        for name in ("random_draws", "score_tokens", "refit_tokens", "find_draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 
@@ -62,7 +79,7 @@ def main() -> None:
     )
     run = LanguageModelRun(arguments, text, training, streaming)
     original = run.model.to(training.device)
-    run.evaluate("baseline", cache_share=1.0)
+    measure(run, streaming, "baseline", cache_share=1.0)
     for window in streaming.windows:
         compare(run, original, streaming, window)
     run.model = original
@@ -70,16 +87,29 @@ def main() -> None:
     results = run.results(
         windows=streaming.windows, shares=streaming.shares, variants=streaming.variants,
         num_sink_tokens=streaming.num_sink_tokens, score_tokens=streaming.score_tokens,
-        refit_tokens=streaming.refit_tokens,
+        refit_tokens=streaming.refit_tokens, find=streaming.find, find_lengths=streaming.find_lengths,
+        find_draws=streaming.find_draws,
     )  # fmt: skip
     if training.should_save:
         write_json(run.output / "results.json", results)
         run.progress.remove()
         print_comparison(results, str(run.data))
+        print_found(results)
+
+
+def measure(run: LanguageModelRun, arguments: StreamingArguments, stage: str, **facts: Any) -> None:
+    """Perplexity, and what is found."""
+    text = run.eval_data.tokens.flatten().long()
+    options = (arguments.find_lengths, arguments.find_draws)
+    if arguments.find:
+        facts["found"] = {
+            form: hidden.shares_found(run.model, run.tokenizer, text, form, *options) for form in arguments.find
+        }
+    run.evaluate(stage, **facts)
 
 
 def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments, window: int) -> None:
-    options = {"window": window, "num_sink_tokens": arguments.num_sink_tokens}
+    options: dict[str, Any] = {"window": window, "num_sink_tokens": arguments.num_sink_tokens}
     draws = range(arguments.random_draws)
     scores = {}
     if any(variant.startswith("reach") for variant in arguments.variants):
@@ -102,7 +132,8 @@ def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments,
                     more["calibration"] = list(run.calibration_batches(arguments.refit_tokens))
                 hf_attnkit.swap_attention(run.model, kinds, **more)
                 size = cache_share(original, kinds, run.block_size)
-                run.evaluate("changed", variant=variant, window=window, share=share, draw=draw, cache_share=size)
+                facts = {"variant": variant, "window": window, "share": share, "draw": draw, "cache_share": size}
+                measure(run, arguments, "changed", **facts)
                 print(f"window {window}, {share:.0%} of heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
 
 
@@ -114,7 +145,7 @@ def measure_window(
     size = (1 - share) + share * min(1.0, (sinks + window - 1) / run.block_size)
     wide = max(round(size * run.block_size) - sinks + 1, 1)
     run.model = hf_attnkit.swap_attention(copy.deepcopy(original), "sliding_window", window=wide, num_sink_tokens=sinks)
-    run.evaluate("changed", variant="window", window=window, share=share, draw=0, cache_share=size)
+    measure(run, arguments, "changed", variant="window", window=window, share=share, draw=0, cache_share=size)
     print(f"window {wide} of all heads, for {share:.0%}: {run.stages[-1]['metrics']}", flush=True)
 
 
@@ -153,6 +184,24 @@ def print_comparison(results: Mapping[str, Any], data: str) -> None:
                 spread = f" ({min(found):.3f} to {max(found):.3f})" if len(found) > 1 else ""
                 cells.append(f"{sum(found) / len(found):.3f}{spread}" if found else "")
             table.add_row(str(window), f"{share:.0%}", f"{rows[0]['cache_share']:.2f}", *cells)
+    show(table)
+
+
+def print_found(results: Mapping[str, Any]) -> None:
+    """One row per stage and form, one column per length: the share found, of random heads the mean over draws."""
+    rows: dict[tuple[str, ...], list[Mapping[str, float]]] = {}
+    for stage in results["stages"]:
+        share = "" if stage["stage"] == "baseline" else f"{stage['share']:.0%}"
+        for form, found in stage.get("found", {}).items():
+            what = (form, str(stage.get("window", "")), share, stage.get("variant", "untouched"))
+            rows.setdefault(what, []).append(found)
+    if not rows:
+        return
+    table = Table(title=f"share found at {len(hidden.DEPTHS)} depths, by tokens of the text")
+    for heading in ("hidden", "window", "streaming", "variant", *map(str, results["find_lengths"])):
+        table.add_column(heading, justify="right")
+    for row, draws in rows.items():
+        table.add_row(*row, *(f"{sum(each[length] for each in draws) / len(draws):.2f}" for length in draws[0]))
     show(table)
 
 

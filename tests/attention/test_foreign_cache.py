@@ -177,7 +177,7 @@ def test_models_with_and_without_a_window_of_their_own(cache: str, width: int, l
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in STOCK])
 def test_quantized_cache_is_refused_where_nothing_would_be_quantized(kind: str) -> None:
     model, ids = model_of(kind).float(), tokens()
-    with pytest.raises(ValueError, match=r"layer 0 runs .* not quantized"):
+    with pytest.raises(ValueError, match=r"layer 0 runs .* a cache layer of its own, so a quantized cache"):
         model(ids, past_key_values=QuantizedCache("fp8", config=model.config))
 
 

@@ -36,6 +36,9 @@ def test_from_chosen_heads_to_kinds() -> None:
         1: ("flash", {}),
         2: ("sliding_window", options),
     }
+    small = streaming_kinds(chosen, model, window=WINDOW, num_sink_tokens=SINKS, cache_dtype="int8")
+    assert small == {layer: (name, given | {"cache_dtype": "int8"}) for layer, (name, given) in kinds.items()}
+    swap_attention(model, small)
     swap_attention(model, kinds)
     assert [getattr(layer.self_attn, ATTRIBUTE).name for layer in model.model.layers] == [
         kinds[index][0] for index in range(3)
@@ -58,6 +61,7 @@ def test_the_lowest_scores_stream() -> None:
         ({0: [0]}, {"window": 4}, r"layer 0: query heads \[1\] share a key/value head"),
         ({0: [0, 1]}, {"window": 0}, "window=0 must be"),
         ({0: [0, 1]}, {"window": 4, "num_sink_tokens": -1}, "num_sink_tokens=-1 must"),
+        ({0: [0, 1]}, {"window": 4, "cache_dtype": "int4"}, "cache_dtype='int4' must be one of 'int8'"),
     ],
 )
 def test_heads_that_cannot_stream(heads: dict, options: dict, message: str) -> None:

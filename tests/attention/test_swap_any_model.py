@@ -340,4 +340,4 @@ def test_the_bound_follows_from_the_dtype() -> None:
     query = torch.ones(1, 1, 2, 4)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         call = Call(nn.Linear(1, 1), *(query.to(dtype),) * 3, None, {"scaling": 0.5}, lambda: None)
-        assert proof._bound(call) == pytest.approx(16 * torch.finfo(dtype).eps * (1 + 2) * 1)
+        assert proof.rounding_bound(call) == pytest.approx(16 * torch.finfo(dtype).eps * (1 + 2) * 1)

@@ -28,7 +28,7 @@ MODEL: dict[str, Bad] = {
         "no option size; it takes window",
     ),
     "swap: option of none": (
-        lambda m: swap_attention(m, "gqa", window=4),
+        lambda m: swap_attention(m, "mha", window=4),
         ValueError,
         "no option window; it takes no options",
     ),

@@ -47,7 +47,11 @@ def test_every_variant(text_checkpoint, text, tmp_path, monkeypatch, capsys) -> 
 
 
 def test_the_perplexity_is_that_of_the_model_it_names(text_checkpoint, text, tmp_path, monkeypatch) -> None:
-    results = run(monkeypatch, text_checkpoint, text, tmp_path, "--shares", "0.5", "--variants", "reach")
+    results = run(monkeypatch, text_checkpoint, text, tmp_path, "--shares", "0.5", "--variants", "reach",
+                  "--find", "passkey", "induction", "--find_lengths", "80", "96")  # fmt: skip
+    found = [stage["found"] for stage in results["stages"]]
+    assert [list(each) for each in found] == [["passkey", "induction"]] * 2
+    assert all(list(shares) == ["80", "96"] for each in found for shares in each.values())
     model = AutoModelForCausalLM.from_pretrained(text_checkpoint)
     kinds = []
 
@@ -70,6 +74,9 @@ def test_the_perplexity_is_that_of_the_model_it_names(text_checkpoint, text, tmp
         (("--shares", "0"), r"--shares 0.0 must be above 0"),
         (("--random_draws", "0"), "--random_draws 0 must be at least 1"),
         (("--windows", "0"), "window=0 must be"),
+        (("--find", "needle"), "--find 'needle' must be one of passkey, induction"),
+        (("--find_draws", "0"), "--find_draws 0 must be at least 1"),
+        (("--find", "induction", "--find_lengths", "32"), "induction in 32 tokens needs -16 tokens of text"),
     ],
 )
 def test_bad_input(more, message, text_checkpoint, text, tmp_path, monkeypatch) -> None:

@@ -57,6 +57,7 @@ SMALLER: dict[str, tuple[str, ...]] = {
 SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--repeats": ("1",),
     "--seeds": ("0",),
+    "--find_lengths": ("96",),
     "--prune_fractions": ("0.5",),
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
     "--save_steps": ("1",),

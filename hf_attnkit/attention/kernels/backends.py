@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_attnkit.attention.eight_bits import decode
 from hf_attnkit.attention.kernels import packed, tiled
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common.checks import choice
@@ -151,6 +152,8 @@ def attend(
     name, reason = choose(query, key, mask, dropout=dropout, window=window, backend=backend)
     for listener in _listeners:
         listener(name, reason)
+    if name not in ("packed", "tiled"):  # these read 8 bits block by block
+        key, value = (decode(states, query.dtype) for states in (key, value))
     if mask.dense is not None and window is not None:
         mask, window = mask.also(mask.distance().abs() < window), None
     return _RUN[name](query, key, value, mask, scaling, dropout, window)

@@ -44,9 +44,22 @@ def _visible_at(index: Tensor, kv_length: int, mask: Mask) -> Tensor:
 
 
 def dense_with_extra(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, extra: Extra, *, window: int, scaling: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    extra: Extra,
+    *,
+    window: int,
+    scaling: float,
+    dropout: float,
+    turned: Tensor | None = None,
 ) -> Tensor:
-    """Window and extra keys as one matrix: for few queries or keys, or any mask. Shapes as `tiled.attend`, T = 1."""
+    """Window and extra keys as one matrix: for few queries or keys, or any mask. Shapes as `tiled.attend`, T = 1.
+
+    Args:
+        turned: the queries that the extra keys meet, if others; not together with a bias.
+    """
     batch, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
     index = extra.index[:, 0, None, None, :]  # (B, 1, 1, E)
     far = mask.query_position[:, None, :, None] - (mask.key_position[:, None, None, :1] + index)
@@ -66,4 +79,6 @@ def dense_with_extra(
     key = torch.cat([extra.key[:, :, 0], key], dim=2)
     value = torch.cat([extra.value[:, :, 0], value], dim=2)
     whole = dataclasses.replace(mask, dense=allowed, bias=bias, key_visible=None)
-    return packed.attention(query, key, value, whole, scaling=scaling, dropout=dropout)[0]
+    return packed.attention(
+        query, key, value, whole, scaling=scaling, dropout=dropout, turned=turned, num_turned=extra.key.shape[3]
+    )[0]

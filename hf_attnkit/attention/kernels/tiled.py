@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attnkit.attention.eight_bits import decode, width
 from hf_attnkit.attention.kernels.tiles import Extra, Problem, make_problem, stack_groups
 from hf_attnkit.attention.mask import Mask
 
@@ -46,7 +47,7 @@ def attend(
 
     Args:
         query: `(B, num_heads, Q, head_dim)`.
-        key, value: `(B, num_key_value_heads, K, head_dim)`.
+        key, value: `(B, num_key_value_heads, K, head_dim)`; or in 8 bits, see `eight_bits`, without a gradient.
         mask: what may be seen besides; its keys must be at consecutive positions. Its `bias` gets a gradient.
         scaling: factor of the scores.
         dropout: probability of dropping a weight; the log-sum-exp is that before dropout.
@@ -111,7 +112,7 @@ def tiled_attention(
                        extra_visible, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)
     dtype = _sums(query)
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
+    output = query.new_zeros(*query.shape[:3], width(value))
     logsumexp = query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
     for queries in problem.query_tiles():
         q = query[:, :, queries] * scaling
@@ -125,7 +126,7 @@ def tiled_attention(
             sums = weights.sum(-1, keepdim=True)
             if dropout > 0:
                 weights = weights.mul_(kept_weights(weights, dropout, number, queries, start))
-            tile = (stack_groups(weights.to(value.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
+            tile = (stack_groups(weights.to(values.dtype), key.shape[1]) @ values).view(*q.shape[:3], -1).to(dtype)
             if state is not None:
                 decay = torch.exp(state[0] - base)
                 sums, tile = state[1] * decay + sums, state[2] * decay + tile
@@ -141,10 +142,11 @@ def tiled_attention(
 def _forward_tiles(problem: Problem, query: Tensor, queries: slice) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Scores, values and a number for each tile that a tile of queries sees."""
     for keys in problem.key_tiles(queries):
-        yield problem.scores(query, queries, keys), problem.value[:, :, keys], keys.start
+        yield problem.scores(query, queries, keys), decode(problem.value[:, :, keys], query.dtype), keys.start
     if problem.extra is not None:
         tile = problem.extra_tile(queries)
-        yield problem.extra_scores(query, queries, tile), problem.extra.value[:, :, tile], -1
+        values = decode(problem.extra.value[:, :, tile], query.dtype)
+        yield problem.extra_scores(query, queries, tile), values, -1
 
 
 def _backward_tiles(
@@ -239,7 +241,7 @@ def _sums(tensor: Tensor) -> torch.dtype:
 
 @tiled_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3], dtype=_sums(query))
+    return query.new_empty(*query.shape[:3], width(value)), query.new_empty(query.shape[:3], dtype=_sums(query))
 
 
 @tiled_attention_backward.register_fake

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_attnkit.attention.eight_bits import decode
 from hf_attnkit.attention.mask import Mask
 
 QUERY_TILE = 256
@@ -77,7 +78,7 @@ class Problem:
 
     def scores(self, query: Tensor, queries: slice, keys: slice) -> Tensor:
         """Masked scores `(B, H, q, k)` of a tile, float32 or better; `query` is scaled."""
-        scores = product(query, self.key[:, :, keys])
+        scores = product(query, decode(self.key[:, :, keys], query.dtype))
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
         if self.bias is not None:
@@ -110,7 +111,7 @@ class Problem:
         """Masked scores `(B, H, q, E)` of a tile of queries with its extra keys."""
         extra = self.extra
         assert extra is not None
-        scores = product(query, extra.key[:, :, tile])
+        scores = product(query, decode(extra.key[:, :, tile], query.dtype))
         positions = torch.arange(queries.start, queries.stop, device=query.device) + self.offset
         distance = positions[None, :, None] - extra.index[:, tile, None, :]  # (B, q, E)
         outside = distance >= self.window if self.is_causal else distance.abs() >= self.window

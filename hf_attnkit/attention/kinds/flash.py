@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
+from hf_attnkit.attention.eight_bits import check_cache_dtype
+from hf_attnkit.attention.growing_cache import full_layer
 from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
@@ -27,6 +29,7 @@ class FlashAttention(Kind):
     Attributes:
         window: number of keys on each side of a query, its own included; `None` for all keys.
         backend: which kernel computes it, see `backends`.
+        cache_dtype: of the cache's keys and values, "int8" or "float8_e4m3fn"; `None` for the model's own.
     """
 
     name = "flash"
@@ -34,8 +37,10 @@ class FlashAttention(Kind):
 
     window: int | None = None
     backend: str = "auto"
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        check_cache_dtype(self.cache_dtype)
         if self.window is not None:
             store(self, window=integer(self.window, "window", minimum=1, why="the number of keys, or None for all"))
         backends.check_backend(self.backend, self.window)
@@ -45,8 +50,10 @@ class FlashAttention(Kind):
         return self.window is not None
 
     def create_cache(self, max_length: int | None) -> SequenceLayer | None:
-        """A window keeps `window - 1` tokens."""
-        return None if self.window is None else window_layer(max_length, self.window)
+        """A window keeps `window - 1` tokens; all of them in the model's own dtype are kept by Transformers' layer."""
+        if self.window is not None:
+            return window_layer(max_length, self.window, cache_dtype=self.cache_dtype)
+        return None if self.cache_dtype is None else full_layer(max_length, self.cache_dtype)
 
     def attention(
         self,

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.cache import SequenceLayer
-from hf_attnkit.attention.growing_cache import GrowingLayer
+from hf_attnkit.attention.eight_bits import check_cache_dtype
+from hf_attnkit.attention.growing_cache import full_layer
 from hf_attnkit.attention.heads_cache import HeadsLayer, divided
 from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.attention.window_cache import ALL_TOKENS, window_layer
+from hf_attnkit.attention.window_cache import window_layer
 from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 
@@ -41,6 +42,7 @@ class StreamingHeadsAttention(Kind):
         heads: the key/value heads that stream, with the query heads that share them.
         window: number of keys that these see on each side of a query, its own included.
         num_sink_tokens: how many of the first tokens (after left padding) they see as well.
+        cache_dtype: of the cache's keys and values, "int8" or "float8_e4m3fn"; `None` for the model's own.
     """
 
     name = "streaming_heads"
@@ -51,10 +53,12 @@ class StreamingHeadsAttention(Kind):
     heads: tuple[int, ...]
     window: int
     num_sink_tokens: int = 4
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.heads, str) or not isinstance(self.heads, Iterable):
             raise ValueError(f"heads={self.heads!r} must be a list of key/value heads, for example heads=[0, 2]")
+        check_cache_dtype(self.cache_dtype)
         heads = [integer(head, "heads", minimum=0, why="the number of a key/value head") for head in self.heads]
         if not heads:
             raise ValueError("heads=[] names no head that streams; a layer whose heads all see everything runs 'flash'")
@@ -97,9 +101,8 @@ class StreamingHeadsAttention(Kind):
 
     def create_cache(self, max_length: int | None) -> SequenceLayer:
         """All tokens of the retrieval heads; `num_sink_tokens + window - 1` of the others."""
-        near = window_layer(max_length, self.window, self.num_sink_tokens)
-        far = GrowingLayer() if max_length is None else window_layer(max_length, ALL_TOKENS)
-        return HeadsLayer(self.heads, far, near)
+        near = window_layer(max_length, self.window, self.num_sink_tokens, self.cache_dtype)
+        return HeadsLayer(self.heads, full_layer(max_length, self.cache_dtype), near)
 
     def attention(
         self,

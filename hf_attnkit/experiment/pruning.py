@@ -14,7 +14,7 @@ from hf_attnkit.importance import make_score
 from hf_attnkit.pruning.select import GROUPS
 from hf_attnkit.refitting import options as refitting
 
-REFITS = tuple(word for word in refitting.REFITS if word not in ("full", "descent"))  # keys stay as they are
+REFITS = tuple(word for word in refitting.REFITS if word != "full")  # keys stay as they are
 Heads = dict[int, list[int]]  # layer -> heads
 
 
@@ -74,9 +74,12 @@ class SelectionArguments:
         return hf_attnkit.rearrange_heads(gradients, removed, model=model)
 
 
-def prune(model: PreTrainedModel, removed: Heads, refit: str, batches: Iterable[Mapping[str, Any]]) -> None:
+def prune(
+    model: PreTrainedModel, removed: Heads, refit: str | refitting.RefitOptions, batches: Iterable[Mapping[str, Any]]
+) -> None:
     """Remove heads, with one of `REFITS`."""
-    options: dict[str, Any] = {} if refit == "none" else {"calibration": batches, "refit": refit}
+    word = refit if isinstance(refit, str) else refit.fits
+    options: dict[str, Any] = {} if word == "none" else {"calibration": batches, "refit": refit}
     hf_attnkit.prune_heads(model, removed, **options)
 
 

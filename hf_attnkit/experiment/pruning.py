@@ -14,7 +14,7 @@ from hf_attnkit.importance import make_score
 from hf_attnkit.pruning.select import GROUPS
 from hf_attnkit.refitting import options as refitting
 
-REFITS = tuple(word for word in refitting.REFITS if word != "full")  # keys stay as they are
+REFITS = tuple(word for word in refitting.REFITS if word not in ("full", "descent"))  # keys stay as they are
 Heads = dict[int, list[int]]  # layer -> heads
 
 

@@ -48,11 +48,10 @@ def prune_heads(
         calibration: batches of model inputs for the refit; no labels, no training.
         refit: what is fitted afterwards, so that the residual stream is after each attention what it is in the
             untouched model: "output" (the output projections; the default where calibration is given), "scale" (one
-            factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline),
-            "descent" (the output projections, then all four projections by gradient descent on what is left) or
+            factor per head, multiplied into the output projection: Kwon et al. 2022, the published baseline) or
             "none"; or `RefitOptions`, which say more. Some sequences are held out: a refit that brings the model's
-            outputs on them further from the untouched model's is not kept, see `last_change`. "full" is
-            not defined here: it fits queries to keys that changed. Where the residual stream cannot be told (something
+            outputs on them further from the untouched model's is not kept, see `last_change`. "full" and "descent" are
+            not defined here: they fit queries to keys that changed. Where the residual stream cannot be told (something
             is done to the attention's output before it is added), the attention's own output is fitted.
         probe: small inputs for `model(**probe)`, under which every attention runs; by default they are made. The
             pruned model is proven on them: its outputs are those of the untouched one with these heads zeroed.
@@ -68,15 +67,10 @@ def prune_heads(
     """
     options = refit_options(refit, default="output", batches=calibration is not None)
     word = options.fits
-    if word == "full":
+    if word in ("full", "descent"):
         raise ValueError(
             f"refit={refit!r} fits queries to keys that a conversion merged; pruning leaves the keys of the heads that "
-            "stay as they are: give refit='output', 'descent' or 'scale'"
-        )
-    if word == "descent" and options.query_steps != RefitOptions.query_steps:
-        raise ValueError(
-            f"query_steps={options.query_steps} has no effect on a pruning, whose descent fits no queries first; leave "
-            "it out"
+            "stay as they are: give refit='output' or 'scale'"
         )
     if word == "none" and calibration is not None:
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")

@@ -20,7 +20,7 @@ from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.without_heads import has_no_heads
 from hf_attnkit.pruning.report import PruningReport
 from hf_attnkit.refitting.options import RefitOptions
-from hf_attnkit.refitting.refit import fitted_by, refit_layers
+from hf_attnkit.refitting.refit import refit_layers
 
 Heads = Mapping[Any, Iterable[int]]
 NONE = RefitOptions("none")
@@ -37,7 +37,7 @@ def prune_discovered(
 
     Args:
         batches: of the refit.
-        refit: of "output", "descent", "scale" or "none".
+        refit: of "output", "scale" or "none".
 
     Raises:
         TypeError, ValueError: as `prune_heads`; the model is then unchanged.
@@ -71,8 +71,8 @@ def prune_discovered(
         if refit.fits != "none":
             layers = discovered_layers(model)
             for layer in layers:
-                for linear in fitted_by(refit.fits, layer):
-                    cut.steps.keep(linear)
+                if layer.output is not None:
+                    cut.steps.keep(layer.output)
             reached = refit_layers(model, layers, cut, batches, refit, stream=True)
     except BaseException:
         cut.undo()

@@ -14,8 +14,7 @@ REFITS = {
     "none": "nothing",
     "output": "the output projections",
     "full": "the query projections, then the output projections",
-    "descent": "queries, keys, values and outputs together, by gradient descent on the layer's error, after what has a "
-    "closed form",
+    "descent": 'as "full", then queries, keys, values and outputs together, by gradient descent on the layer\'s error',
     "scale": "one factor for each head, multiplied into the output projection (Kwon et al. 2022)",
 }
 

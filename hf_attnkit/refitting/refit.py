@@ -74,11 +74,9 @@ def refit_layers(
         layers: of the changed model.
         made: gave every layer's output projection new parameters, and its query projection for "full" and "descent".
         batches: model inputs, at least one; padding is left out. Some of their sequences are held out.
-        key_order: per layer, which key head of the untouched model is where now; "full" needs it, and without it a
-            "descent" fits no queries first. Queries stay in layers of which `can_fit_queries` does not hold, or whose
-            queries prove to be no linear map of the input.
-        stream: fit the residual stream after the attention, and not what the attention alone puts out; not where
-            queries are fitted.
+        key_order: for "full" and "descent": per layer, which key head of the untouched model is where now. Queries stay
+            in layers of which `can_fit_queries` does not hold, or whose queries prove to be no linear map of the input.
+        stream: fit the residual stream after the attention, and not what the attention alone puts out; not for these.
             Where it cannot be told (something is done to the attention's output before it is added), the attention's
             own output is fitted.
 
@@ -94,7 +92,7 @@ def refit_layers(
             f"{layers[0].name}: no matrix product takes its heads' outputs, so there is none to fit; give refit='none'"
         )
     layers = fitted
-    _require_unshared(model, layers, made, options.fits)
+    _require_unshared(model, layers)
     inputs = [to_device(batch, model) for batch in batches]
     aside = set_aside(inputs, options.held_out)
     held_out = [rows_of(batch, rows) for batch, rows in zip(inputs, aside, strict=True) if rows]
@@ -102,11 +100,10 @@ def refit_layers(
         guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
     counted = "uniform" if norms is None else "gradient"
-    descends = options.fits == "descent"
-    full = options.fits == "full" or (descends and key_order is not None)
+    full = options.fits in ("full", "descent")
     assert not full or (key_order is not None and not stream)
     if guard is not None:
-        inner = [each for layer in layers for each in fitted_by(options.fits, layer) if each is not layer.output]
+        inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
         guard.before(layers, inner, alone=options.fits == "full")
     skips = can_skip(model, layers, inputs[0], stream=stream)
     visible = full and not any(layer.refusal for layer in layers)
@@ -136,11 +133,11 @@ def refit_layers(
                 targets = [_seen(walk, layer, stream) for walk in untouched]
         sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
         fit, edit = _fit_output(layer, sums, rest, options, divergences)
-        if descends:
+        if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.
             projections.apply(edit)
-            aims = _aims(layer, folds, changed, targets, inputs, weights, stream)
-            modules = [each for each in fitted_by(options.fits, layer) if made.covers(each)]
+            aims = _aims(layer, folds, changed, targets, inputs, weights)
+            modules = [each for each in _projections(layer) if made.covers(each)]
             fit = replace(fit, descent=descend(model, layer, modules, aims, options.descent_passes))
             edit = projections.present(layer.output)
         found.append(fit)
@@ -172,7 +169,9 @@ def _summed(
     ]
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
         now = _seen(walk, layer, stream)
-        wanted = _wanted(now, target)
+        wanted = target.output
+        if now.stream is not None and target.stream is not None:
+            wanted = wanted + target.stream - now.stream
         real = _real(layer, now.taken, inputs[number])
         numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
         for fold, own in enumerate(sums):
@@ -184,11 +183,10 @@ def _summed(
     return sums[: folds.count], sums[-1] if folds.has_aside else None
 
 
-def fitted_by(fits: str, layer: AttentionLayer) -> list[nn.Linear]:
-    """Which of the layer's projections that are known a refit may change, each once; none for "none"."""
-    inner = {"full": [layer.query], "descent": [layer.query, layer.key, layer.value]}.get(fits, [])
-    fitted = [] if fits == "none" else [*inner, layer.output]
-    return list({id(each): each for each in fitted if each is not None}.values())
+def _projections(layer: AttentionLayer) -> list[nn.Linear]:
+    """The layer's projections that are known, each once."""
+    found = {id(each): each for each in (layer.query, layer.key, layer.value, layer.output) if each is not None}
+    return list(found.values())
 
 
 def _aims(
@@ -198,17 +196,15 @@ def _aims(
     targets: Sequence[Seen],
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
-    stream: bool,
 ) -> list[Aim]:
     """What a descent looks at; sequences set aside count in the choice among its passes alone."""
     aims = []
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
-        wanted = _wanted(_seen(walk, layer, stream), target) if stream else target.output
-        counts = _real(layer, wanted, inputs[number]).float()
+        counts = _real(layer, target.output, inputs[number]).float()
         if weights is not None:
             counts = counts * weights[number].to(counts)
         aside = (folds.of(number, counts.shape, calls=_calls(layer)) == folds.count).to(counts)
-        aims.append(Aim(walk, wanted, counts * (1 - aside), counts * aside))
+        aims.append(Aim(walk, target.output, counts * (1 - aside), counts * aside))
     return aims
 
 
@@ -260,18 +256,17 @@ def _fitted(layer: AttentionLayer, sums: OutputSums, ridge: float, *, scales: bo
     return projections.Edit(linear, *fitted)
 
 
-def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer], made: Made, fits: str) -> None:
-    """Raise `ValueError` for a projection whose parameters another module has too, which would not follow."""
+def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer]) -> None:
+    """Raise `ValueError` for an output projection whose parameters another module has too, which would not follow."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(path)
     for layer in layers:
-        changed = [linear for linear in fitted_by(fits, layer) if made.covers(linear)]
-        for parameter in (each for linear in changed for each in linear.parameters(recurse=False)):
+        for parameter in layer.output.parameters(recurse=False):
             if len(paths := owners[id(parameter)]) > 1:
                 raise ValueError(
-                    f"{layer.name}: a parameter of its projections is shared by {' and '.join(paths)}, and a "
+                    f"{layer.name}: a parameter of its output projection is shared by {' and '.join(paths)}, and a "
                     "refit would give each its own; give refit='none', or give each its own copy first"
                 )
 
@@ -279,13 +274,6 @@ def _require_unshared(model: PreTrainedModel, layers: Sequence[AttentionLayer], 
 def _seen(walk: Walk, layer: AttentionLayer, stream: bool) -> Seen:
     """What the output projection takes and puts out, and the residual stream that this is added to."""
     return walk.seen(layer.index, layer.output, stream=stream)
-
-
-def _wanted(now: Seen, target: Seen) -> Tensor:
-    """What the attention should put out: what the untouched one did, and what the stream below it lacks."""
-    if now.stream is None or target.stream is None:
-        return target.output
-    return target.output + target.stream - now.stream
 
 
 def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:

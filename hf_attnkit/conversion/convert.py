@@ -31,7 +31,7 @@ def convert_to_gqa(
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
     refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
-    grouping: str = "adjacent",
+    grouping: str | None = None,
     budget: float | None = None,
     uniform: bool = True,
 ) -> PreTrainedModel:
@@ -64,7 +64,8 @@ def convert_to_gqa(
             kept, see `last_change`.
         key_method: another method for the keys. Default: `method`; where a norm on the keys forbids "pca" (Qwen3), it
             must be given with `method="pca"`, and is "mean" without `method`.
-        grouping: "adjacent" heads, or "best", those that lose least together.
+        grouping: "adjacent" heads, or "best", those that lose least together. Default: "best" where "pca" merges keys
+            and values with calibration batches and no layer has more than 16 key/value heads, else "adjacent".
         budget: instead of `num_key_value_heads`, the share of the present key/value cache that may stay, in (0, 1).
         uniform: whether a budget gives every layer the same number, which plain Transformers and other runtimes can
             load; else it is spent over the layers where fewer heads would lose most.

@@ -136,15 +136,20 @@ def choose_merging(
     layers: Sequence[AttentionLayer],
     method: str | None,
     key_method: str | None,
-    grouping: str = "adjacent",
+    grouping: str | None = None,
     *,
     calibrated: bool,
+    has_batches: bool = False,
 ) -> Merging:
     """The merging that is asked for, with defaults in place of `None`.
 
     Without `method`: "pca" where there are calibration data, else "mean". The keys are then merged by "mean" where a
     norm follows their projection (Qwen3), or queries are no plain rows, since that forbids "pca", and so are values and
     keys where something is between values and output projection.
+
+    Without `grouping`: "best" where there are batches, keys and values are merged by "pca", which knows what any group
+    loses from one matrix, and no layer has more heads than a search goes through in little time. Else "adjacent", as in
+    checkpoints that are converted shard by shard, which have statistics and no batches.
 
     Raises:
         ValueError: for names that do not exist or do not fit the layers.
@@ -154,6 +159,9 @@ def choose_merging(
     if key_method is None:
         fixed = _normed(layers) is not None or any("query" in layer.problems for layer in layers)
         key_method = "mean" if method is None and fixed else chosen
+    if grouping is None:
+        few = all(layer.num_key_value_heads <= groupings.MOST_HEADS and not layer.permuted_apart for layer in layers)
+        grouping = "best" if has_batches and few and chosen == key_method == "pca" else "adjacent"
     merging = Merging(chosen, key_method, grouping)
     merging.check(layers)
     return merging

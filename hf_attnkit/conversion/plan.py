@@ -111,7 +111,7 @@ def plan_gqa(
     calibration: Iterable[Mapping[str, Any]] | Statistics | None = None,
     refit: str | bool | RefitOptions | None = None,
     key_method: str | None = None,
-    grouping: str = "adjacent",
+    grouping: str | None = None,
     budget: float | None = None,
     uniform: bool = True,
 ) -> GQAPlan:
@@ -159,7 +159,9 @@ def planned(
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     options = refit_options(refit, default="full", batches=has_batches, given=given)
-    merging = choose_merging(layers, method, key_method, grouping, calibrated=calibration is not None)
+    merging = choose_merging(
+        layers, method, key_method, grouping, calibrated=calibration is not None, has_batches=has_batches
+    )
     if budget is not None and num_key_value_heads is not None:
         raise ValueError("give num_key_value_heads or budget, not both")
     if not isinstance(uniform, bool):

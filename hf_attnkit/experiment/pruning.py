@@ -74,9 +74,12 @@ class SelectionArguments:
         return hf_attnkit.rearrange_heads(gradients, removed, model=model)
 
 
-def prune(model: PreTrainedModel, removed: Heads, refit: str, batches: Iterable[Mapping[str, Any]]) -> None:
+def prune(
+    model: PreTrainedModel, removed: Heads, refit: str | refitting.RefitOptions, batches: Iterable[Mapping[str, Any]]
+) -> None:
     """Remove heads, with one of `REFITS`."""
-    options: dict[str, Any] = {} if refit == "none" else {"calibration": batches, "refit": refit}
+    word = refit if isinstance(refit, str) else refit.fits
+    options: dict[str, Any] = {} if word == "none" else {"calibration": batches, "refit": refit}
     hf_attnkit.prune_heads(model, removed, **options)
 
 

@@ -255,6 +255,8 @@ def test_heads_keep_their_order_where_something_else_has_one_for_each() -> None:
     model = lively("gpt_oss")
     with unchanged(model), pytest.raises(ValueError, match="grouping='best' puts heads in another order, which sinks"):
         convert_to_gqa(model, 1, grouping="best")
+    ids = torch.arange(60).view(3, 20)
+    assert plan_gqa(model, 1, method="pca", calibration=[{"input_ids": ids}]).grouping == "adjacent"
 
 
 def test_a_gate_of_each_component_forbids_another_basis_of_values() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import batch, build, outputs
+from torch import Tensor
 
 from hf_attnkit import plan_gqa
 from hf_attnkit.conversion import budget, grouping
+from hf_attnkit.conversion.statistics import collect
 from hf_attnkit.models.layers import projected_layers
 
 
@@ -68,6 +71,30 @@ def test_many_heads_in_pairs_are_grouped_by_swaps() -> None:
     """32 heads have more sets of heads than can be gone through, though few pairs."""
     found = grouping.best(32, 16, lambda pair: abs((pair[1] - pair[0]) % 32 - 16))
     assert found == [(head, head + 16) for head in range(16)]
+
+
+def several(model: Any) -> list[dict[str, Tensor]]:
+    return [batch(model, seed=seed) for seed in range(3)]
+
+
+def test_the_default_grouping() -> None:
+    """The best where batches are given and pca merges keys and values; else adjacent, as converted checkpoints are."""
+    model = build("llama", kv_heads=4)
+    batches = several(model)
+    statistics = collect(model, projected_layers(model), batches)
+    for expected, options in {
+        "best": [{"calibration": batches}, {"calibration": batches, "refit": "none"}],
+        "adjacent": [
+            {}, {"calibration": statistics}, {"calibration": batches, "method": "mean"}, {"method": "pca"},
+            {"calibration": batches, "key_method": "mean", "method": "pca"},
+            {"calibration": batches, "grouping": "adjacent"},
+        ],
+    }.items():  # fmt: skip
+        assert {plan_gqa(model, 2, **each).grouping for each in options} == {expected}
+    own = build("qwen3", kv_heads=4)  # keys are merged by the mean
+    assert plan_gqa(own, 2, calibration=several(own)).grouping == "adjacent"
+    many = build("llama", heads=32, kv_heads=32)
+    assert plan_gqa(many, 8, calibration=several(many), refit="none").grouping == "adjacent"
 
 
 @settings(max_examples=40, deadline=None)

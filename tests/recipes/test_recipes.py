@@ -208,7 +208,20 @@ def test_a_budget_spent_over_the_layers_is_compared(
 
 
 @pytest.mark.parametrize(
-    "variant", ["pca+dat", "best", "mean+data", "pca+refit", "pca+data+output+refit", "pca+data+data", ""]
+    "variant",
+    [
+        "pca+dat",
+        "best",
+        "mean+data",
+        "pca+refit",
+        "pca+data+output+refit",
+        "pca+data+data",
+        "",
+        "mean+refit:ridge=x",
+        "mean+refit:ridg=1",
+        "mean+output:query_steps=2",
+        "mean+refit+best:ridge=1",
+    ],
 )
 def test_unknown_variants_are_refused(variant: str) -> None:
     with pytest.raises(ValueError, match="--variants"):

@@ -240,6 +240,9 @@ def test_unknown_variants_are_refused(variant: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"prune_fractions": [0.5, 1.0]}, "prune_fractions 1.0"), ({"refits": ["both"]}, "refits 'both'"),
+     ({"refits": ["output:rigde=1"]}, "option 'rigde' must be one of ridge, "),
+     ({"refits": ["full"]}, "must be one of none"), ({"refits": ["output:"]}, "options may follow"),
+     ({"refits": ["output:ridge=-1"]}, "ridge=-1"),
      ({"variants": ["random", "random"]}, "more than once"), ({"score_samples": 0}, "score_samples 0"),
      ({"refits": ["none"], "refit_samples": 8}, "no effect with --refits none")],
 )  # fmt: skip

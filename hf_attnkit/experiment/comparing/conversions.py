@@ -18,8 +18,10 @@ from hf_attnkit.conversion.target_heads import target_heads
 from hf_attnkit.experiment.comparing.distance import Distance
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.record import Change
+from hf_attnkit.experiment.refits import parse_refit
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.models.layers import projected_layers
+from hf_attnkit.refitting.options import RefitOptions
 
 EXTRAS = ("data", "output", "refit", "descent", "best", "spent")
 REFITS = {"output": "output", "refit": "full", "descent": "descent"}
@@ -41,13 +43,14 @@ class ComparisonArguments:
         metadata={
             "help": "A method, then what is added: data (second moments of calibration data), output (refit of the "
             "output projections), refit (of queries and outputs), descent (a refit too, of all four projections), best "
-            "(grouping), spent (the same cache, spent over the layers)."
+            "(grouping), spent (the same cache, spent over the layers). A refit's options may follow it "
+            "(refit:ridge=0.1,held_out=0)."
         },
     )
 
     def __post_init__(self) -> None:
         for variant in self.variants:
-            method, *extras = variant.split("+")
+            method, *extras = (part.partition(":")[0] for part in variant.split("+"))
             known = method in METHODS and set(extras) <= set(EXTRAS) and len(set(extras)) == len(extras)
             if not known or len(set(REFITS) & set(extras)) > 1:
                 raise ValueError(
@@ -61,6 +64,19 @@ class ComparisonArguments:
                     f"--variants {variant!r}: +data goes with pca, which looks at the data that it is refitted on, and "
                     "with no other method"
                 )
+            refit_of(variant)
+
+
+def refit_of(variant: str) -> RefitOptions | None:
+    """The refit that a variant asks for, if any; raises `ValueError` for options that it does not have."""
+    found = None
+    for part in variant.split("+"):
+        word, colon, options = part.partition(":")
+        if word in REFITS:
+            found = parse_refit(f"{REFITS[word]}{colon}{options}", f"--variants {variant!r}:")
+        elif colon:
+            raise ValueError(f"--variants {variant!r}: {word!r} has no options; leave {colon}{options} out")
+    return found
 
 
 def compare(
@@ -89,8 +105,8 @@ def compare(
                 options |= {"num_key_value_heads": None, "budget": share, "uniform": False}
             else:
                 options |= {"num_key_value_heads": number}
-            if refits := set(REFITS) & set(extras):
-                options |= {"calibration": batches, "refit": REFITS[refits.pop()]}
+            if (refit := refit_of(variant)) is not None:
+                options |= {"calibration": batches, "refit": refit}
             elif "data" in extras:
                 options |= {"calibration": moments, "refit": False}
             hf_attnkit.convert_to_gqa(run.model, **options)

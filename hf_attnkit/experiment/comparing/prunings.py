@@ -16,6 +16,7 @@ from hf_attnkit.experiment.comparing.distance import Distance
 from hf_attnkit.experiment.files import show, write_json
 from hf_attnkit.experiment.pruning import REFITS, Scoring, SelectionArguments, parse_options, prune
 from hf_attnkit.experiment.record import Change
+from hf_attnkit.experiment.refits import parse_refit
 from hf_attnkit.experiment.run import Run
 
 VARIANTS = [
@@ -40,7 +41,10 @@ class PruningComparisonArguments(SelectionArguments):
         },
     )
     refits: list[str] = field(
-        default_factory=lambda: ["none", "output"], metadata={"help": f"Refits after the pruning: {', '.join(REFITS)}."}
+        default_factory=lambda: ["none", "output"],
+        metadata={
+            "help": f"Refits after the pruning: {', '.join(REFITS)}; options may follow (output:ridge=0.1,held_out=0)."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -51,9 +55,7 @@ class PruningComparisonArguments(SelectionArguments):
         for fraction in self.prune_fractions:
             if not 0 < fraction < 1:
                 raise ValueError(f"--prune_fractions {fraction} must be above 0 and below 1")
-        for refit in self.refits:
-            if refit not in REFITS:
-                raise ValueError(f"--refits {refit!r} must be one of {', '.join(REFITS)}")
+        self.fits = {refit: parse_refit(refit, "--refits", REFITS) for refit in self.refits}
         self.scorings = {variant: parse_variant(variant) for variant in self.variants}
 
     def check_sizes(self, score: str, refit: str) -> None:
@@ -116,7 +118,7 @@ def compare(
     for (variant, fraction), removed in chosen.items():
         for refit in arguments.refits:
             run.model = copy.deepcopy(original)
-            prune(run.model, removed, refit, refit_batches)
+            prune(run.model, removed, arguments.fits[refit], refit_batches)
             facts = {"variant": variant, "prune_fraction": fraction, "refit": refit}
             measured = {} if distance is None else distance.facts(run.model)
             run.evaluate("changed", **facts, removed=removed, **measured)

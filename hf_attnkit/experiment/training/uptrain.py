@@ -34,8 +34,12 @@ class ConversionArguments(ChangeArguments):
     key_method: str | None = field(
         default=None, metadata={"help": "Another method for the keys.", "choices": list(METHODS)}
     )
-    grouping: str = field(
-        default="adjacent", metadata={"help": "Which heads are merged together.", "choices": list(GROUPINGS)}
+    grouping: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which heads are merged together; default: best for pca with calibration, else adjacent.",
+            "choices": list(GROUPINGS),
+        },
     )
     refit: str | None = field(
         default=None,
@@ -92,7 +96,7 @@ def check(conversion: ConversionArguments, run: Run, calibration_size: int) -> t
     """
     layers, calibrated = projected_layers(run.model), calibration_size > 0
     [number, *_] = target_heads(layers, conversion.num_key_value_heads)
-    merging = choose_merging(layers, **conversion.names(), calibrated=calibrated)
+    merging = choose_merging(layers, **conversion.names(), calibrated=calibrated, has_batches=calibrated)
     refit = refit_options(conversion.refit, default="full", batches=calibrated).fits
     names = {"method": merging.method, "key_method": merging.key_method, "grouping": merging.grouping, "refit": refit}
     return number, names

@@ -3,7 +3,8 @@
 By perplexity, and by whether something random that was hidden in a long text is found again:
 
     python recipes/compare/long_context_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \\
-        --block_size 3072 --windows 256 --shares 0.25 0.5 0.67 0.8 --find passkey --output_dir outputs/smollm2-heads
+        --block_size 3072 --windows 256 --shares 0.25 0.5 0.67 0.8 --find passkey --find_lengths 1024 \\
+        --output_dir outputs/smollm2-streaming
 
 Of the key/value heads a share streams: those with the least reach, or random ones. Next to them a window for all heads
 whose cache is as large. Scores and refit look at training text only. Writes results.json; saves no model.

@@ -53,8 +53,8 @@ def reason_against(model: PreTrainedModel, numbers: Iterable[int] | None = None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     if found == [heads]:
         return None
-    numbers = ", ".join(map(str, found))
+    listed = ", ".join(map(str, found))
     return (
-        f"its layers have {numbers} key/value heads, and the paged cache takes {heads} for all of them from the "
+        f"its layers have {listed} key/value heads, and the paged cache takes {heads} for all of them from the "
         "config; use generate(), or give all layers the same number that the config can say"
     )

@@ -148,7 +148,7 @@ def planned(
     calibration: Iterable[Mapping[str, Any]] | Statistics | None,
     refit: str | bool | RefitOptions | None,
     key_method: str | None,
-    grouping: str,
+    grouping: str | None,
     budget: float | None,
     uniform: bool,
 ) -> GQAPlan:
@@ -225,8 +225,9 @@ def _merged(
 ) -> tuple[LayerMerge, LayerPlan]:
     """A layer's merge into this number of heads; in a function of its own, since its heads in float64 are large."""
     present = statistics.with_others(layer.index, heads.read(layer))
-    groups = tuple(tuple(group) for group in merging.groups(present, number, moment))
-    merged = merging.merge(present, groups, moment)
+    grouping = merging.groups(present, number, moment)
+    groups = tuple(tuple(group) for group in grouping)
+    merged = merging.merge(present, grouping, moment)
     losses = merged.key_loss, merged.value_loss
     plan = LayerPlan(layer.index, layer.num_heads, number, layer.head_dim, groups, *losses)
     return _merge(layer, merged, merging, groups), plan

@@ -141,11 +141,16 @@ def test_documented_options_are_those_of_the_kinds() -> None:
     expected = {}
     for name, kind in KINDS.items():
         shown = [
-            f"`{field.name}`" if field.default is MISSING else f"`{field.name}={json.dumps(field.default)}`"
+            f"`{field.name}`" if field.default is MISSING else f"`{field.name}={python(field.default)}`"
             for field in fields(kind)
         ]
-        expected[name] = ", ".join(shown).replace("null", "None")
+        expected[name] = ", ".join(shown)
     assert documented == expected
+
+
+def python(value: object) -> str:
+    """As Python writes it, with double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 @pytest.mark.slow

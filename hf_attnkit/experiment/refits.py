@@ -28,4 +28,7 @@ def parse_refit(text: str, flag: str, words: Iterable[str] = tuple(REFITS)) -> R
     names = [field.name for field in fields(RefitOptions)][1:]
     if unknown := [name for name in given if name not in names]:
         raise ValueError(f"{flag} {text!r}: option {unknown[0]!r} must be one of {', '.join(names)}")
-    return RefitOptions(word, **given)
+    try:
+        return RefitOptions(word, **given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{flag} {text!r}: {error}") from error

@@ -78,8 +78,9 @@ def test_divergences_are_those_of_the_attention_weights() -> None:
     original = build("llama").double()
     # Without padding, whose rows eager attention in float64 makes NaN.
     batches = [batch(original, (13, 13, 13), seed=seed) for seed in range(8)]
-    merged = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit="none")
-    fitted = convert_to_gqa(copy.deepcopy(original), 2, method="pca", calibration=batches, refit=plain("full"))
+    options = {"method": "pca", "grouping": "adjacent", "calibration": batches}  # heads stay where they are
+    merged = convert_to_gqa(copy.deepcopy(original), 2, **options, refit="none")
+    fitted = convert_to_gqa(copy.deepcopy(original), 2, **options, refit=plain("full"))
     for layer in last_change(fitted).refit.layers:
         before = divergence(with_module(fitted, layer.index, "query", merged), original, layer.index, batches)
         after = divergence(fitted, original, layer.index, batches)

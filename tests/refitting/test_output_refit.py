@@ -30,7 +30,8 @@ def test_refit_by_definition(family: str, method: str) -> None:
     batches = batches_of(original, 12)
     statistics = collect(original, projected_layers(original), batches) if method == "pca" else None
     merged = plan_gqa(copy.deepcopy(original), 2, method=method, calibration=statistics).apply()
-    model = convert_to_gqa(copy.deepcopy(original), 2, method=method, calibration=iter(batches), refit=plain("full"))
+    options = {"method": method, "grouping": "adjacent", "refit": plain("full")}  # as with statistics
+    model = convert_to_gqa(copy.deepcopy(original), 2, calibration=iter(batches), **options)
     for layer, old, before in zip(*map(projected_layers, (model, original, merged)), strict=True):
         seen: dict[str, list[Tensor]] = {"a": [], "y": []}
         layer.output.register_forward_hook(lambda _, args, out, s=seen["a"]: s.append(args[0].detach()))

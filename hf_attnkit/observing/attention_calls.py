@@ -47,6 +47,30 @@ def visible_attention(
     require_visible(model, layers if only is None else only)
     layers = [layer for layer in layers if not layer.is_opaque]
     stock = [layer for layer in layers if not hasattr(layer.module, ATTRIBUTE)]
+    with shown(model, stock):
+        if stock:
+            _require_running(model)
+        yield
+
+
+def require_shown(model: PreTrainedModel) -> list[AttentionLayer]:
+    """What `shown` takes, of a model that `visible_attention` does not refuse.
+
+    Raises:
+        TypeError, ValueError: as `visible_attention`.
+    """
+    with visible_attention(model):
+        pass
+    return [layer for layer in attention_layers(model) if not hasattr(layer.module, ATTRIBUTE)]
+
+
+@contextmanager
+def shown(model: PreTrainedModel, stock: Sequence[AttentionLayer]) -> Iterator[None]:
+    """As `visible_attention`, of a model that is known to run so: it is not looked at again, which takes a run.
+
+    Args:
+        stock: all layers that run Transformers' own attention, of this model in whatever state.
+    """
     if not stock:
         yield
         return
@@ -63,7 +87,6 @@ def visible_attention(
             if (config := getattr(layer.module, "config", None)) is not None:
                 # Transformers sets it only for classes whose source has a word that it looks for.
                 config._attn_implementation_internal = NAME
-        _require_running(model)
         yield
     finally:
         for config, running in before:

@@ -15,7 +15,7 @@ from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer, weight_of
-from hf_attnkit.observing.attention_calls import has_softmax, visible_attention
+from hf_attnkit.observing.attention_calls import has_softmax, shown
 from hf_attnkit.observing.batches import real_mask
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.attention_match import Batch, fit_queries
@@ -70,8 +70,14 @@ class NotLinearError(RuntimeError):
 
 
 @contextmanager
-def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Callable[[Walk], Attended]]:
-    """A function that runs a batch as far as this layer and returns the layer's attention call; for the block only."""
+def attention_at(
+    model: PreTrainedModel, layer: AttentionLayer, stock: Sequence[AttentionLayer]
+) -> Iterator[Callable[[Walk], Attended]]:
+    """A function that runs a batch as far as this layer and returns the layer's attention call; for the block only.
+
+    Args:
+        stock: of the model, as of `require_shown`.
+    """
     calls: list[tuple[Tensor, Tensor, Mask, float]] = []
 
     def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> None:
@@ -88,7 +94,7 @@ def attention_at(model: PreTrainedModel, layer: AttentionLayer) -> Iterator[Call
         output = walk.seen(layer.index, layer.output).output
         return Attended(*calls[0], output)
 
-    with visible_attention(model), observe(note):
+    with shown(model, stock), observe(note):
         yield run
 
 
@@ -111,11 +117,16 @@ class Watched:
 
 
 def fit_layer_queries(
-    model: PreTrainedModel, layer: AttentionLayer, batches: Sequence[Watched], steps: int
+    model: PreTrainedModel,
+    layer: AttentionLayer,
+    stock: Sequence[AttentionLayer],
+    batches: Sequence[Watched],
+    steps: int,
 ) -> tuple[float, float]:
     """Change the layer's query projection so that it attends as the untouched model's calls do.
 
     Args:
+        stock: as `attention_at`.
         steps: as `fit_queries`.
 
     Returns:
@@ -131,7 +142,7 @@ def fit_layer_queries(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     stacked = weight[rows] if bias is None else torch.cat([weight[rows], bias[rows, None]], dim=1)
     present = stacked.to(dtype).unflatten(0, (-1, layer.head_dim))
-    with attention_at(model, layer) as run:
+    with attention_at(model, layer, stock) as run:
         made = [_batch(layer, run, each, present) for each in batches]
     fitted, before, after = fit_queries(present, made, steps)
     if not (fitted.isfinite().all() and before.isfinite().all()):

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
 from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
+from hf_attnkit.observing.attention_calls import require_shown
 from hf_attnkit.observing.batches import real_mask, to_device
 from hf_attnkit.observing.rows import rows_of, set_aside
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
@@ -106,7 +107,14 @@ def refit_layers(
         inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
         guard.before(layers, inner, alone=options.fits == "full")
     skips = can_skip(model, layers, inputs[0], stream=stream)
-    visible = full and not any(layer.refusal for layer in layers)
+    queried: set[int] = set()
+    stock: list[AttentionLayer] = []
+    if full and not any(layer.refusal for layer in layers):
+        queried = {layer.index for layer in layers if can_fit_queries(layer)}
+    if queried:
+        stock = require_shown(model)
+        with made.undone():
+            require_shown(model)
     untouched, changed = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(2))
     found: list[RefittedLayer] = []
     without: list[projections.Edit] = []
@@ -118,15 +126,15 @@ def refit_layers(
         kinds, extra = 1 if weights is None else 2, 1 if held_out else 0
         count = 1 if options.ridge is not None else num_folds(layer.output, kinds, aside=extra)
         folds = Folds(inputs, count, aside)
-        if key_order is not None and visible and can_fit_queries(layer):
+        if key_order is not None and layer.index in queried:
             assert made.covers(layer.query), layer.name
-            with made.undone(), attention_at(model, layer) as run:
+            with made.undone(), attention_at(model, layer, stock) as run:
                 calls = [run(walk).in_order(key_order[layer.index]) for walk in untouched]
             counts = [None] * len(calls) if weights is None else weights
             apart = [folds.is_aside(number, call.output.shape[:-1]) for number, call in enumerate(calls)]
             watched = [Watched(*each) for each in zip(changed, inputs, calls, counts, apart, strict=True)]
             with suppress(NotLinearError):  # the queries stay
-                divergences = fit_layer_queries(model, layer, watched, options.query_steps)
+                divergences = fit_layer_queries(model, layer, stock, watched, options.query_steps)
             targets = [Seen(call.output, call.output) for call in calls]
         else:
             with made.undone():

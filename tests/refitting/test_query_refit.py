@@ -17,6 +17,7 @@ from hf_attnkit import convert_to_gqa, plan_gqa, swap_attention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.models.layers import projected_layers
 from hf_attnkit.models.rotary_pairs import Rope
+from hf_attnkit.observing.attention_calls import require_shown
 from hf_attnkit.observing.walk import Walk
 from hf_attnkit.refitting.attention_match import Batch, curvature_along, fit_queries, mean_divergence, target
 from hf_attnkit.refitting.options import RefitOptions
@@ -155,7 +156,7 @@ def test_refit_brings_every_layer_nearer_to_the_untouched_attention(family: str)
     totals = []
     for model, layer in zip((original, merged, fitted), layers, strict=True):
         found = []
-        with attention_at(model, layer) as run:
+        with attention_at(model, layer, require_shown(model)) as run:
             for inputs in batches:
                 call = run(Walk(model, inputs))
                 key = call.key.repeat_interleave(layer.group_size, dim=1)

@@ -10,26 +10,13 @@ same model after a change, such as the --output_dir of a recipe. What is on the 
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from hf_attnkit import attention_view, head_importance, load_pretrained
-
-
-def read_texts(path: Path, number: int) -> list[str]:
-    """The file's first texts, empty lines left out.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    with open(path, encoding="utf-8") as lines:
-        texts = list(itertools.islice((line.strip() for line in lines if line.strip()), number))
-    if not texts:
-        raise ValueError(f"--text_file {path} holds no text")
-    return texts
+from hf_attnkit.experiment.files import read_texts
 
 
 def text_inputs(model: str, texts: list[str], target: str | None, max_length: int) -> tuple[Any, dict[str, Any]]:

@@ -9,7 +9,6 @@ MODEL is a folder or a name on the hub; one text per line. Writes head_statistic
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from hf_attnkit import head_statistics, load_pretrained
-from hf_attnkit.experiment.files import write_json
+from hf_attnkit.experiment.files import read_texts, write_json
 from hf_attnkit.experiment.report.statistics_picture import draw_statistics
-
-
-def read_texts(path: Path, number: int) -> list[str]:
-    """The file's first texts, empty lines left out.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    with open(path, encoding="utf-8") as lines:
-        texts = list(itertools.islice((line.strip() for line in lines if line.strip()), number))
-    if not texts:
-        raise ValueError(f"--text_file {path} holds no text")
-    return texts
 
 
 def batches(tokenizer: Any, texts: list[str], max_length: int, batch_size: int) -> Iterator[dict[str, Any]]:

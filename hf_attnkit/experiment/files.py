@@ -1,7 +1,8 @@
-"""How recipes leave results: a file written in one step, a table printed in full."""
+"""Files of recipes: texts read, results written in one step, a table printed in full."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -28,3 +29,16 @@ def show(table: Table) -> None:
     """Print a table in full also where the output is no terminal (rich then assumes 80 columns)."""
     console = Console()
     Console(width=max(console.width, 120)).print(table)
+
+
+def read_texts(path: Path, number: int) -> list[str]:
+    """The file's first texts, empty lines left out.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    with open(path, encoding="utf-8") as lines:
+        texts = list(itertools.islice((line.strip() for line in lines if line.strip()), number))
+    if not texts:
+        raise ValueError(f"--text_file {path} holds no text")
+    return texts

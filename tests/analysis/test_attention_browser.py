@@ -277,6 +277,7 @@ def test_every_view_fits_every_width_and_scheme(browser: Browser, page: tuple[Pa
     assert seen[False] != seen[True] and len(shots) == 4
     browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert not browser.one("#tabs").is_displayed()
+    assert browser.driver.execute_script(background) == "rgb(255, 255, 255)"  # of a dark screen too
     assert not browser.errors()
 
 

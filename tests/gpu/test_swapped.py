@@ -112,7 +112,9 @@ def test_packed_rows(name: str) -> None:
     position = torch.tensor([[*range(9), *range(21)], [*range(25), *range(5)]])
     want = swapped(model, name, **MATRIX[name].options)(ids, position_ids=position, use_cache=False).logits
     moved = swapped(there(model), name, **MATRIX[name].options)
-    torch.testing.assert_close(back(moved(there(ids), position_ids=there(position), use_cache=False).logits), want, **CLOSE)
+    torch.testing.assert_close(
+        back(moved(there(ids), position_ids=there(position), use_cache=False).logits), want, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("name", ["flash, window", "local_global, random blocks", "linear, hedgehog"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_attnkit import convert_to_gqa, prune_heads, swap_attention
 from hf_attnkit.editing import proof
-from hf_attnkit.refitting import outputs
+from hf_attnkit.refitting import refit
 
 pytestmark = needs_gpu
 
@@ -103,7 +103,7 @@ def test_after_an_error_the_model_is_bit_for_bit_as_it_was(family: str, monkeypa
     with unchanged(moved), pytest.raises(ValueError, match="is wrong"):
         prune_heads(moved, HEADS[family], calibration=data, refit="output")
     monkeypatch.undo()
-    monkeypatch.setattr(outputs, "solve", broken)
+    monkeypatch.setattr(refit, "solve", broken)
     for change in ("pruned, refitted", "pca, output", "window, refitted"):
         with unchanged(moved), pytest.raises(RuntimeError, match="broken"):
             CHANGES[change](moved, family, data)

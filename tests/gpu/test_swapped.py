@@ -22,7 +22,7 @@ from hf_attnkit import swap_attention
 pytestmark = needs_gpu
 
 ON_BOTH = [(name, family) for name, family in WITH_FAMILY if family != "mistral"]
-# The models' own cosines are of float32 angles on both devices, norms are in float32 too; a wrong key moves logits by 1.
+# The models' own cosines and norms are in float32 on both devices; a wrong key moves logits by 1.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 CACHED: dict[str, tuple[str, dict[str, Any]]] = {
     "flash": ("flash", {}),

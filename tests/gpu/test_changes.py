@@ -103,7 +103,7 @@ def test_after_an_error_the_model_is_bit_for_bit_as_it_was(family: str, monkeypa
     with unchanged(moved), pytest.raises(ValueError, match="is wrong"):
         prune_heads(moved, HEADS[family], calibration=data, refit="output")
     monkeypatch.undo()
-    monkeypatch.setattr(refit, "solve", broken)
+    monkeypatch.setattr(refit, "OutputSums", broken)
     for change in ("pruned, refitted", "pca, output", "window, refitted"):
         with unchanged(moved), pytest.raises(RuntimeError, match="broken"):
             CHANGES[change](moved, family, data)

@@ -50,7 +50,7 @@ def offloaded(folder: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_offloaded_layers_are_swapped_and_scored(tmp_path: Path) -> None:
+def test_offloaded_layers_are_swapped(tmp_path: Path) -> None:
     stock = build("llama", "causal", 8, 4)
     stock.save_pretrained(tmp_path)
     inputs = batch(stock)
@@ -60,13 +60,13 @@ def test_offloaded_layers_are_swapped_and_scored(tmp_path: Path) -> None:
     real = inputs["attention_mask"].bool()
     found = model(**there(inputs)).logits.cpu()
     torch.testing.assert_close(found[real], want[real], rtol=1e-4, atol=1e-3)
-    scores = head_importance(offloaded(tmp_path), [inputs], method="contribution")
-    torch.testing.assert_close(scores, head_importance(stock, [inputs], method="contribution"), rtol=1e-3, atol=1e-3)
 
 
-def test_offloaded_heads_are_not_cut(tmp_path: Path) -> None:
+def test_offloaded_heads_are_neither_cut_nor_scored(tmp_path: Path) -> None:
     build("llama", "causal", 8, 4).save_pretrained(tmp_path)
+    inputs = {"input_ids": torch.arange(3, 9)[None]}
     for change in (
+        lambda model: head_importance(model, [inputs]),
         lambda model: prune_heads(model, {0: [0, 1]}),
         lambda model: convert_to_gqa(model, 2, method="mean"),
     ):

@@ -27,14 +27,14 @@ pytestmark = [needs_gpu, pytest.mark.slow]
 RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "finetune": (finetune_glue, ()),
     "finetune, compiled": (finetune_glue, ("--torch_compile", "true", "--max_steps", "2")),
-    "prune": (prune_heads_glue, ("--prune_fraction", "0.5", "--refit", "output", "--calibration_samples", "32")),
+    "prune": (prune_heads_glue, ("--prune_fraction", "0.5", "--refit", "output", "--score_samples", "32")),
     "uptrain": (uptrain_gqa_glue, CONVERTED),
     "uptrain, distilled, adapters": (uptrain_gqa_glue, (*CONVERTED, "--distill", "--lora", "--lora_r", "4")),
     "swap": (swap_attention_glue, ("--attention", "sliding_window", "--attention_options", "window=4")),
     "swap to linear": (swap_attention_glue, ("--attention", "linear", "--attention_options", "window=4")),
     "compare prunings": (
         pruning_glue,
-        ("--do_eval", "--prune_fractions", "0.5", "--variants", "random", "entropy", "gradient+refit",
+        ("--do_eval", "--prune_fractions", "0.5", "--variants", "random", "entropy", "gradient", "--refit", "output",
          "--score_samples", "32"),
     ),
     "compare conversions": (

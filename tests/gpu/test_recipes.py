@@ -34,7 +34,7 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "swap to linear": (swap_attention_glue, ("--attention", "linear", "--attention_options", "window=4")),
     "compare prunings": (
         pruning_glue,
-        ("--do_eval", "--prune_fractions", "0.5", "--variants", "random", "entropy", "gradient", "--refit", "output",
+        ("--do_eval", "--prune_fractions", "0.5", "--variants", "random", "entropy", "gradient", "--refits", "output",
          "--score_samples", "32"),
     ),
     "compare conversions": (

@@ -35,17 +35,26 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens; by default 512 to 32768, on a CPU to 2048")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="by default bfloat16 and float32, on a CPU float32")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), help="by default bfloat16 and float32, on a CPU float32"
+    )
     parser.add_argument("--batch_size", type=int, default=2, help="sequences; the first is never padded")
     parser.add_argument("--heads", type=int, default=16 if on_gpu else 8, help="query heads")
     parser.add_argument("--kv_heads", type=int, default=4 if on_gpu else 2, help="key/value heads")
     parser.add_argument("--head_dim", type=int, default=128 if on_gpu else 64)
     parser.add_argument("--window", type=int, default=256, help="keys in a window, the query's own included")
     parser.add_argument("--repeats", type=int, default=7, help="counted rounds")
-    parser.add_argument("--max_quadratic", type=int, default=8192, help="longest length of what forms a matrix of floats")
+    parser.add_argument(
+        "--max_quadratic", type=int, default=8192, help="longest length of what forms a matrix of floats"
+    )
     parser.add_argument("--max_seconds", type=float, default=600, help="after which no further case is begun")
-    parser.add_argument("--flex_lengths", type=int, nargs="*", default=[512, 640, 1000, 2048, 3000] if on_gpu else [],
-                        help="lengths of the comparison of compiled FlexAttention, in this order; none to leave it out")
+    parser.add_argument(
+        "--flex_lengths",
+        type=int,
+        nargs="*",
+        default=[512, 640, 1000, 2048, 3000] if on_gpu else [],
+        help="lengths of the comparison of compiled FlexAttention, in this order; none to leave it out",
+    )
     parser.add_argument("--device", help="cpu or cuda; cuda if there is one")
     options = parser.parse_args()
     stop = time.perf_counter() + options.max_seconds
@@ -53,7 +62,10 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     options.lengths = options.lengths or ([512, 2048, 8192, 32768] if on_gpu else [512, 2048])
     options.dtypes = options.dtypes or (["bfloat16", "float32"] if on_gpu else ["float32"])
-    if min(options.batch_size, options.repeats, options.window, *options.lengths) < 1 or options.heads % options.kv_heads:
+    if (
+        min(options.batch_size, options.repeats, options.window, *options.lengths) < 1
+        or options.heads % options.kv_heads
+    ):
         parser.error("sizes must be at least 1, and --kv_heads must divide --heads")
     sizes = Sizes(options.batch_size, options.heads, options.kv_heads, options.head_dim, options.window, device)
     results = surroundings(device) | {"arguments": vars(options) | {"output_dir": str(options.output_dir)}}

@@ -240,7 +240,7 @@ def _flex_blocks(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> 
 
     def visible_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = q + offset - k
-        seen = distance > -kv_length
+        seen = k >= 0
         if causal:
             seen = seen & (distance >= 0)
         if window is not None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import backends
@@ -126,7 +128,11 @@ def problems(
 
 def obstacle(backend: str, problem: Problem, inputs: Sequence[Tensor], mask: Mask, max_quadratic: int) -> str | None:
     """Why a backend is not measured there, or `None`."""
-    if problem.length > max_quadratic and (backend == "packed" or problem.case == "bias") and mask.query_position.shape[1] > 1:
+    if (
+        problem.length > max_quadratic
+        and (backend == "packed" or problem.case == "bias")
+        and mask.query_position.shape[1] > 1
+    ):
         return f"memory is quadratic: only up to --max_quadratic {max_quadratic}"
     with torch.set_grad_enabled(problem.part == "backward"):
         return backends.refusal(backend, inputs[0], inputs[1], mask, window=problem.window)
@@ -163,6 +169,7 @@ def measure(
                 )
 
             step(f"{problem.label}, {backend}")
+            torch._dynamo.reset()
             call = make_call(problem, inputs, attend)
             seconds, reason = first_call(call, problem.sizes.device)
             if reason is None:
@@ -187,10 +194,11 @@ def measure(
 
 
 def first_call(call: Call, device: torch.device) -> tuple[float, str | None]:
-    """Its seconds, and why it does not run, or `None`."""
+    """Its seconds, nothing compiled before, and why it does not run, or `None`."""
     start = time.perf_counter()
     try:
-        call()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:  # whatever a compiler or an allocator reports; shown with the results

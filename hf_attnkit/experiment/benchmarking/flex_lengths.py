@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import backends
+from hf_attnkit.attention.mask import Mask
 from hf_attnkit.experiment.benchmarking.backends import Problem, Sizes, first_call, make_call
 from hf_attnkit.experiment.benchmarking.measure import Call, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.tables import Grid
@@ -18,7 +19,12 @@ WAYS = {"each length": False, "all lengths": True}
 
 
 def compare(
-    lengths: Sequence[int], dtype: torch.dtype, part: str, sizes: Sizes, repeats: int, stop: float,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    part: str,
+    sizes: Sizes,
+    repeats: int,
+    stop: float,
     step: Callable[[str], object] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """A record for each length and way, in the order given: a length's first call follows those before it.
@@ -28,6 +34,7 @@ def compare(
     """  # fmt: skip
     from torch.nn.attention.flex_attention import flex_attention
 
+    torch._dynamo.reset()
     compiled = {way: torch.compile(flex_attention, dynamic=dynamic) for way, dynamic in WAYS.items()}
     found = []
     for length in lengths:
@@ -44,7 +51,9 @@ def compare(
         for way, function in compiled.items():
             step(f"FlexAttention, {length:,} tokens, compiled for {way}")
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, function: Any = function) -> Tensor:
+            def attend(
+                query: Tensor, key: Tensor, value: Tensor, function: Any = function, mask: Mask = mask
+            ) -> Tensor:
                 blocks = backends._flex_blocks(query, key, mask, None)
                 output: Tensor = function(
                     query, key, value, block_mask=blocks, scale=sizes.head_dim**-0.5,

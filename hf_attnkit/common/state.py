@@ -74,7 +74,7 @@ def full_precision() -> Iterator[None]:
     No TF32 (eps 1e-3) or bfloat16 inside of float32, and no sums in 16 bits: bounds that follow from the dtype hold.
     Convolutions are left alone.
     """
-    own, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    own, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     legacy = _legacy()
     before = legacy, own.fp32_precision, cpu.fp32_precision
     sums = own.allow_fp16_reduced_precision_reduction, own.allow_bf16_reduced_precision_reduction
@@ -102,7 +102,7 @@ def _allow(legacy: str | None, cuda: str, cpu: str) -> None:
     if legacy is not None:
         torch.set_float32_matmul_precision(legacy)  # sets the other two as well
     torch.backends.cuda.matmul.fp32_precision = cuda
-    torch.backends.mkldnn.matmul.fp32_precision = cpu  # type: ignore[assignment]
+    torch.backends.mkldnn.matmul.fp32_precision = cpu  # type: ignore[attr-defined]
 
 
 def _allow_sums(float16: bool, bfloat16: bool, accumulated: bool) -> None:

@@ -125,10 +125,10 @@ def refusal(
     if backend == "flex":
         if dropout > 0:
             return "has no dropout"
-        if query.dtype == torch.float64:
-            return "takes no float64"
         if query.device.type == "cpu" and gradient:
             return "has no backward pass on a CPU"
+        if query.dtype == torch.float64:
+            return "takes no float64"
     if backend == "flash_attn":
         if not _has_flash_attn():
             return "is not installed"

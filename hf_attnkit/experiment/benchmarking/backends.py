@@ -163,10 +163,9 @@ def measure(
         reason = obstacle(backend, problem, inputs, mask, max_quadratic)
         if reason is None:
 
-            def attend(*given: Tensor, backend: str = backend) -> Tensor:
-                return backends.attend(
-                    *given, mask, scaling=problem.sizes.head_dim**-0.5, window=problem.window, backend=backend
-                )
+            def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = backend) -> Tensor:
+                scaling = problem.sizes.head_dim**-0.5
+                return backends.attend(query, key, value, mask, scaling=scaling, window=problem.window, backend=backend)
 
             step(f"{problem.label}, {backend}")
             torch._dynamo.reset()

@@ -36,18 +36,17 @@ def compare(
 
     torch._dynamo.reset()
     compiled = {way: torch.compile(flex_attention, dynamic=dynamic) for way, dynamic in WAYS.items()}
-    found = []
+    found: list[dict[str, Any]] = []
     for length in lengths:
         if time.perf_counter() > stop:
             break
         problem = Problem("causal, padded", length, dtype, part, sizes)
         inputs, mask = problem.inputs(), problem.mask()
         with torch.no_grad():
-            exact = backends.attend(
-                *(x.double() for x in inputs), mask, scaling=sizes.head_dim**-0.5, backend="tiled"
-            )  # fmt: skip
+            query, key, value = (x.double() for x in inputs)
+            exact = backends.attend(query, key, value, mask, scaling=sizes.head_dim**-0.5, backend="tiled")
         calls: dict[str, Call] = {}
-        records = {}
+        records: dict[str, dict[str, Any]] = {}
         for way, function in compiled.items():
             step(f"FlexAttention, {length:,} tokens, compiled for {way}")
 
@@ -69,7 +68,7 @@ def compare(
                 records[way]["reason"] = reason
                 continue
             with torch.no_grad():
-                off = (attend(*inputs).double() - exact).abs().max()
+                off = (attend(inputs[0], inputs[1], inputs[2]).double() - exact).abs().max()
             records[way]["largest_error"] = float(off)
             calls[way] = call
         raw = time_alternately(calls, repeats, sizes.device) if calls else {}

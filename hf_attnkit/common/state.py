@@ -48,7 +48,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def plain_mode() -> Iterator[None]:
     """What runs inside gives the same whatever mode its caller is in; serves as a decorator too.
 
-    No inference mode, whose tensors could not be trained afterwards; no autocast; float32 as the default dtype.
+    No inference mode, whose tensors could not be trained afterwards; no autocast; float32 as the default dtype; matrix
+    products as precise as their dtype.
     """
     accelerator = torch.accelerator.current_accelerator()
     devices = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
@@ -62,4 +63,50 @@ def plain_mode() -> Iterator[None]:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(full_precision())
         yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products are as precise as their dtype says, whatever the process allows for speed.
+
+    No TF32 (eps 1e-3) or bfloat16 inside of float32, and no sums in 16 bits: bounds that follow from the dtype hold.
+    Convolutions are left alone.
+    """
+    own, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    legacy = _legacy()
+    before = legacy, own.fp32_precision, cpu.fp32_precision
+    sums = own.allow_fp16_reduced_precision_reduction, own.allow_bf16_reduced_precision_reduction
+    in_16_bits = own.allow_fp16_accumulation
+    reduced = legacy not in ("highest", None) or not {*before[1:]} <= {"ieee", "none"}
+    with ExitStack() as stack:
+        if reduced:
+            stack.callback(_allow, *before)
+            _allow(legacy and "highest", "ieee", "ieee")
+        if any(sums) or in_16_bits:
+            stack.callback(_allow_sums, *sums, in_16_bits)
+            _allow_sums(False, False, False)
+        yield
+
+
+def _legacy() -> str | None:
+    """PyTorch's older setting for all devices, or `None` where a newer one contradicts it, which it refuses to read."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _allow(legacy: str | None, cuda: str, cpu: str) -> None:
+    if legacy is not None:
+        torch.set_float32_matmul_precision(legacy)  # sets the other two as well
+    torch.backends.cuda.matmul.fp32_precision = cuda
+    torch.backends.mkldnn.matmul.fp32_precision = cpu  # type: ignore[attr-defined]
+
+
+def _allow_sums(float16: bool, bfloat16: bool, accumulated: bool) -> None:
+    own = torch.backends.cuda.matmul
+    own.allow_fp16_reduced_precision_reduction = float16
+    own.allow_bf16_reduced_precision_reduction = bfloat16
+    own.allow_fp16_accumulation = accumulated

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.common.state import evaluation_mode, full_precision
 from hf_attnkit.models.attention import Attention, Inputs, is_linear
 from hf_attnkit.models.bypass import bypassing_attentions
 from hf_attnkit.models.interface import Call, watched
@@ -135,7 +135,10 @@ _PACKS = "support_avx512bf16_for_cpu"
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Run the model for a while in evaluation mode, without gradients or autocast; modes and random state come back."""
+    """Run the model for a while in evaluation mode, without gradients or autocast, in the precision of its dtype.
+
+    Modes and random state come back.
+    """
     device = input_device(model)
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
@@ -144,6 +147,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(full_precision())
         for module in model.modules() if getattr(model, "is_quantized", False) else ():
             if module.__dict__.get(_PACKS):
                 setattr(module, _PACKS, False)

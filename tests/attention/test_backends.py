@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.kinds.flash import FlashAttention
-from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
 
@@ -98,6 +96,7 @@ REFUSALS = [
     ("flex", {}, {"bias": torch.zeros(1, 1, 8, 8)}, "takes no bias and no full attention matrix"),
     ("flex", {}, {"dense": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "takes no bias and no full attention matrix"),
     ("flex", {"dropout": 0.1}, {}, "has no dropout"),
+    ("flex", {}, {}, "takes no float64"),
     ("flash_attn", {}, {"bias": torch.zeros(1, 1, 8, 8)}, "takes no bias and no full attention matrix"),
 ]
 
@@ -202,37 +201,33 @@ def test_the_chosen_backend_runs(
         assert_exact64(output, attend(*tensors, allowed(mask, options.get("window")), scaling=1.0), terms=70)
 
 
-# On a GPU.
-
-GPU_BACKENDS = [
-    ("sdpa", None), ("tiled", None), ("tiled", 40), ("flex", None), ("flex", 40), ("flash_attn", None),
-    ("flash_attn", 40), ("auto", None), ("auto", 40),
-]  # fmt: skip
+# On a GPU: tests/gpu. What is chosen there, from what `choose` reads of a query.
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@each_direction
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("backend", "size"), GPU_BACKENDS)
-def test_on_a_gpu(backend: str, size: int | None, dtype: torch.dtype, padded: bool, is_causal: bool) -> None:
-    """Output and gradients as accurate as the plain product in the same precision."""
-    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash-attn is not installed")
-    tensors = inputs(300, 300, 32, dtype=dtype, device="cuda")
-    mask = make_mask(300, 300, is_causal, padded, "cuda")
-    reason = backends.refusal(backend, tensors[0], tensors[1], mask, window=size) if backend != "auto" else None
-    if reason:
-        pytest.skip(f"{backend} {reason}")
-    seen = allowed(mask, size)
+class OnGpu:
+    device, requires_grad = torch.device("cuda"), True
 
-    def project(output: Tensor) -> Tensor:
-        return output.cpu()
+    def __init__(self, length: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = torch.Size((2, 4, length, 64)), dtype
 
-    options: dict[str, Any] = {"scaling": 0.2, "window": size}
-    ours = gradients(lambda *t: project(backends.attend(*t, mask, backend=backend, **options)), *tensors)
-    dense = Mask(mask.query_position, mask.key_position, False, dense=seen)
-    plain = gradients(lambda *t: project(GroupedQueryAttention().attention(*t, dense, scaling=0.2)[0]), *tensors)
-    exact = gradients(lambda *t: project(attend(*t, seen, scaling=0.2)), *(x.double() for x in tensors))
-    for actual, stock, truth in zip(ours, plain, exact, strict=True):
-        assert_as_accurate(actual.cpu(), stock.cpu(), truth.cpu(), terms=300)
+
+GPU_CHOICES = [
+    (5000, True, False, {}, "sdpa"),
+    (5000, False, True, {}, "sdpa"),
+    (5000, True, True, {}, "flex"),
+    (5000, True, True, {"dropout": 0.1}, "tiled"),
+    (5000, True, False, {"window": 34}, "flex"),
+    (1024, True, True, {}, "sdpa"),
+    (1024, True, True, {"dropout": 0.1}, "sdpa"),
+    (1024, True, False, {"window": 34}, "packed"),
+    (1, True, True, {}, "packed"),
+]
+
+
+@pytest.mark.parametrize(("length", "is_causal", "padded", "options", "expected"), GPU_CHOICES)
+def test_choice_on_a_gpu(length: int, is_causal: bool, padded: bool, options: dict, expected: str) -> None:
+    query, mask = OnGpu(length), make_mask(length, length, is_causal, padded)
+    name, reason = backends.choose(query, query, mask, **options)  # type: ignore[arg-type]
+    assert name == expected and reason
+    exact = backends.choose(OnGpu(length, torch.float64), query, mask, **options)[0]  # type: ignore[arg-type]
+    assert exact == ("tiled" if expected == "flex" else expected)

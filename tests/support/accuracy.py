@@ -45,5 +45,5 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor, seed: int = 1) -
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     output = function(*leaves)
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    output.backward(direction.to(output.dtype))
+    output.backward(direction.to(output))
     return output.detach(), *(leaf.grad for leaf in leaves)

@@ -41,7 +41,7 @@ def results(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -
     model.zero_grad()
     output = outputs(model, inputs, **options)
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (output.double() * weight).sum().backward()
+    (output.double() * weight.to(output.device)).sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and PARAMETERS not in n}
     return {"output": output.detach()} | grads
 

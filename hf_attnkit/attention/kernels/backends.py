@@ -6,7 +6,8 @@
 | `packed`     | `packed.py`: one matrix product per group                  | linear memory                        |
 | `sdpa`       | PyTorch's `scaled_dot_product_attention`                | a window; it reads a matrix for      |
 |              |                                                         | causal padding                       |
-| `flex`       | PyTorch's FlexAttention, compiled                       | dropout, biases; backward on a CPU   |
+| `flex`       | PyTorch's FlexAttention, compiled for each length       | dropout, biases, float64; backward   |
+|              |                                                         | on a CPU                             |
 | `flash_attn` | the flash-attn package                                  | padding, biases; float32; a CPU      |
 
 `choose` says which one runs and why; a backend asked for by name runs or raises.
@@ -34,6 +35,8 @@ FLEX_BLOCK = 128
 # On a CPU; measured, see docs/benchmarks.md.
 SHORT_WINDOW = 256
 SHORT_MATRIX = 1024
+# On a GPU: keys up to which a matrix is formed. FlexAttention takes seconds to compile each new length.
+SHORT_ON_GPU = 1024
 
 
 Listener = Callable[[str, str], None]
@@ -100,9 +103,13 @@ def _choose_gpu(query: Tensor, key: Tensor, mask: Mask, dropout: float, window: 
     options: dict[str, Any] = {"dropout": dropout, "window": window}
     if window is None and mask.bias is None and mask.dense is None and (mask.is_trivial or not mask.is_causal):
         return "sdpa", "PyTorch takes the fastest of cuDNN and flash attention"
-    for backend in ("flash_attn", "flex"):
-        if refusal(backend, query, key, mask, **options) is None:
-            return backend, "skips what is hidden"
+    if refusal("flash_attn", query, key, mask, **options) is None:
+        return "flash_attn", "skips what is hidden"
+    if key.shape[2] <= SHORT_ON_GPU:
+        name = "sdpa" if window is None else "packed"
+        return name, f"with up to {SHORT_ON_GPU} keys a matrix costs little, and nothing is compiled"
+    if refusal("flex", query, key, mask, **options) is None:
+        return "flex", "skips what is hidden"
     return "tiled", "no compiled kernel takes this combination of mask, bias and dropout"
 
 
@@ -120,6 +127,8 @@ def refusal(
             return "has no dropout"
         if query.device.type == "cpu" and gradient:
             return "has no backward pass on a CPU"
+        if query.dtype == torch.float64:
+            return "takes no float64"
     if backend == "flash_attn":
         if not _has_flash_attn():
             return "is not installed"
@@ -231,7 +240,7 @@ def _flex_blocks(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> 
 
     def visible_to(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = q + offset - k
-        seen = distance > -kv_length
+        seen = k >= 0
         if causal:
             seen = seen & (distance >= 0)
         if window is not None:

@@ -82,7 +82,7 @@ def check(arguments: BenchmarkArguments) -> torch.device:
     name = result_name(arguments)
     if (Path(arguments.output_dir) / name).exists():
         raise ValueError(f"--output_dir {arguments.output_dir} holds a finished run ({name}); name another folder")
-    return _device(arguments.device)
+    return choose_device(arguments.device)
 
 
 def _choose(name: str, values: Sequence[str], known: Sequence[str]) -> None:
@@ -91,7 +91,12 @@ def _choose(name: str, values: Sequence[str], known: Sequence[str]) -> None:
             raise ValueError(f"--{name} {value} is unknown; choose from {', '.join(known)}")
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name; by default a GPU if there is one.
+
+    Raises:
+        ValueError: for a name of something else, or of a device that is not there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")

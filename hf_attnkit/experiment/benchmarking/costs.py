@@ -22,6 +22,11 @@ from hf_attnkit.experiment.benchmarking.tables import notes
 
 def describe(device: torch.device, arguments: BenchmarkArguments) -> dict[str, Any]:
     """Where and how the numbers were obtained."""
+    return surroundings(device) | {"arguments": asdict(arguments)}
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions and command."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "device": {"type": device.type, "name": name},
@@ -31,7 +36,6 @@ def describe(device: torch.device, arguments: BenchmarkArguments) -> dict[str, A
             **{module.__name__: module.__version__ for module in (torch, transformers, hf_attnkit)},
         },
         "command": shlex.join(["python", *sys.argv]),
-        "arguments": asdict(arguments),
     }
 
 

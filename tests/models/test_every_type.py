@@ -63,9 +63,11 @@ def test_type(model_type: str) -> None:
     except Exception:
         assert expected == "not built"
         return
-    assert outcome(model) == expected
+    kind, looked = outcome(model)
+    assert kind == expected
     if expected not in UNSEEN:
-        assert served(model) == CAN.get(model_type, EVERYTHING)
+        assert looked is not None
+        assert served(model, looked) == CAN.get(model_type, EVERYTHING)
 
 
 of_this_transformers = pytest.mark.skipif(

@@ -4,7 +4,10 @@ BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: demo check test tests test-lowest lint docs clean
+# The processes of all workers share compiled modules, also where the shell forbids to write them.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: demo check fast test tests test-lowest lint docs clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,8 +25,11 @@ demo: .venv/installed
 	$(BIN)/python recipes/demo.py --output_dir outputs/demo
 
 # What to run before each commit: under two minutes on two cores.
-check: lint
-	$(BIN)/python -m pytest --numprocesses auto -m 'not slow'
+check: .venv/installed
+	$(MAKE) --no-print-directory --jobs 2 fast lint
+
+fast: .venv/installed
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m 'not slow'
 
 # Everything: lint, types and docs while the tests run.
 test: .venv/installed

@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of NumPy and scikit-learn too
 import pytest
 import torch
 import transformers
-from support import collector, slow
+from support import collector, quick, slow
 from support.recipe_runs import checkpoint, tokenizer  # noqa: F401
 from support.text_runs import byte_tokenizer, text, text_checkpoint  # noqa: F401
 
@@ -25,6 +25,7 @@ def _seed_and_threads() -> None:
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     slow.watch()
+    quick.configure()
     collector.rarely()
 
 
@@ -43,4 +44,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
         result = yield
     if nextitem is None or nextitem.path != item.path:  # nothing of this file is asked for again
         collector.freeze()
+    else:
+        collector.freeze_now_and_then()
     return result

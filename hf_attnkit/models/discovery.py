@@ -91,6 +91,8 @@ def require_weights(model: PreTrainedModel) -> None:
             f"expected a transformers.PreTrainedModel, got {type(model).__name__}; pass the model itself, before "
             "torch.compile, accelerator.prepare or another wrapper"
         )
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta and not (hasattr(module, "_hf_hook") and input_device(model).type != "meta"):

@@ -27,8 +27,7 @@ def enclosing(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 
     All models that there are get looked at: PyTorch's modules do not know what they are in.
     """
-    holders = (each for each in gc.get_referrers(model) if type(each) is dict and "__name__" not in each)
-    if not any(holders):  # no module's table of parts, nor any other: there is no whole to look for
+    if not any(map(_holds_parts, gc.get_referrers(model))):  # there is no whole to look for
         return []
     found = []
     for each in gc.get_objects():
@@ -37,6 +36,11 @@ def enclosing(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
             if path is not None:
                 found.append((path, each))
     return sorted(found, key=lambda pair: pair[0].count("."), reverse=True)
+
+
+def _holds_parts(holder: object) -> bool:
+    """Whether it can be a module's table of parts."""
+    return type(holder) is dict and all(part is None or isinstance(part, nn.Module) for part in holder.values())
 
 
 def saved_with(model: PreTrainedModel) -> tuple[str, PreTrainedModel]:

@@ -7,15 +7,12 @@ A new release of Transformers shows here at once what changed: a type that fails
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import transformers
-from support.collector import freeze
 from support.cutting import KINDS, outcome
 from support.every_type import CLASSES, small_model
 from support.every_type_expected import EXPECTED
@@ -38,19 +35,6 @@ CAN = {model_type: can for can, names in SERVED.items() for model_type in names.
 SLOW = ("fastspeech2_conformer", "seamless_m4t_v2", "vits")
 
 
-@pytest.fixture(scope="module")
-def tries() -> Iterator[int]:
-    return itertools.count(1)
-
-
-@pytest.fixture
-def _frozen_now_and_then(tries: Iterator[int]) -> None:
-    """Each type brings modules of its own, and no model is used by two tests."""
-    if next(tries) % 10 == 0:
-        freeze()
-
-
-@pytest.mark.usefixtures("_frozen_now_and_then")
 @pytest.mark.parametrize("model_type", sorted(CLASSES.keys() - set(SLOW)))
 def test_type(model_type: str) -> None:
     expected = KIND.get(model_type, "exact")
@@ -63,9 +47,11 @@ def test_type(model_type: str) -> None:
     except Exception:
         assert expected == "not built"
         return
-    assert outcome(model) == expected
+    kind, looked = outcome(model)
+    assert kind == expected
     if expected not in UNSEEN:
-        assert served(model) == CAN.get(model_type, EVERYTHING)
+        assert looked is not None
+        assert served(model, looked) == CAN.get(model_type, EVERYTHING)
 
 
 of_this_transformers = pytest.mark.skipif(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,23 @@ def a_group(attention_heads: int, owned: Ownership) -> list[int]:
     return first if len(first) < attention_heads else [0]
 
 
-def outcome(model: PreTrainedModel) -> str:
-    """Whether a group of every attention can be cut at once ("exact"), of some ("partly"), or the kind of refusal."""
+class Looked(NamedTuple):
+    """What attends in a model, and what belongs to the heads of each."""
+
+    found: Discovery
+    owned: list[Ownership]
+
+
+def outcome(model: PreTrainedModel) -> tuple[str, Looked | None]:
+    """Whether a group of every attention can be cut at once ("exact"), of some ("partly"), or the kind of refusal.
+
+    With it what was seen, where the model shows it.
+    """
+    looked = None
     try:
         discovery = discover(model)
         owned = ownerships(model, discovery.attentions)
+        looked = Looked(discovery, owned)
         heads = {
             each.index: a_group(each.num_heads, own)
             for each, own in zip(discovery.attentions, owned, strict=True)
@@ -56,8 +68,8 @@ def outcome(model: PreTrainedModel) -> str:
             check(model, discovery, owned, {first: heads[first]})
             whole = False
     except ValueError as error:
-        return next((kind for kind, words in KINDS.items() if words in str(error)), f"unknown: {error}")
-    return "exact" if whole else "partly"
+        return next((kind for kind, words in KINDS.items() if words in str(error)), f"unknown: {error}"), looked
+    return "exact" if whole else "partly", looked
 
 
 def check(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
 # Later ones win: the class of a type is that of the last task that has it.
@@ -118,6 +119,8 @@ def small_config(kind: type[PreTrainedConfig], depth: int = 0) -> PreTrainedConf
         for name in ("num_hidden_layers", "num_layers"):
             if name in given:
                 given[name] = 2 * LAYERS  # hybrids: some of them attend
+    if isinstance(wide := getattr(whole, "conv_dim", None), list | tuple):  # wav2vec2 and its like, mostly convolutions
+        given["conv_dim"] = [WIDTH] * len(wide)
     config = _accepted(kind, given | EXTRA.get(kind.model_type, {}))
     rotary = getattr(config, "rope_parameters", None)
     if isinstance(rotary, dict) and "rope_type" in rotary:
@@ -152,7 +155,7 @@ def small_model(model_type: str) -> PreTrainedModel:
             if isinstance(getattr(each, name, None), float):
                 setattr(each, name, 0.0)
     kind = getattr(transformers, CLASSES[model_type])
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         size = sum(p.numel() for p in kind._from_config(config).parameters())
     if size > LARGEST:
         raise MemoryError(f"{size:,} parameters")

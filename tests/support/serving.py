@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from support.cutting import a_group, zeroed_outputs
+from support.cutting import Looked, a_group, zeroed_outputs
 from support.windows import windows
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,9 +25,7 @@ from hf_attnkit import (
     restore_attention,
     swap_attention,
 )
-from hf_attnkit.models.discovery import Discovery, discover, run_outputs
-from hf_attnkit.models.owners import Ownership
-from hf_attnkit.models.ownership import ownerships
+from hf_attnkit.models.discovery import Discovery, run_outputs
 
 Inputs = Mapping[str, Any]
 
@@ -36,17 +34,13 @@ class Subject:
     """A model, what is compared with it, and a copy that is changed.
 
     Attributes:
-        found: what attends.
+        found, owned: what attends, and what belongs to its heads.
         copied: the model again, for as long as the last change left no trace.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.found = model, discover(model)
+    def __init__(self, model: PreTrainedModel, looked: Looked) -> None:
+        self.model, (self.found, self.owned) = model, looked
         self.copied = copy.deepcopy(model)
-
-    @cached_property
-    def owned(self) -> list[Ownership]:
-        return ownerships(self.model, self.found.attentions)
 
     @cached_property
     def stock(self) -> list[Tensor]:
@@ -58,10 +52,10 @@ class Subject:
         return _outputs(self.copied, self.found.inputs)
 
 
-def served(model: PreTrainedModel) -> str:
+def served(model: PreTrainedModel, looked: Looked) -> str:
     """The names of `CAPABILITIES` that the model has, separated by spaces."""
     names: list[str] = []
-    subject = Subject(model)
+    subject = Subject(model, looked)
     for name, attempt in CAPABILITIES.items():
         if name == "alike" and "prune" in names:
             continue
@@ -70,7 +64,7 @@ def served(model: PreTrainedModel) -> str:
         except _RefusedError:  # which leaves the copy as it was: what is tried next runs on it
             continue
         names.append(name)
-        if name in CUTS:
+        if name in CUTS and name != LAST:
             subject.copied = copy.deepcopy(model)
     return " ".join(names)
 
@@ -197,3 +191,4 @@ CAPABILITIES: dict[str, Callable[[Subject], None]] = {
     "alike": _alike,
     "convert": _convert,
 }
+LAST = [*CAPABILITIES][-1]

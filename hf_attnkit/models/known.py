@@ -1,7 +1,8 @@
 """What discovery found out about a model, kept for as long as it holds.
 
-It holds while the model's parameters are the same objects of the same shapes and its configs say the same numbers.
-A model is looked at under Transformers' own attention, so that what was swapped in does not hide anything.
+It holds while the model's parameters are the same objects of the same shapes, on the same devices, and its configs say
+the same numbers. A model is looked at under Transformers' own attention, so that what was swapped in does not hide
+anything.
 """
 
 from __future__ import annotations
@@ -222,13 +223,14 @@ def _is_module(model: Any) -> bool:
 
 
 class _State:
-    """The parameters, their shapes, and the numbers of the configs.
+    """The parameters, their shapes and devices, and the numbers of the configs.
 
-    Parameters that FSDP2 put in the place of others, of the same shapes over all devices, change no heads.
+    The inputs that a model was looked at under are on the device that it was on. Parameters that FSDP2 put in the place
+    of others, of the same shapes over all devices, change no heads.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [(weakref.ref(p), tuple(p.shape)) for p in model.parameters()]
+        self._parameters = [(weakref.ref(p), tuple(p.shape), p.device) for p in model.parameters()]
         self._numbers = _numbers(model)
 
     def holds(self, model: nn.Module) -> bool:
@@ -237,8 +239,9 @@ class _State:
         if len(parameters) != len(self._parameters):
             return False
         same = all(
-            (ref() is parameter or is_spread(parameter)) and shape == tuple(parameter.shape)
-            for parameter, (ref, shape) in zip(parameters, self._parameters, strict=True)
+            shape == tuple(parameter.shape)
+            and ((ref() is parameter and device == parameter.device) or is_spread(parameter))
+            for parameter, (ref, shape, device) in zip(parameters, self._parameters, strict=True)
         )
         return same and _numbers(model) == self._numbers
 

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default=SYNTHETIC, help="of --changes")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of --changes")
     parser.add_argument("--dtype", default="float32", help="of the weights, of --changes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --changes")
     options = parser.parse_args()
     if options.changes:
         return changes(options)
@@ -92,12 +93,13 @@ def main() -> None:
 
 def changes(options: argparse.Namespace) -> None:
     """What changes of a model cost, as a table."""
-    model = make_model(options.model_name_or_path, getattr(torch, options.dtype))
+    model = make_model(options.model_name_or_path, getattr(torch, options.dtype)).to(options.device)
     size = sum(parameter.numel() for parameter in model.parameters())
     rows, layer = measure_changes(model, options.repeats), layer_bytes(model)
     threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else f"{threads} threads"
     title = f"{Path(options.model_name_or_path).name}: {size / 1e6:,.0f} M parameters, {options.dtype}, "
-    table = Table("", "seconds", f"of {PASSES} passes", "quartiles", "peak, MiB", title=f"{title}{threads} threads")
+    table = Table("", "seconds", f"of {PASSES} passes", "quartiles", "peak, MiB", title=f"{title}{where}")
     for row, (low, ratio, high) in zip(rows, ratios(rows).values(), strict=True):
         table.add_row(row["what"], f"{statistics.median(row['seconds']):.3g}", f"{ratio:.2f}",
                       f"{low:.2f} to {high:.2f}", f"{row['peak_bytes'] / 2**20:,.0f}")  # fmt: skip
@@ -105,7 +107,9 @@ def changes(options: argparse.Namespace) -> None:
     print(f"gradients of one layer: {layer / 2**20:,.0f} MiB")
     if options.output_file:
         found = {"parameters": size, "layer_bytes": layer, "rows": rows}
-        write_json(options.output_file, {"model": options.model_name_or_path, "threads": threads} | found)
+        write_json(
+            options.output_file, {"model": options.model_name_or_path, "threads": threads, "device": where} | found
+        )
 
 
 def print_summary(report: dict[str, Any], where: str) -> None:

@@ -26,7 +26,6 @@ pytestmark = [needs_gpu, pytest.mark.slow]
 
 RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "finetune": (finetune_glue, ()),
-    "finetune, compiled": (finetune_glue, ("--torch_compile", "true", "--max_steps", "2")),
     "prune": (prune_heads_glue, ("--prune_fraction", "0.5", "--refit", "output", "--score_samples", "32")),
     "uptrain": (uptrain_gqa_glue, CONVERTED),
     "uptrain, distilled, adapters": (uptrain_gqa_glue, (*CONVERTED, "--distill", "--lora", "--lora_r", "4")),

@@ -69,6 +69,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
 }
 # Of recipes that try many ways: the others are tried by tests of their own.
 SMALLER_OF: dict[str, tuple[str, ...]] = {
+    "recipes/benchmarks/backends.py": ("--cases", "causal", "--parts", "backward"),  # the forward pass compiles
     "recipes/benchmarks/attention.py": ("--implementations", "sdpa", "flash", "linear"),
     "recipes/compare/conversions_glue.py": ("--variants", "mean", "pca+data+descent+best"),
     "recipes/compare/conversions_lm.py": ("--variants", "mean", "pca+data+refit"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_attnkit.attention.kernels import backends
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.experiment.benchmarking.measure import Call, quartiles, time_alternately
+from hf_attnkit.experiment.benchmarking.measure import Call, finish, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.tables import Grid
 
 PARTS = {"forward": "forward", "backward": "forward + backward"}
@@ -198,8 +198,7 @@ def first_call(call: Call, device: torch.device) -> tuple[float, str | None]:
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(device)
     except Exception as error:  # whatever a compiler or an allocator reports; shown with the results
         return 0.0, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     return time.perf_counter() - start, None

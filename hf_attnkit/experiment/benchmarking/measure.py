@@ -50,15 +50,16 @@ def time_alternately(
 
 
 def _seconds(call: Call, number: int, device: torch.device) -> float:
-    _finish(device)
+    finish(device)
     start = time.perf_counter()
     for _ in range(number):
         call()
-    _finish(device)
+    finish(device)
     return (time.perf_counter() - start) / number
 
 
-def _finish(device: torch.device) -> None:
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -77,11 +78,11 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     of the process is neither; scratch that a library takes without PyTorch's allocator is not seen.
     """
     if device.type == "cuda":
-        _finish(device)
+        finish(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        _finish(device)
+        finish(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_attnkit
 from hf_attnkit.analysis.trials import silent, twin
-from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles
+from hf_attnkit.experiment.benchmarking.measure import finish, peak_bytes, quartiles
 from hf_attnkit.models.discovery import discover
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.ownership import ownerships
@@ -104,8 +104,10 @@ def _on_a_copy(call: Callable[[PreTrainedModel], object], model: PreTrainedModel
 
 
 def _timed(call: Callable[[PreTrainedModel], object], model: PreTrainedModel) -> float:
+    finish(model.device)
     start = time.perf_counter()
     call(model)
+    finish(model.device)
     return time.perf_counter() - start
 
 

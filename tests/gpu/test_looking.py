@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.gpu import needs_gpu, there
+from support.gpu import DEVICE, needs_gpu, there
 from support.importances import tolerance
 from support.models import batch, build
 from torch import Tensor
 
 from hf_attnkit import attention_view, head_importance, head_statistics
 from hf_attnkit.importance import METHODS
+from hf_attnkit.models.known import known
 
 pytestmark = needs_gpu
 
@@ -56,3 +57,12 @@ def test_view(family: str) -> None:
     for one, other in zip(found.examples, want.examples, strict=True):
         for ours, theirs in zip(one.maps, other.maps, strict=True):
             torch.testing.assert_close(ours.weights, theirs.weights, rtol=0, atol=tolerance())
+
+
+def test_a_model_that_moved_is_looked_at_again() -> None:
+    """What it was run on is where it was; a Trainer moves the model."""
+    model = build("llama", "sequence", 8, 4)
+    before = known(model)
+    assert known(model) is before
+    inputs = known(model.to(DEVICE)).discovery.inputs
+    assert {value.device.type for value in inputs.values() if isinstance(value, torch.Tensor)} == {DEVICE}

@@ -69,11 +69,3 @@ def test_a_probe_holds_for_one_pruning(runs: list[Any]) -> None:
     with unchanged(whole), pytest.raises(ValueError, match="does not run on the probe"):
         prune_heads(whole, {0: [0]}, probe={"input_ids": "text"})
     assert model.num_parameters() < whole.num_parameters()
-
-
-def test_a_model_that_moved_is_looked_at_again() -> None:
-    """What it was run on is where it was; a Trainer moves the model to a GPU."""
-    model = small_model("llama")
-    assert known.known(model) is known.known(model)
-    with pytest.raises(ValueError, match="on the meta device"):
-        known.known(model.to("meta"))

@@ -74,7 +74,7 @@ def main() -> None:
     if results["flex_lengths"]:
         grids.append(flex_lengths.table(results["flex_lengths"]))
     text = as_markdown(grids, results | {"left_out": []})
-    notes = [f"- not measured: {each['problem']}, {each['backend']}: {each['reason']}" for each in results["left_out"]]
+    notes = left_out_notes(results["left_out"])
     write_text(options.output_dir / "backends.md", "\n".join([text, *notes]) + "\n")
     write_json(options.output_dir / "backends.json", results)
     for title, header, rows in grids:
@@ -82,7 +82,18 @@ def main() -> None:
         for row in rows:
             table.add_row(*row)
         show(table)
-    print(where(results), *notes[-40:], options.output_dir / "backends.json", sep="\n")
+    print(where(results), *notes, options.output_dir / "backends.json", sep="\n")
+
+
+def left_out_notes(left_out: list[dict[str, Any]]) -> list[str]:
+    """One line for each backend and reason."""
+    problems: dict[tuple[str, str], list[str]] = {}
+    for each in left_out:
+        problems.setdefault((each["backend"], each["reason"]), []).append(each["problem"])
+    return [
+        f"- not measured: {backend}: {reason}: {'; '.join(labels) if len(labels) <= 3 else f'{len(labels)} cases'}"
+        for (backend, reason), labels in problems.items()
+    ]
 
 
 def run(options: argparse.Namespace, sizes: Sizes, stop: float, results: dict[str, Any]) -> None:

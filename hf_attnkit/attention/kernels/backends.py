@@ -6,7 +6,7 @@
 | `packed`     | `packed.py`: one matrix product per group                  | linear memory                        |
 | `sdpa`       | PyTorch's `scaled_dot_product_attention`                | a window; it reads a matrix for      |
 |              |                                                         | causal padding                       |
-| `flex`       | PyTorch's FlexAttention, compiled for each length       | dropout, biases, float64; backward   |
+| `flex`       | PyTorch's FlexAttention, compiled                       | dropout, biases, float64; backward   |
 |              |                                                         | on a CPU                             |
 | `flash_attn` | the flash-attn package                                  | padding, biases; float32; a CPU      |
 
@@ -35,7 +35,7 @@ FLEX_BLOCK = 128
 # On a CPU; measured, see docs/benchmarks.md.
 SHORT_WINDOW = 256
 SHORT_MATRIX = 1024
-# On a GPU: keys up to which a matrix is formed. FlexAttention takes seconds to compile each new length.
+# On a GPU: keys up to which a matrix is formed. FlexAttention takes seconds to compile.
 SHORT_ON_GPU = 1024
 
 
@@ -127,6 +127,8 @@ def refusal(
             return "has no dropout"
         if query.device.type == "cpu" and gradient:
             return "has no backward pass on a CPU"
+        if query.device.type != "cpu" and 1 < query.shape[2] < FLEX_BLOCK:
+            return f"takes one query or at least {FLEX_BLOCK} on a GPU"
         if query.dtype == torch.float64:
             return "takes no float64"
     if backend == "flash_attn":
@@ -190,11 +192,16 @@ def _sdpa(
         causal = mask.is_causal and query.shape[2] > 1
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, **options)
     matrix = mask.visible()
+    # A query that sees no key gives zeros on a CPU; cuDNN gives it a mean of values, so on a GPU it is taken out.
+    empty = None if matrix is None or query.device.type == "cpu" else ~matrix.any(-1, keepdim=True)
+    if matrix is not None and empty is not None:
+        matrix = matrix | empty
     if mask.bias is not None:
         bias = mask.bias.to(query.dtype)
         # Minus infinity, not the least number: only then gives a query that sees no key zeros.
         matrix = bias if matrix is None else bias.masked_fill(~matrix, -torch.inf)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, **options)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=matrix, **options)
+    return output if empty is None else output.masked_fill(empty, 0)
 
 
 def _flash_attn(
@@ -216,7 +223,7 @@ def _flex(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     blocks = _flex_blocks(query, key, mask, window)
-    return _compiled_flex()(
+    return _compiled_flex(query.device.type != "cpu")(
         query, key, value, block_mask=blocks, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
@@ -255,14 +262,14 @@ def _flex_blocks(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> 
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
+    """Compiled for all lengths, as fast on a GPU (docs/benchmarks.md), or for each, as a CPU needs it."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        # Every length is compiled once. Past PyTorch's limit of 8 kernels the function would run
-        # uncompiled, which forms the whole matrix.
+        # Past PyTorch's limit of 8 kernels the function would run uncompiled, which forms the whole matrix.
         with torch._dynamo.config.patch(recompile_limit=4096, accumulated_recompile_limit=4096):
             return compiled(*args, **kwargs)
 

@@ -61,7 +61,7 @@ class WindowLayer(SequenceLayer):
         if mask.key_visible is not None:
             inside = inside & mask.key_visible.expand(len(index), -1).gather(1, index.clamp(0, tail - 1))
         assert self.sink_visible is not None
-        self.sink_visible = self.sink_visible | inside
+        self.sink_visible |= inside  # in place, as `_find_sinks`
         copies = []
         for states in (self.keys, self.values):
             earlier = states[:, :, :known] if known else None
@@ -125,6 +125,13 @@ class StaticWindowLayer(SequenceLayer):
         if self.sink_position is not None and not self._in_order:
             self._store_sinks(mask)
 
+    def _find_sinks(self, mask: Mask) -> None:
+        """In place: what a step makes anew, the next one's CUDA graph overwrites."""
+        kept = self.sink_position
+        super()._find_sinks(mask)
+        assert kept is not None and self.sink_position is not None
+        self.sink_position = kept.copy_(self.sink_position)
+
     def _store_sinks(self, mask: Mask) -> None:
         """Copy those of the new tokens that are sinks of their row."""
         assert self.sink_position is not None and self.sink_visible is not None
@@ -137,7 +144,7 @@ class StaticWindowLayer(SequenceLayer):
             new = slice(-count, None) if self._in_order else ((self.seen - 1) % self.window)[None]
             visible = mask.key_visible[:, new].expand(index.shape[0], -1)
             inside = inside & visible.gather(1, index.clamp(0, count - 1))
-        self.sink_visible = self.sink_visible | inside
+        self.sink_visible |= inside  # in place, as `_find_sinks`
 
     def positions(self, kv_length: int, device: torch.device) -> Tensor:
         if self._in_order:
@@ -152,6 +159,9 @@ class StaticWindowLayer(SequenceLayer):
                 position = mask.first_token() + torch.arange(self.num_sink_tokens, device=self.device)
                 self.sink_position = position.repeat(self.keys.shape[0] // position.shape[0], 1)
                 self.sink_visible = torch.zeros_like(self.sink_position, dtype=torch.bool)
+                if not torch.compiler.is_compiling():
+                    for tensor in (self.sink_position, self.sink_visible):
+                        torch._dynamo.mark_static_address(tensor)
             self._store_sinks(mask)
         self._new = ()
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attnkit.attention.eight_bits import decode
+from hf_attnkit.attention.eight_bits import decode, is_encoded
 from hf_attnkit.attention.kernels import packed, tiled
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common.checks import choice
@@ -35,8 +35,9 @@ FLEX_BLOCK = 128
 # On a CPU; measured, see docs/benchmarks.md.
 SHORT_WINDOW = 256
 SHORT_MATRIX = 1024
-# On a GPU: keys up to which a matrix is formed. FlexAttention takes seconds to compile.
-SHORT_ON_GPU = 1024
+# On a GPU, measured too: keys up to which SDPA reads a matrix, and up to which it takes a single query.
+SHORT_ON_GPU = 4096
+SHORT_QUERY_ON_GPU = 2048
 
 
 Listener = Callable[[str, str], None]
@@ -77,9 +78,10 @@ def choose(
         if reason := refusal(backend, query, key, mask, dropout=dropout, window=window):
             raise ValueError(f"backend={backend!r} {reason}; backend='auto' takes one that can")
         return backend, "asked for"
-    if query.shape[2] == 1:
+    on_cpu = query.device.type == "cpu"
+    if query.shape[2] == 1 and (on_cpu or key.shape[2] > SHORT_QUERY_ON_GPU or is_encoded(key)):
         return "packed", "one query reads every key once"
-    if query.device.type == "cpu":
+    if on_cpu:
         return _choose_cpu(mask, dropout, window, key.shape[2])
     return _choose_gpu(query, key, mask, dropout, window)
 
@@ -106,8 +108,7 @@ def _choose_gpu(query: Tensor, key: Tensor, mask: Mask, dropout: float, window: 
     if refusal("flash_attn", query, key, mask, **options) is None:
         return "flash_attn", "skips what is hidden"
     if key.shape[2] <= SHORT_ON_GPU:
-        name = "sdpa" if window is None else "packed"
-        return name, f"with up to {SHORT_ON_GPU} keys a matrix costs little, and nothing is compiled"
+        return "sdpa", f"with up to {SHORT_ON_GPU} keys a matrix costs little, and nothing is compiled"
     if refusal("flex", query, key, mask, **options) is None:
         return "flex", "skips what is hidden"
     return "tiled", "no compiled kernel takes this combination of mask, bias and dropout"
@@ -165,7 +166,7 @@ def attend(
         listener(name, reason)
     if name not in ("packed", "tiled"):  # these read 8 bits block by block
         key, value = (decode(states, query.dtype) for states in (key, value))
-    if mask.dense is not None and window is not None:
+    if window is not None and (mask.dense is not None or name == "sdpa"):
         mask, window = mask.also(mask.distance().abs() < window), None
     return _RUN[name](query, key, value, mask, scaling, dropout, window)
 
@@ -223,7 +224,8 @@ def _flex(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float, dropout: float, window: int | None
 ) -> Tensor:
     blocks = _flex_blocks(query, key, mask, window)
-    return _compiled_flex(query.device.type != "cpu")(
+    # On a GPU one kernel serves all lengths, as fast (docs/benchmarks.md); with a window that fails to compile.
+    return _compiled_flex(query.device.type != "cpu" and window is None)(
         query, key, value, block_mask=blocks, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
 
@@ -263,7 +265,7 @@ def _flex_blocks(query: Tensor, key: Tensor, mask: Mask, window: int | None) -> 
 
 @functools.cache
 def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
-    """Compiled for all lengths, as fast on a GPU (docs/benchmarks.md), or for each, as a CPU needs it."""
+    """Compiled for all lengths, or for each."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)

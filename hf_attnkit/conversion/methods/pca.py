@@ -68,7 +68,7 @@ def key_lost(heads: Heads, second_moment: Tensor) -> Callable[[Sequence[int]], f
         pairs = heads.rope.pairs()
         rows = rotary.complex_rows(heads.query, pairs)
         weighted = rotary.complex_rows(heads.key, pairs) * _weight(rows, of_queries)[..., None]
-        hermitian = _between(weighted, second_moment)
+        hermitian = _between(weighted, second_moment).cpu()  # as in `_low_rank_lost`
         # The mean of cos^2 over all angles.
         parts.append(lambda members: _discarded(hermitian[:, members][:, :, members], 1) / 2)
     plain = rotary.not_rotated(heads)
@@ -92,6 +92,7 @@ def _low_rank_lost(heads: Tensor, metric: Tensor, moment: Tensor) -> Callable[[l
     stacked = (roots @ heads).flatten(0, 1)
     count, size = heads.shape[:2]
     gram = (times(stacked, moment) @ stacked.T).view(count, size, count, size)
+    gram = gram.cpu()  # a search takes a thousand small spectra, one after the other, which a GPU takes longer for
     return lambda members: _discarded(gram[members][:, :, members].reshape(len(members) * size, -1), size)
 
 

@@ -156,7 +156,7 @@ def python(value: object) -> str:
 @pytest.mark.slow
 def test_user_marked_global_tokens_do_not_compile_whole() -> None:
     """How many tokens are marked decides shapes, so the graph breaks: refused by fullgraph, right without it."""
-    model = model_for("local_global", "bert")
+    model = model_for("local_global", "bert", layers=1)
     inputs = batch(model)
     marked = torch.zeros_like(inputs["input_ids"])
     marked[:, 3] = 1
@@ -173,7 +173,9 @@ def test_user_marked_global_tokens_do_not_compile_whole() -> None:
 def test_static_decoding_in_one_graph_beside_a_window_of_the_model(name: str) -> None:
     """The mask is made inside the graph while training, and outside of it in `generate`."""
     options = {"window": 3} if name == "sliding_window" else {}
-    model = swap_attention(build("mistral", "causal", heads=4, kv_heads=2, sliding_window=5), name, **options)
+    model = swap_attention(
+        build("mistral", "causal", heads=4, kv_heads=2, sliding_window=5, num_hidden_layers=1), name, **options
+    )
     inputs = batch(model, (12, 7))
     settings = {"max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**inputs, use_cache=False, **settings)

@@ -28,9 +28,9 @@ with tempfile.TemporaryDirectory() as empty:
     SHOWN = shown_commands(Path(empty))
 LABELLED = [name for name, task in TASKS.items() if task.is_labelled]
 # Flags whose values make no other run: names of files and folders, and numbers that only training reads.
-ALIKE = ("--data_dir", "--learning_rate", "--model_name_or_path", "--num_train_epochs", "--output", "--output_dir",
-         "--output_file", "--per_device_eval_batch_size", "--per_device_train_batch_size", "--report_to",
-         "--save_strategy", "--seed", "--seeds", "--train_file", "--validation_file")  # fmt: skip
+ALIKE = ("--changed", "--compare_with", "--data_dir", "--learning_rate", "--model_name_or_path", "--num_train_epochs",
+         "--output", "--output_dir", "--output_file", "--per_device_eval_batch_size", "--per_device_train_batch_size",
+         "--report_to", "--save_strategy", "--seed", "--seeds", "--train_file", "--validation_file")  # fmt: skip
 
 
 def pattern(shown: Shown) -> tuple[str, frozenset[str]]:

@@ -128,7 +128,7 @@ def test_nothing_shipped_imports_a_recipe() -> None:
 
 
 def test_no_test_file_imports_another() -> None:
-    """What several need is in tests/support or a fixture of conftest.py."""
+    """What several need is in tests/support or a fixture of the plugin there."""
     for path in (PROJECT / "tests").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):

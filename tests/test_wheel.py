@@ -47,8 +47,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     What it asks for is linked from this environment, since to unpack PyTorch takes most of a minute.
     """
     folder = tmp_path_factory.mktemp("environment")
-    run(sys.executable, "-m", "venv", folder, folder=folder)
-    pip = (folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check")
     run(*pip, "install", "--quiet", "--no-deps", wheel, folder=folder)
     (packages,) = folder.glob("lib/python*/site-packages")
     for file in {file for name in asked_for(wheel, "recipes") for file in top_level(metadata.distribution(name))}:
@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 @pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 def test_a_copied_recipe_runs(installed: Path, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "recipes" / RECIPE, tmp_path)
-    script = ("-c", "import hf_attnkit; print(hf_attnkit.__file__)")
+    script = ("-c", "from importlib.util import find_spec; print(find_spec('hf_attnkit').origin)")
     assert Path(run(installed / "python", *script, folder=tmp_path).strip()).is_relative_to(installed.parent)
     options = flags(checkpoint, Path("out"), "--prune_fraction", "0.5", "--importance", "gradient")
     run(installed / "python", RECIPE, *options, folder=tmp_path)

@@ -105,12 +105,13 @@ def owned(model: PreTrainedModel) -> list[Ownership]:
         TypeError, ValueError: as `discover` and `ownerships`.
     """
     require_runnable(model)
-    one = known(model)
-    if not one.owned:
-        found = discovery(model)
-        with transformers_attention(model):
-            one.owned = ownerships(model, found.attentions)
-    return one.owned
+    with looked_at_once():
+        one = known(model)
+        if not one.owned:
+            found = discovery(model)
+            with transformers_attention(model):
+                one.owned = ownerships(model, found.attentions)
+        return one.owned
 
 
 def projections(model: PreTrainedModel) -> list[Projected]:
@@ -120,13 +121,14 @@ def projections(model: PreTrainedModel) -> list[Projected]:
         TypeError, ValueError: as `owned`.
     """
     require_runnable(model)
-    one = known(model)
-    if not one.projected:
-        found = discovery(model)
-        with transformers_attention(model):
-            one.owned = one.owned or ownerships(model, found.attentions)
-            one.projected = projected(model, found.attentions, one.owned)
-    return one.projected
+    with looked_at_once():
+        one = known(model)
+        if not one.projected:
+            found = discovery(model)
+            with transformers_attention(model):
+                one.owned = one.owned or ownerships(model, found.attentions)
+                one.projected = projected(model, found.attentions, one.owned)
+        return one.projected
 
 
 def discovery(model: PreTrainedModel) -> Discovery:

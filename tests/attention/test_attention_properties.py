@@ -68,7 +68,7 @@ def tile_sizes(queries: int, keys: int) -> Any:
     return mock.patch.multiple(tiles, QUERY_TILE=queries, WINDOW_QUERY_TILE=queries, KEY_TILE=keys)
 
 
-examples = settings(max_examples=60, deadline=None, derandomize=True)
+examples = settings(max_examples=40, deadline=None, derandomize=True)
 tile = st.integers(1, 40)
 
 

@@ -37,6 +37,7 @@ def whole(stock: PreTrainedModel) -> int:
     return peak(stock)
 
 
+@pytest.mark.slow  # 8,192 tokens
 @pytest.mark.parametrize(
     ("name", "options", "kept"),
     [

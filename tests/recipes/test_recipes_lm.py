@@ -278,6 +278,7 @@ def test_the_control_is_the_untouched_model_trained_as_long(text_checkpoint, tex
     assert json.loads((tmp_path / "with" / "control_state.json").read_text())["global_step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--lora", "--lora_r", "4")], ids=["plain", "lora"])
 @pytest.mark.parametrize("model_type", ["gpt2", "granite"])
 def test_a_model_found_by_running(model_type, more, text, byte_tokenizer, tmp_path, monkeypatch) -> None:

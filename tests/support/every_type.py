@@ -83,7 +83,13 @@ SMALL: dict[str, Any] = (
 # What single types need.
 EXTRA: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * LAYERS, "num_hidden_layers": 2 * LAYERS},
-    "bailing_hybrid": {"layer_group_size": 2, "num_hidden_layers": 2 * LAYERS},
+    "bailing_hybrid": {"layer_group_size": 2, "num_hidden_layers": 2},
+    "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba"] * LAYERS, "num_hidden_layers": 4 * LAYERS},
+    "hiera": {"image_size": [64, 64], "depths": [1, 1, 2, 1]},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [16, 48, 96]},
+    "led": {"attention_window": 8},
+    "longformer": {"attention_window": 8},
+    "pegasus_x": {"block_size": 16},
     "time_series_transformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "autoformer": {"prediction_length": 4},

@@ -80,6 +80,8 @@ SMALLER_OF: dict[str, tuple[str, ...]] = {
 FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
+# Of tasks that are named one by one: of those after another.
+MOST_TASKS = 2
 # What comes before a model's name, and what stands for one.
 BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export", "--compare")
 MODEL_WORDS = ("MODEL", "IN")
@@ -238,6 +240,8 @@ class Workplace:
                 values.append(f"pretrained={self.model('MODEL')}")
             elif last.endswith("_file") and last != "--output_file":
                 values.append("text.txt")
+            elif last == "--task_name":
+                values.append(",".join(word.split(",")[:MOST_TASKS]))
             elif "*" in word:  # as the shell does
                 values += glob.glob(word, root_dir=self.folder)
             else:

@@ -11,6 +11,8 @@ are/*is tired"), so every token is exactly as frequent in acceptable as in unacc
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +81,13 @@ def make_demo_data(seed: int = 0) -> datasets.DatasetDict:
         five, a fifth each). No sentence occurs twice. Rows are shuffled, so that the two sentences
         of a pair are not next to each other; `make_pairs` gives them as pairs.
     """
+    # Copies, since a format can be set on a dataset.
+    return datasets.DatasetDict({split: copy.copy(made) for split, made in _made(seed).items()})
+
+
+@functools.cache
+def _made(seed: int) -> dict[str, datasets.Dataset]:
+    """Made once for all runs of a process."""
     features = datasets.Features(
         {
             "sentence": datasets.Value("string"),
@@ -95,7 +104,7 @@ def make_demo_data(seed: int = 0) -> datasets.DatasetDict:
         random.Random(f"{split} order {seed}").shuffle(rows)
         info = datasets.DatasetInfo(description=DESCRIPTION, features=features)
         splits[split] = datasets.Dataset.from_list(rows, info=info, split=split)
-    return datasets.DatasetDict(splits)
+    return splits
 
 
 def make_pairs(split: str, seed: int = 0) -> list[Pair]:

@@ -16,12 +16,14 @@ import pytest
 import transformers.trainer
 import uptrain_gqa_glue
 from huggingface_hub import HfApi, ModelCard, ModelCardData, RepoUrl
+from support import quick
 from support.html_page import Page
 from support.page_data import PageData
 from support.recipe_runs import flags, run
 from transformers import AutoModelForSequenceClassification
 
 import hf_attnkit
+from hf_attnkit.experiment.report import attention_page
 from hf_attnkit.experiment.report import page as page_module
 from hf_attnkit.models.layers import attention_layers
 
@@ -36,6 +38,7 @@ def finished(checkpoint, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     more = ("--num_key_value_heads", "2", "--entropy_every_n_steps", "2", "--logging_steps", "1", "--eval_strategy",
             "steps", "--eval_steps", "2", "--control")  # fmt: skip
     with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(attention_page, "EXAMPLES", quick.EXAMPLES)
         return output, run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, output, *more))
 
 
@@ -50,7 +53,7 @@ def test_the_page_links_what_heads_attend_to_before_and_after(finished) -> None:
     ]
     assert links == ["attention.html"]
     data = PageData((output / "attention.html").read_text(encoding="utf-8")).data
-    assert data["names"] == ["untouched", "recovered"] and len(data["examples"]) == 3
+    assert data["names"] == ["untouched", "recovered"] and len(data["examples"]) == quick.EXAMPLES == 3
     for example in data["examples"]:
         before, after = example["maps"]
         assert [each["groups"] for each in after] == [2, 2] != [each["groups"] for each in before]

@@ -61,7 +61,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--prune_fractions": ("0.5",),
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
     "--save_steps": ("1",),
-    "--distance_samples": ("2", "--calibration_samples", "6"),
+    "--distance_samples": ("2",),
     "--sides": ("pytorch", "onnx"),
     "--tasks": ("demo_pairs", "--limit", "4"),
     "--batch_sizes": ("2",),
@@ -257,6 +257,9 @@ class Workplace:
         for flag, value in SMALLER_IF_GIVEN.items():
             if flag in given:
                 values += [flag, *value]
+        for flag in ("--calibration_samples", "--score_samples"):  # leave rows for the distance
+            if "--distance_samples" in given and takes(command.parser, flag):
+                values += [flag, "6"]
         if takes(command.parser, "--data_dir") and "--data_dir" not in given and "demo" not in command.arguments:
             values += ["--data_dir", "path/to/glue"]
         if takes(command.parser, "--train_file") and not {"--train_file", "--text"} & given:

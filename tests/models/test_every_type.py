@@ -113,7 +113,7 @@ def test_the_table_of_the_docs(model_type: str) -> None:
         "convert": {"yes", "alike"} if "convert" in can else {"no", "some"},
     }
     words = dict(zip(CHANGES, documented(model_type), strict=True))
-    assert all(words[name] in allowed[name] for name in CHANGES), "python tests/support/model_table.py prints the table"
+    assert all(words[name] in allowed[name] for name in CHANGES), "PYTHONPATH=tests python -m support.model_table"
     kind = KIND.get(model_type, "exact")
     assert kind != "partly" or words["prune"] == "some"
 

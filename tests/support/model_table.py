@@ -1,6 +1,6 @@
 """The table of models in docs/attention.md: what `describe_attention` says of small ones, in words.
 
-python tests/support/model_table.py        prints the table
+PYTHONPATH=tests python -m support.model_table        prints the table
 """
 
 from __future__ import annotations

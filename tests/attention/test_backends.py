@@ -235,6 +235,12 @@ def test_choice_on_a_gpu(length: int, is_causal: bool, padded: bool, options: di
     assert exact == ("tiled" if expected == "flex" else expected)
 
 
+def test_a_matrix_that_is_there_on_a_gpu() -> None:
+    query, positions = OnGpu(5000), torch.arange(5000)[None]
+    mask = Mask(positions, positions, True, bias=torch.zeros(1, 1, 1, 1))
+    assert backends.choose(query, query, mask, window=34)[0] == "sdpa"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("keys", "expected"), [(2048, "sdpa"), (2049, "packed")])
 def test_choice_for_one_query_on_a_gpu(keys: int, expected: str) -> None:
     query, key, mask = OnGpu(1), OnGpu(keys), make_mask(1, keys, True, True)

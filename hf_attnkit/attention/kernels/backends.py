@@ -103,7 +103,9 @@ def _choose_cpu(mask: Mask, dropout: float, window: int | None, kv_length: int) 
 
 def _choose_gpu(query: Tensor, key: Tensor, mask: Mask, dropout: float, window: int | None) -> tuple[str, str]:
     options: dict[str, Any] = {"dropout": dropout, "window": window}
-    if window is None and mask.bias is None and mask.dense is None and (mask.is_trivial or not mask.is_causal):
+    if mask.bias is not None or mask.dense is not None:
+        return "sdpa", "its matrix is there already"
+    if window is None and (mask.is_trivial or not mask.is_causal):
         return "sdpa", "PyTorch takes the fastest of cuDNN and flash attention"
     if refusal("flash_attn", query, key, mask, **options) is None:
         return "flash_attn", "skips what is hidden"
@@ -111,7 +113,7 @@ def _choose_gpu(query: Tensor, key: Tensor, mask: Mask, dropout: float, window: 
         return "sdpa", f"with up to {SHORT_ON_GPU} keys a matrix costs little, and nothing is compiled"
     if refusal("flex", query, key, mask, **options) is None:
         return "flex", "skips what is hidden"
-    return "tiled", "no compiled kernel takes this combination of mask, bias and dropout"
+    return "tiled", "no compiled kernel takes this combination of mask, dtype and dropout"
 
 
 def refusal(

@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from hf_attnkit.export import inputs
 from hf_attnkit.export.proof import FACTORS, Compared, first_line, largest, rounded
 from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.positions import positions
 
 STEPS = 4
 _TEXT = ("input_ids", "attention_mask")
@@ -86,7 +87,7 @@ def compare_decoder(model: PreTrainedModel, exported: Any, dtype: torch.dtype | 
     Raises:
         ValueError: if the file does not run, puts out other tokens, or differs by more than rounding explains.
     """
-    limit = inputs.longest(model)
+    limit = positions(model)
     lengths = [length if limit is None else min(length, limit - STEPS) for length in inputs.LENGTHS]
     pairs = [(batch, length) for batch in inputs.BATCHES for length in sorted(set(lengths))]
     return [_compare(model, exported, batch, length, dtype) for batch, length in pairs]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit.models.positions import positions
+
 TRACED = (2, 24)  # batch, tokens
 BATCHES = (1, 3)
 LENGTHS = (5, 40, 150)
@@ -29,20 +31,10 @@ def input_names(model: PreTrainedModel, known: Sequence[str] | None) -> list[str
     return names
 
 
-def longest(model: PreTrainedModel) -> int | None:
-    """The most tokens that the model's positions take; `None` where its config names no limit."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None
-    # RoBERTa counts its positions from behind the padding's.
-    return limit - 2 if "roberta" in config.model_type or "camembert" in config.model_type else limit
-
-
 def traced_inputs(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Tensor]:
     """The batch that is traced, with a padded row."""
     batch, length = TRACED
-    limit = longest(model)
+    limit = positions(model)
     return make_inputs(model, names, batch, length if limit is None else min(length, limit))
 
 
@@ -51,7 +43,7 @@ def compared_inputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[di
 
     Of each, one row is padded on the right, and of several also one on the left.
     """
-    limit = longest(model)
+    limit = positions(model)
     lengths = LENGTHS if limit is None else tuple(sorted({min(length, limit) for length in LENGTHS}))
     for batch in BATCHES:
         for length in lengths:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.experiment.glue.tasks import Task
+from hf_attnkit.models.positions import positions
 
 
 def check_max_length(max_length: int, task: Task, tokenizer: Any, model: PreTrainedModel) -> None:
@@ -25,16 +25,6 @@ def check_max_length(max_length: int, task: Task, tokenizer: Any, model: PreTrai
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text_columns) == 2)
     if max_length <= special:
         raise ValueError(f"--max_length {max_length} leaves no room next to {special} special tokens; give more")
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can number; `None` where its config sets no bound."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # RoBERTa counts from behind the padding token's number: its table has rows that no token can have.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            most = module.num_embeddings - module.padding_idx - 1
-    return most
 
 
 def tokenized(

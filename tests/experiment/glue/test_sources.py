@@ -17,8 +17,8 @@ from support.task_runs import flags, server_file
 from transformers import AutoModel, RobertaConfig, RobertaModel
 
 from hf_attnkit.experiment.glue.data import load_glue, load_test
-from hf_attnkit.experiment.glue.inputs import positions
 from hf_attnkit.experiment.glue.tasks import BENCHMARK, TASKS
+from hf_attnkit.models.positions import positions
 
 FILES = {
     "cola": ["CoLA.tsv"], "sst2": ["SST-2.tsv"], "mrpc": ["MRPC.tsv"], "stsb": ["STS-B.tsv"], "qqp": ["QQP.tsv"],

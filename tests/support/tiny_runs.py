@@ -57,6 +57,7 @@ SMALLER: dict[str, tuple[str, ...]] = {
 SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--repeats": ("1",),
     "--seeds": ("0",),
+    "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--prune_fractions": ("0.5",),
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
@@ -71,7 +72,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
 SMALLER_OF: dict[str, tuple[str, ...]] = {
     "recipes/benchmarks/backends.py": ("--cases", "causal", "--parts", "backward"),  # the forward pass compiles
     "recipes/benchmarks/attention.py": ("--implementations", "sdpa", "flash", "linear"),
-    "recipes/compare/conversions_glue.py": ("--variants", "mean", "pca+data+descent+best"),
+    "recipes/compare/conversions_glue.py": ("--variants", "mean", "pca+data+refit"),
     "recipes/compare/conversions_lm.py": ("--variants", "mean", "pca+data+refit"),
     "recipes/compare/long_context_lm.py": ("--variants", "reach+refit", "random", "window", "--shares", "0.5",
                                            "--random_draws", "1"),

@@ -1,7 +1,7 @@
 """The backends of exact and windowed attention against each other, over the cases that `backend="auto"` tells apart.
 
 Every backend that can compute a case runs in it, alternately with the others. The first call, which compiles and fills
-the allocator, is reported by itself: FlexAttention compiles each length again.
+the allocator, is reported by itself.
 """
 
 from __future__ import annotations
@@ -159,11 +159,14 @@ def measure(
     calls: dict[str, Call] = {}
     first: dict[str, float] = {}
     left_out = []
+    with torch.set_grad_enabled(problem.part == "backward"):
+        chosen, why = backends.choose(inputs[0], inputs[1], mask, window=problem.window)
     for backend in backends.BACKENDS:
-        reason = obstacle(backend, problem, inputs, mask, max_quadratic)
+        asked = "auto" if backend == chosen else backend  # which puts a window into SDPA's matrix on a GPU
+        reason = obstacle(asked, problem, inputs, mask, max_quadratic)
         if reason is None:
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = backend) -> Tensor:
+            def attend(query: Tensor, key: Tensor, value: Tensor, backend: str = asked) -> Tensor:
                 scaling = problem.sizes.head_dim**-0.5
                 return backends.attend(query, key, value, mask, scaling=scaling, window=problem.window, backend=backend)
 
@@ -177,8 +180,6 @@ def measure(
             left_out.append({"problem": problem.label, "backend": backend, "reason": reason})
     if not calls:
         return None, left_out
-    with torch.set_grad_enabled(problem.part == "backward"):
-        chosen, why = backends.choose(inputs[0], inputs[1], mask, window=problem.window)
     raw = time_alternately(calls, repeats, problem.sizes.device)
     medians = {name: quartiles(values)[1] for name, values in raw.items()}
     fastest = min(medians, key=medians.__getitem__)

@@ -61,7 +61,7 @@ class WindowLayer(SequenceLayer):
         if mask.key_visible is not None:
             inside = inside & mask.key_visible.expand(len(index), -1).gather(1, index.clamp(0, tail - 1))
         assert self.sink_visible is not None
-        self.sink_visible |= inside  # in place, as `_find_sinks`
+        self.sink_visible = self.sink_visible | inside
         copies = []
         for states in (self.keys, self.values):
             earlier = states[:, :, :known] if known else None

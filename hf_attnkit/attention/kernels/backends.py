@@ -35,8 +35,8 @@ FLEX_BLOCK = 128
 # On a CPU; measured, see docs/benchmarks.md.
 SHORT_WINDOW = 256
 SHORT_MATRIX = 1024
-# On a GPU: keys up to which SDPA reads a matrix (measured at 2,048, where it is faster, and at 8,192, where it is not), and
-# up to which it takes a single query (nothing was measured above).
+# On a GPU: keys up to which SDPA reads a matrix (it is faster at 2,048 and slower at 8,192; nothing was measured between),
+# and up to which it takes a single query (nothing was measured above).
 SHORT_ON_GPU = 4096
 SHORT_QUERY_ON_GPU = 2048
 

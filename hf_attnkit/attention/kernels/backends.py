@@ -35,9 +35,9 @@ FLEX_BLOCK = 128
 # On a CPU; measured, see docs/benchmarks.md.
 SHORT_WINDOW = 256
 SHORT_MATRIX = 1024
-# On a GPU: keys up to which SDPA reads a matrix (it is faster at 2,048 and slower at 8,192; nothing was measured between),
-# and up to which it takes a single query (nothing was measured above).
+# On a GPU: keys up to which SDPA reads a matrix (faster at 2,048, slower at 8,192; nothing was measured between).
 SHORT_ON_GPU = 4096
+# Up to which SDPA takes a single query there; nothing was measured above.
 SHORT_QUERY_ON_GPU = 2048
 
 

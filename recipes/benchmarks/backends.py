@@ -63,7 +63,7 @@ def main() -> None:
     options.lengths = options.lengths or ([512, 2048, 8192, 32768] if on_gpu else [512, 2048])
     options.dtypes = options.dtypes or (["bfloat16", "float32"] if on_gpu else ["float32"])
     if (
-        min(options.batch_size, options.repeats, options.window, *options.lengths) < 1
+        min(options.batch_size, options.repeats, options.window, *options.lengths, *options.flex_lengths) < 1
         or options.heads % options.kv_heads
     ):
         parser.error("sizes must be at least 1, and --kv_heads must divide --heads")

@@ -12,7 +12,7 @@ from support.linear import OPTIONS, both_ways, every_option, expected, inputs, l
 from support.reference import phi
 from torch import Tensor
 
-from hf_attnkit.attention.kernels import feature_maps
+from hf_attnkit.attention.kernels.feature_maps.elu import elu
 from hf_attnkit.attention.kernels.linear_sums import LinearState
 from hf_attnkit.attention.mask import Mask
 
@@ -68,7 +68,7 @@ def test_a_normaliser_too_small_to_divide_by() -> None:
 def test_elu_keeps_small_features() -> None:
     """e^x of a negative x to all digits, which elu(x) + 1 in float32 has lost at -20."""
     x = torch.linspace(-60, 5, 200)
-    features = feature_maps.elu(x).double()
+    features = elu(x).double()
     assert ((features - phi(x.double())) / phi(x.double())).abs().max() <= 4 * torch.finfo(torch.float32).eps
 
 

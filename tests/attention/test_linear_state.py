@@ -14,8 +14,8 @@ from support.linear import OPTIONS, compare, expected, generate, inputs, learned
 from support.reference import hedgehog, phi
 
 from hf_attnkit.attention.kernels import linear_sums
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, FeatureMap
 from hf_attnkit.attention.kernels.linear_sums import LinearState
-from hf_attnkit.attention.kinds import linear
 from hf_attnkit.attention.mask import Mask
 
 pytestmark = pytest.mark.usefixtures("small_segments")
@@ -69,8 +69,9 @@ def test_a_step_maps_one_key(window: int | None, monkeypatch: pytest.MonkeyPatch
     tensors = inputs(2, 2, 60, 60)
     _, state = generate(options, [60], None, tensors)
     mapped = []
-    original = linear.feature_maps.elu
-    monkeypatch.setattr(linear.feature_maps, "elu", lambda x: mapped.append(x.shape[2]) or original(x))
+    original = FEATURE_MAPS["elu"].fixed
+    noting = FeatureMap(fixed=lambda x: mapped.append(x.shape[2]) or original(x))
+    monkeypatch.setitem(FEATURE_MAPS, "elu", noting)
     given = (window or 1) - 1
     query, key, value = inputs(2, 2, 1, given + 1)
     run(options, Mask.aligned(1, given + 1, is_causal=False), query, key, value, cache=state)

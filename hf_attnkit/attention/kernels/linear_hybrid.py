@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from hf_attnkit.attention.kernels import linear_sums
+from hf_attnkit.attention.kernels.feature_maps import Map
 
 
-def outside(query: Tensor, phi: linear_sums.Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
+def outside(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
     """Bidirectional: sums over the keys `window` or more before and after each query; query 0 is
     at key `offset`. Two sums, since all keys less those of the window would cancel."""
     after = linear_sums.suffix(query, phi, keys, offset + window)

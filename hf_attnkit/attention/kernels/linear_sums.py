@@ -10,12 +10,14 @@ used up before the next is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_attnkit.attention.kernels.feature_maps import Map
 
 # Tokens that are mapped and summed at a time, so that temporaries have one size whatever the length:
 # on a CPU larger ones are fresh pages each time, and four times the tokens took ten times the time.
@@ -25,8 +27,6 @@ SEGMENT = 1024
 # features: linear in the length whatever C. At 64 no term is more than twice another for head sizes
 # of 64 and 128, and both larger and smaller chunks were slower.
 CHUNK = 64
-
-Map = Callable[[Tensor], Tensor]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), cost linear in the sequence length.
 
-The softmax is replaced by a product of positive features phi, so that sums over keys can be taken
+The softmax is replaced by a positive product of features phi, so that sums over keys can be taken
 before the query is known:
 
     out_i = phi(q_i) . S_i / (phi(q_i) . z_i),     S_i = sum_j phi(k_j) v_j^T,     z_i = sum_j phi(k_j)
@@ -8,7 +8,7 @@ before the query is known:
 over all keys (bidirectional) or the keys up to i (causal; chunk by chunk, see `linear_sums`). For
 generation S and z are a state of constant size that takes the place of the cache (`LinearState`).
 
-Options: `feature_map="elu"` (elu(x) + 1) or `"hedgehog"` (learned, see `feature_maps`), and
+Options: `feature_map`, "elu" (elu(x) + 1), "hedgehog" (learned) or another of `feature_maps`, and
 `window`, which keeps the nearest keys in exact softmax attention (see `linear_hybrid`).
 
 It is a different function than softmax attention: a pretrained softmax model needs training after
@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_attnkit.attention.kernels import feature_maps, linear_hybrid, linear_sums, tiled
-from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState, Map
+from hf_attnkit.attention.kernels import linear_hybrid, linear_sums, tiled
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
+from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.window_cache import StateLayer
@@ -45,7 +46,7 @@ class LinearAttention(Kind):
     """Forms no weights.
 
     Attributes:
-        feature_map: "elu" or "hedgehog".
+        feature_map: a name of `FEATURE_MAPS`.
         window: number of keys with softmax terms on each side of a query, its own included; `None` for features alone.
     """
 
@@ -58,7 +59,7 @@ class LinearAttention(Kind):
     window: int | None = None
 
     def __post_init__(self) -> None:
-        choice(self.feature_map, "feature_map", ("elu", "hedgehog"))
+        choice(self.feature_map, "feature_map", tuple(FEATURE_MAPS))
         if self.window is not None:
             why = "the number of keys with softmax terms (the own one included), or None for features alone"
             store(self, window=integer(self.window, "window", minimum=1, why=why))
@@ -68,10 +69,8 @@ class LinearAttention(Kind):
         return mask
 
     def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
-        """The maps of "hedgehog". A window learns nothing."""
-        if self.feature_map != "hedgehog":
-            return None
-        return feature_maps.Hedgehog(num_heads, num_key_value_heads, head_dim)
+        """The learned maps. A window learns nothing."""
+        return FEATURE_MAPS[self.feature_map].make(num_heads, num_key_value_heads, head_dim)
 
     def create_cache(self, max_length: int | None) -> StateLayer:
         """Sums of constant size, and with a window its last keys and values."""
@@ -193,19 +192,19 @@ def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype:
 def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Output `(B, H, Q, D)` and normaliser `(B, H, Q, 1)` of sums `(B, H, Q, D + 1)`; both 0 for no key."""
     output, total = sums[..., :-1], sums[..., -1:]
-    # Features are positive, so a total of zero, or too small to divide by, means no key.
+    # phi(q) . phi(k) is positive, so a total of zero, or too small to divide by, means no key.
     seen = total > torch.finfo(total.dtype).tiny * 1e8
     return torch.where(seen, output / total.masked_fill(~seen, 1.0), 0.0), total.masked_fill(~seen, 0.0)
 
 
 def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
     """phi for queries and phi for keys."""
-    if feature_map == "elu":
-        return feature_maps.elu, feature_maps.elu
+    if (fixed := FEATURE_MAPS[feature_map].fixed) is not None:
+        return fixed, fixed
     if parameters is None:
         raise ValueError(
             f"feature_map={feature_map!r} is learned and parameters=None; pass the module of "
-            "LinearAttention(feature_map='hedgehog').create_parameters(num_heads, num_key_value_heads, head_dim)"
+            f"LinearAttention(feature_map={feature_map!r}).create_parameters(num_heads, num_key_value_heads, head_dim)"
         )
     return parameters.query, parameters.key  # type: ignore[return-value]
 

@@ -1,25 +1,14 @@
-"""Feature maps of linear attention: elu(x) + 1 (Katharopoulos et al. 2020), Hedgehog (Zhang et al. 2024, 2402.04347).
+"""phi(x) = [softmax(W x + b), softmax(-(W x + b))] (Hedgehog, Zhang et al. 2024, arXiv 2402.04347).
 
-A map phi turns queries and keys into positive features, and phi(q) . phi(k) takes the place of
-exp(scaling * q . k). Features are computed in float32 or better: sums over the sequence follow.
-
-| map        | phi(x)                                         | features per head | learned             |
-| ---------- | ---------------------------------------------- | ----------------- | ------------------- |
-| `elu`      | elu(x) + 1                                     | head_dim          | nothing             |
-| `hedgehog` | [softmax(W x + b), softmax(-(W x + b))]        | 2 * head_dim      | W, b for every head |
+`2 * head_dim` features. W and b are learned for every head.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def elu(x: Tensor) -> Tensor:
-    """elu(x) + 1, written so that e^x of a negative x keeps its digits instead of losing them to -1 + 1."""
-    x = _wide(x)
-    return F.relu(x) + torch.exp(x.clamp(max=0))
+from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
 
 class HedgehogMap(nn.Module):
@@ -42,7 +31,7 @@ class HedgehogMap(nn.Module):
                 f"the Hedgehog map was made for {self.bias.shape[0]} heads of size {self.bias.shape[1]} and got "
                 f"{x.shape[1]} heads of size {x.shape[3]}; make a new one for the layer as it is now"
             )
-        x = _wide(x)
+        x = wide(x)
         mapped = torch.einsum("bhnd,hed->bhne", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype)[:, None]
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
@@ -54,7 +43,3 @@ class Hedgehog(nn.Module):
         super().__init__()
         self.query = HedgehogMap(num_heads, head_dim)
         self.key = HedgehogMap(num_key_value_heads, head_dim)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,49 @@
+"""Feature maps of linear attention, one a file: a new map is its file and its line in `FEATURE_MAPS`.
+
+A map phi turns queries and keys into features, and phi(q) . phi(k) takes the place of exp(scaling * q . k). That
+product must be positive for every query and key; single features may be negative. Maps of queries and keys may differ,
+and give as many features. Features are in float32 or better (`wide`): sums over the sequence follow.
+
+| map        | phi(x)                                         | features per head | learned             |
+| ---------- | ---------------------------------------------- | ----------------- | ------------------- |
+| `elu`      | elu(x) + 1                                     | head_dim          | nothing             |
+| `hedgehog` | [softmax(W x + b), softmax(-(W x + b))]        | 2 * head_dim      | W, b for every head |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hf_attnkit.attention.kernels.feature_maps.elu import elu
+from hf_attnkit.attention.kernels.feature_maps.hedgehog import Hedgehog
+
+Map = Callable[[Tensor], Tensor]
+"""`(batch, heads, tokens, head_dim)` to `(batch, heads, tokens, features)`."""
+
+
+def _nothing(num_heads: int, num_key_value_heads: int, head_dim: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """How a map is made.
+
+    Attributes:
+        make: of a learned map: `(num_heads, num_key_value_heads, head_dim)` to a module of its own class with the maps
+            `query` and `key`, at their start values; nothing for a fixed map.
+        fixed: of a fixed map: the function, for queries and keys alike.
+    """
+
+    make: Callable[[int, int, int], nn.Module | None] = _nothing
+    fixed: Map | None = None
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "elu": FeatureMap(fixed=elu),
+    "hedgehog": FeatureMap(Hedgehog),
+}
+"""By the name that `LinearAttention(feature_map=...)` takes."""

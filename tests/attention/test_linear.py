@@ -130,6 +130,10 @@ def test_parameters_load_and_run_in_half_precision() -> None:
         ({"window": 0}, r"window=0 must be an integer of at least 1"),
         ({"window": True}, r"window=True must be an integer"),
         ({"window": 2.0}, r"window=2\.0 must be an integer"),
+        ({"window": 4, "gate": "head"}, r"gate='head' must be one of 'learned': .* or None for none"),
+        ({"window": 4, "branches": "far"}, r"branches='far' must be one of 'both', 'window', 'linear'"),
+        ({"gate": "learned"}, r"gate='learned' needs a window and window=None.*for example window=64, or gate=None"),
+        ({"branches": "linear"}, r"branches='linear' needs a window and window=None.*or branches='both'"),
     ],
 )
 def test_options_refused(options: dict[str, Any], message: str) -> None:

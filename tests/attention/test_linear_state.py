@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_exact64, gradients
-from support.linear import OPTIONS, compare, expected, generate, inputs, learned_for, maps, padding, run
+from support.linear import OPTIONS, compare, expected, generate, inputs, learned_for, maps, names, padding, run
 from support.reference import hedgehog, phi
 
 from hf_attnkit.attention.kernels import linear_sums
@@ -35,7 +35,8 @@ def test_any_split_is_one_pass(options: dict[str, Any], sizes: list[int], kind: 
 
     # What is left: every real key that the next token has outside its window.
     last = min(50, max(0, 51 - options.get("window", 1)))
-    keys = hedgehog(tensors[1], *tensors[5:]) if tensors[3:] else phi(tensors[1])
+    of = dict(zip(names(options), tensors[3:], strict=True))
+    keys = hedgehog(tensors[1], of["key.weight"], of["key.bias"]) if "key.weight" in of else phi(tensors[1])
     keys = keys if seen is None else keys * seen[:, None, :, None]
     values = torch.cat([tensors[2], torch.ones_like(tensors[2][..., :1])], dim=-1)
     sums = torch.einsum("bgkf,bgkd->bgfd", keys[:, :, :last], values[:, :, :last])

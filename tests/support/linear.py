@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.accuracy import assert_exact64, gradients
 from support.reference import hedgehog, hybrid, phi
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.linear_sums import LinearState
 from hf_attnkit.attention.kind import Call
@@ -22,10 +22,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"feature_map": "elu", "window": 5},
     {"feature_map": "hedgehog"},
     {"feature_map": "hedgehog", "window": 1},
-    {"feature_map": "hedgehog", "window": 7},
+    {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
 ]
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o['feature_map']}-{o.get('window')}")
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 both_ways = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -60,16 +60,27 @@ def run(
     dropout: float = 0.0,
     cache: Any = None,
 ) -> Tensor:
-    """The library's output; `learned` as from `maps`, `cache` anything with `sums`."""
+    """The library's output; `learned` as from `learned_for`, `cache` anything with `sums`."""
     kind = LinearAttention(**options)
-    parameters = kind.create_parameters(query.shape[1], key.shape[1], query.shape[3])
-    if parameters is not None:
-        for name, tensor in zip(("query.weight", "query.bias", "key.weight", "key.bias"), learned, strict=True):
-            module = parameters.get_submodule(name.split(".")[0])
-            del module._parameters[name.split(".")[1]]
-            setattr(module, name.split(".")[1], tensor)  # a plain tensor, so that its gradient is asked for
-    call = Call(cache, parameters)
+    call = Call(cache, parameters(options, query, key, *learned))
     return kind.attention(query, key, value, mask, scaling=SCALING, dropout=dropout, call=call)[0]
+
+
+def parameters(options: dict[str, Any], query: Tensor, key: Tensor, *learned: Tensor) -> nn.Module | None:
+    """What the kind learns, with these values: plain tensors, so that their gradients are asked for."""
+    made = LinearAttention(**options).create_parameters(query.shape[1], key.shape[1], query.shape[3])
+    for name, tensor in zip(names(options), learned, strict=True):
+        path, _, last = name.rpartition(".")
+        module = made.get_submodule(path)
+        del module._parameters[last]
+        setattr(module, last, tensor)
+    return made
+
+
+def names(options: dict[str, Any]) -> list[str]:
+    """Of what the kind learns, in the order of its `parameters()`."""
+    made = LinearAttention(**options).create_parameters(1, 1, 1)
+    return [] if made is None else [name for name, _ in made.named_parameters()]
 
 
 def expected(
@@ -79,16 +90,22 @@ def expected(
     visible = distance >= 0 if mask.is_causal else distance == distance
     if mask.key_visible is not None:
         visible = visible & mask.key_visible[:, None, None, :]
+    of = dict(zip(names(options), learned, strict=True))
     phis = {"phi_query": phi, "phi_key": phi}
-    if learned:
-        phis["phi_query"] = lambda x: hedgehog(x, *learned[:2])
-        phis["phi_key"] = lambda x: hedgehog(x, *learned[2:])
+    if "query.weight" in of:
+        phis["phi_query"] = lambda x: hedgehog(x, of["query.weight"], of["query.bias"])
+        phis["phi_key"] = lambda x: hedgehog(x, of["key.weight"], of["key.bias"])
     near = distance.abs() < options.get("window", 0)
-    return hybrid(query, key, value, visible, near, scaling=SCALING, **phis, **more)
+    left = {"both": visible, "window": visible & near, "linear": visible & ~near}[options.get("branches", "both")]
+    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate"), **phis, **more)
 
 
 def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6) -> list[Tensor]:
-    return maps(heads, kv_heads, dim) if options["feature_map"] == "hedgehog" else []
+    """Trained-looking values of what the kind learns, in the order of its `parameters()`."""
+    of_maps = ("query.weight", "query.bias", "key.weight", "key.bias")
+    values = dict(zip(of_maps, maps(heads, kv_heads, dim), strict=True))
+    values["gate"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
+    return [values[name] for name in names(options)]
 
 
 def compare(options: dict[str, Any], mask: Mask, tensors: Sequence[Tensor]) -> None:

@@ -33,12 +33,19 @@ def hybrid(
     phi_key: Callable[[Tensor], Tensor] = phi,
     kept_near: Tensor | float = 1.0,
     kept_far: Tensor | float = 1.0,
+    gate: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Visible keys that are near (bool, broadcastable to `(B, H, Q, K)`) by e^score, the others by their features."""
+    """Visible keys that are near (bool, broadcastable to `(B, H, Q, K)`) by e^score, the others by their features.
+
+    `gate` `(H,)`: added to the scores. `factor` `(B, G, Q, K)`: of the features.
+    """
     group = query.shape[1] // key.shape[1]
     heads = [head // group for head in range(query.shape[1])]
     score = torch.exp(torch.einsum("bhqd,bhkd->bhqk", query, key[:, heads]) * scaling)
+    score = score if gate is None else score * torch.exp(gate)[:, None, None]
     feature = torch.einsum("bhqf,bhkf->bhqk", phi_query(query), phi_key(key)[:, heads])
+    feature = feature if factor is None else feature * factor[:, heads]
     total = (torch.where(near, score, feature) * visible).sum(-1, keepdim=True)
     p = torch.where(near, score * kept_near, feature * kept_far) * visible / torch.where(total > 0, total, 1.0)
     return torch.einsum("bhqk,bhkd->bhqd", p, value[:, heads])

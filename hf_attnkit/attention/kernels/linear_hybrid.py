@@ -1,11 +1,12 @@
 """Linear attention with a softmax window (Based, arXiv 2402.18668; LoLCATs, Zhang et al. 2024, arXiv 2410.10254).
 
 The nearest keys count with their softmax terms, all others with their features, and one sum
-normalises both, so every key is counted exactly once:
+normalises both, so every key is counted exactly once. A learned gate g per query head, 0 at the
+start, weighs the window against what lies beyond it:
 
-              sum_near e^(s_ij) v_j  +  sum_far phi(q_i) . phi(k_j) v_j
-    out_i  =  ---------------------------------------------------------      s_ij = scaling * q_i . k_j
-              sum_near e^(s_ij)      +  sum_far phi(q_i) . phi(k_j)
+              sum_near e^(s_ij + g) v_j  +  sum_far phi(q_i) . phi(k_j) v_j
+    out_i  =  -------------------------------------------------------------      s_ij = scaling * q_i . k_j
+              sum_near e^(s_ij + g)      +  sum_far phi(q_i) . phi(k_j)
 
     causal, window 3           bidirectional, window 2      x near, . far
     0 x                        0 x x . . .
@@ -18,6 +19,7 @@ normalises both, so every key is counted exactly once:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,19 +39,48 @@ def outside(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int, window
         start = stop
 
 
-def join(far: Tensor, total: Tensor, near: Tensor, logsumexp: Tensor) -> Tensor:
-    """Both parts under one normaliser.
+@dataclass(frozen=True)
+class Branches:
+    """What some queries get from the keys beyond their window, and from those within it.
 
-    With T = `total` and L the log-sum-exp of the window, the formula above is a mean of the two
-    normalised parts, the window's weight being e^L / (e^L + T) = sigmoid(L - ln T): no exponential
-    of a score is ever formed, so none overflows.
-
-    Args:
-        far: `(B, H, Q, D)`, the linear part, normalised on its own; 0 where there is none.
-        total: `(B, H, Q, 1)`, its normaliser; 0 where there is none.
-        near: `(B, H, Q, D)`, the window's softmax attention; 0 where it is empty.
-        logsumexp: `(B, H, Q)`; -inf where the window is empty.
+    Attributes:
+        far: the linear part, normalised on its own, `(B, H, Q, D)`, and its normaliser `(B, H, Q, 1)`; both 0 where
+            there is no such key. `None` where the window alone counts.
+        near: the window's softmax attention `(B, H, Q, D)`, 0 where the window is empty, and its log-sum-exp
+            `(B, H, Q)`, -inf there. `None` where there is no window, or what lies beyond it alone counts.
+        gate: `(H, 1, 1)`, g of the formula above; `None` for 0.
     """
-    some = total > 0
-    share = torch.sigmoid(logsumexp[..., None].to(far.dtype) - total.masked_fill(~some, 1.0).log())
-    return torch.lerp(far, near.to(far.dtype), share.masked_fill(~some, 1.0))
+
+    far: tuple[Tensor, Tensor] | None
+    near: tuple[Tensor, Tensor] | None
+    gate: Tensor | None
+
+    def output(self) -> Tensor:
+        """Both under one normaliser, `(B, H, Q, D)`."""
+        if self.far is None or self.near is None:
+            return (self.far or self.near)[0]  # type: ignore[index] # one of both is there
+        far = self.far[0]
+        return torch.lerp(far, self.near[0].to(far.dtype), self._weighed().masked_fill(self.far[1] <= 0, 1.0))
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """What of the output is the window's, and what is of the keys beyond it, each `(B, H, Q, D)`."""
+        if self.far is None or self.near is None:
+            one = self.output()
+            one = one if one.dtype == torch.float64 else one.float()
+            zero = torch.zeros_like(one)
+            return (zero, one) if self.near is None else (one, zero)
+        far = self.far[0]
+        share = self._weighed().masked_fill(self.far[1] <= 0, 1.0)
+        return self.near[0].to(far.dtype) * share, far * (1 - share)
+
+    def _weighed(self) -> Tensor:
+        """The window's weight `(B, H, Q, 1)`, some number where there is nothing beyond it.
+
+        With T the far normaliser and L the log-sum-exp of the window, the formula above is a mean of the two
+        normalised parts, the window's weight being e^g e^L / (e^g e^L + T) = sigmoid(L - ln T + g): no exponential of a
+        score is ever formed, so none overflows. g is 0 without a gate.
+        """
+        assert self.far is not None and self.near is not None
+        far, total = self.far
+        logit = self.near[1][..., None].to(far.dtype) - total.masked_fill(total <= 0, 1.0).log()
+        return torch.sigmoid(logit if self.gate is None else logit + self.gate.to(far.dtype))

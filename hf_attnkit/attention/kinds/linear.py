@@ -17,8 +17,8 @@ the swap. As in the papers, queries and keys are not scaled by `head_dim ** -0.5
 With Hedgehog and a window the two kinds of terms have different scales: each half of phi sums to 1, so
 phi(q) . phi(k) is at most 2 and 2 / head_dim for features that know nothing, while the window's
 e^s is 1 for a score of 0 and has no bound. Before training, keys beyond the window therefore count
-about head_dim / 2 times less than under softmax. No gate is learned to make up for it: the maps
-can sharpen, up to 2 a key, and that is all.
+about head_dim / 2 times less than under softmax. The maps can sharpen, up to 2 a key; beyond that
+`gate="learned"` makes up for it, one factor e^g per query head on the window's terms.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels import linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
+from hf_attnkit.attention.kernels.linear_hybrid import Branches
 from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
@@ -48,6 +49,11 @@ class LinearAttention(Kind):
     Attributes:
         feature_map: a name of `FEATURE_MAPS`.
         window: number of keys with softmax terms on each side of a query, its own included; `None` for features alone.
+        gate: "learned" for one number g per query head, 0 at the start, by which the window's terms count e^g times
+            (see `linear_hybrid`); needs a window. `None` for none.
+        branches: "both"; or, to measure what each contributes, what is left of a query's sum: "window", the softmax
+            window alone, normalised on its own, or "linear", the keys beyond it alone, normalised on their own, where a
+            query without such a key gives 0. The last two need a window.
     """
 
     name = "linear"
@@ -57,20 +63,36 @@ class LinearAttention(Kind):
 
     feature_map: str = "elu"
     window: int | None = None
+    gate: str | None = None
+    branches: str = "both"
 
     def __post_init__(self) -> None:
         choice(self.feature_map, "feature_map", tuple(FEATURE_MAPS))
         if self.window is not None:
             why = "the number of keys with softmax terms (the own one included), or None for features alone"
             store(self, window=integer(self.window, "window", minimum=1, why=why))
+        if self.gate is not None:
+            choice(self.gate, "gate", ("learned",), why="one number per query head, or None for none")
+        choice(self.branches, "branches", ("both", "window", "linear"))
+        for option, default in (("gate", None), ("branches", "both")):
+            if self.window is None and getattr(self, option) != default:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r} needs a window and window=None: without one there is one "
+                    f"branch alone; give a window, for example window=64, or {option}={default!r}"
+                )
 
     def seen(self, mask: Mask, shape: torch.Size, call: Call = NO_CALL) -> Mask:
         """All that the mask shows: features reach the keys beyond the window."""
         return mask
 
     def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
-        """The learned maps. A window learns nothing."""
-        return FEATURE_MAPS[self.feature_map].make(num_heads, num_key_value_heads, head_dim)
+        """The learned maps under `query` and `key`, and `gate` `(num_heads,)`. A window learns nothing."""
+        module = FEATURE_MAPS[self.feature_map].make(num_heads, num_key_value_heads, head_dim)
+        if self.gate is None:
+            return module
+        module = nn.Module() if module is None else module
+        module.gate = nn.Parameter(torch.zeros(num_heads))
+        return module
 
     def create_cache(self, max_length: int | None) -> StateLayer:
         """Sums of constant size, and with a window its last keys and values."""
@@ -106,8 +128,41 @@ class LinearAttention(Kind):
                 apply; for missing parameters, or parameters of another number of heads; for keys that do
                 not fit the state.
         """
+        # Mixed precision would run the sums over the sequence in 16 bits.
+        with torch.autocast(query.device.type, enabled=False):
+            segments = self._segments(query, key, value, mask, scaling=scaling, dropout=dropout, call=call)
+            output = linear_sums.collect(
+                (each.output().to(query.dtype) for each in segments), query.new_empty(*query.shape[:3], value.shape[-1])
+            )
+        return output, None
+
+    def parts(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, call: Call = NO_CALL
+    ) -> tuple[Tensor, Tensor]:
+        """The two branches' shares of the output of `attention`, without a cache and without dropout.
+
+        Returns:
+            What comes from the window (0 without one) and what comes from the keys beyond it, each
+            `(B, num_heads, Q, head_dim)` in float32 or better; their sum is the output. With one branch alone the share
+            of the other is 0.
+
+        Raises:
+            ValueError: as `attention`; for a call with a cache.
+        """
+        if call.cache is not None:
+            raise ValueError("the shares of the branches are of one whole pass; give a call without a cache")
+        with torch.autocast(query.device.type, enabled=False):
+            segments = self._segments(query, key, value, mask, scaling=scaling, dropout=0.0, call=call)
+            near, far = zip(*(each.shares() for each in segments), strict=True)
+        return torch.cat(near, dim=2), torch.cat(far, dim=2)
+
+    def _segments(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, dropout: float, call: Call
+    ) -> Iterator[Branches]:
+        """The branches for each segment of the queries; arguments and errors as `attention`."""
         _check_mask(mask)
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
+        gate = None if self.gate is None else _gate(query.shape[1], call.parameters)
         # Made by `create_cache`; of it only the state is used here.
         cache = cast("LinearState | None", call.cache)
         kv_length, width = key.shape[2], self.window or 0
@@ -115,31 +170,33 @@ class LinearAttention(Kind):
             _check_state(query.shape[2], kv_length, width, mask)
 
         near = None
-        if self.window is not None:
+        if self.window is not None and self.branches != "linear":
             near = tiled.attend(query, key, value, mask, scaling=scaling, dropout=dropout, window=self.window)
-        # Mixed precision would run the sums over the sequence in 16 bits.
-        with torch.autocast(query.device.type, enabled=False):
-            kept = None
-            if dropout > 0:
-                kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
-            keys = Keys(key, value, phi_key, mask.key_visible, kept)
-            parts: Iterator[Tensor]
-            if cache is not None:
-                parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
-            elif mask.is_causal:
-                parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
-            elif self.window is None:
-                parts = linear_sums.everything(query, phi_query, keys)
-            else:
-                parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), self.window)
-
-            output = linear_sums.collect(
-                _outputs(parts, near, query.dtype), query.new_empty(*query.shape[:3], value.shape[-1])
-            )
-            if cache is not None and width:
-                # The key that the last query still had in its window, and the next one has not.
-                cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
-        return output, None
+        if self.branches == "window":
+            yield Branches(None, near, None)
+            return
+        kept = None
+        if dropout > 0:
+            kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
+        keys = Keys(key, value, phi_key, mask.key_visible, kept)
+        parts: Iterator[Tensor]
+        if cache is not None:
+            parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
+        elif mask.is_causal:
+            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
+        elif self.window is None:
+            parts = linear_sums.everything(query, phi_query, keys)
+        else:
+            parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), self.window)
+        start = 0
+        for sums in parts:
+            stop = start + sums.shape[2]
+            of_these = None if near is None else (near[0][:, :, start:stop], near[1][:, :, start:stop])
+            yield Branches(_normalise(sums), of_these, gate)
+            start = stop
+        if cache is not None and width:
+            # The key that the last query still had in its window, and the next one has not.
+            cache.sums = keys.state(max(kv_length - width, 0), max(kv_length - width + 1, 0), cache.sums)
 
     def of_any_length(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, scaling: float, call: Call = NO_CALL
@@ -161,10 +218,18 @@ class LinearAttention(Kind):
         if self.window is None:
             return _summed(products, values).to(query.dtype)
         inside = mask.distance().abs() < self.window
+        if self.branches == "linear":
+            return _summed(products.masked_fill(inside, 0.0), values).to(query.dtype)
         near_seen = inside if seen is None else inside & seen
         # Each query's window and its far keys under one normaliser, relative to the window's largest score.
         scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
-        scores = scores.flatten(1, 2).to(products.dtype).masked_fill(~near_seen, torch.finfo(products.dtype).min)
+        scores = scores.flatten(1, 2).to(products.dtype)
+        if self.gate is not None and self.branches == "both":
+            scores = scores + _gate(query.shape[1], call.parameters).to(products.dtype)
+        scores = scores.masked_fill(~near_seen, torch.finfo(products.dtype).min)
+        if self.branches == "window":
+            weights = scores.softmax(-1).masked_fill(~near_seen, 0.0)
+            return _summed(weights, values).to(query.dtype)
         largest = scores.amax(-1, keepdim=True).clamp(min=0.0)
         near = (scores - largest).exp().masked_fill(~near_seen, 0.0)
         terms = torch.where(inside, near, products * (-largest).exp())
@@ -175,18 +240,6 @@ def _summed(terms: Tensor, values: Tensor) -> Tensor:
     """Mean `(B, H, Q, D)` of values [v, 1] `(B, G, K, D + 1)` under terms `(B, H, Q, K)` of one normaliser."""
     sums = terms.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]
     return _normalise(sums.flatten(1, 2))[0]
-
-
-def _outputs(parts: Iterator[Tensor], near: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Iterator[Tensor]:
-    """From sums `(B, H, Q, D + 1)` of each segment its output; `near`: of all queries, see `linear_hybrid.join`."""
-    start = 0
-    for sums in parts:
-        output, total = _normalise(sums)
-        stop = start + output.shape[2]
-        if near is not None:
-            output = linear_hybrid.join(output, total, *(tensor[:, :, start:stop] for tensor in near))
-        yield output.to(dtype)
-        start = stop
 
 
 def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,6 +260,18 @@ def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
             f"LinearAttention(feature_map={feature_map!r}).create_parameters(num_heads, num_key_value_heads, head_dim)"
         )
     return parameters.query, parameters.key  # type: ignore[return-value]
+
+
+def _gate(num_heads: int, parameters: nn.Module | None) -> Tensor:
+    """g, `(H, 1, 1)`."""
+    gate: Tensor | None = getattr(parameters, "gate", None)
+    if gate is None or gate.shape != (num_heads,):
+        found = "none" if gate is None else f"that of {gate.shape[0]} heads"
+        raise ValueError(
+            f"gate='learned' needs the gate of {num_heads} query heads and the parameters have {found}; pass the "
+            "module of LinearAttention(..., gate='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
+        )
+    return gate[:, None, None]
 
 
 def _check_mask(mask: Mask) -> None:

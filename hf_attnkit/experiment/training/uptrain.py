@@ -64,12 +64,19 @@ def convert(run: Run, arguments: ConversionArguments, number: int, calibration_s
 
 
 def recover(
-    run: Run, teacher: PreTrainedModel | None, distillation: DistillationArguments, lora: LoraArguments
+    run: Run,
+    teacher: PreTrainedModel | None,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train the run's model, towards the teacher if there is one; returns what `Run.train` returns."""
-    options: dict[str, Any] = {}
+    """Train the run's model, towards the teacher if there is one; returns what `Run.train` returns.
+
+    Args:
+        options: other ones of `Run.train`.
+    """
     if teacher is not None:
-        options = {
+        options |= {
             "kind": DistillationTrainer,
             "teacher": teacher,
             "weight": distillation.distill_weight,

@@ -1,0 +1,1 @@
+"""Linear attention in the place of softmax attention: learn the features, choose the layers, fit, distil, train."""

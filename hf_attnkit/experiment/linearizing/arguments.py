@@ -1,0 +1,149 @@
+"""What a linearisation is on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from transformers import PreTrainedModel, TrainingArguments
+
+from hf_attnkit.attention import swap
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS
+from hf_attnkit.attention.kind import ATTRIBUTE, Kind, Stock
+from hf_attnkit.attention.kinds.linear import LinearAttention
+from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
+from hf_attnkit.common.checks import choice
+from hf_attnkit.common.options import changed
+from hf_attnkit.experiment.arguments import ChangeArguments
+from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.models.layers import attention_layers
+
+FEATURE_MAP = "taylor_exponential"
+CHOICES = ("kl", "uniform")
+REFITS = ("output", "scale", "none")
+
+
+@dataclass
+class LinearizeArguments(ChangeArguments):
+    feature_map: str = field(
+        default=FEATURE_MAP, metadata={"help": "What replaces the exponential.", "choices": list(FEATURE_MAPS)}
+    )
+    window: int | None = field(
+        default=None, metadata={"help": "Keys next to a query that keep their softmax terms; none by default."}
+    )
+    gate: bool = field(
+        default=False, metadata={"help": "Learn how much the window counts against what is beyond it; needs --window."}
+    )
+    decay: bool = field(default=False, metadata={"help": "Learn how fast each head forgets."})
+    window_alone: bool = field(
+        default=False,
+        metadata={"help": "Leave the linear attention out and train the window alone: what linear attention has to beat."},
+    )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of the layers to linearise; by default all that can be."}
+    )
+    softmax_layers: int = field(default=0, metadata={"help": "How many of these layers keep softmax attention."})
+    choose: str = field(
+        default="kl",
+        metadata={
+            "help": "Which these are: 'kl', those that cost most when one alone is linear, or 'uniform', spread evenly.",
+            "choices": list(CHOICES),
+        },
+    )
+    transfer_epochs: float = field(
+        default=2.0, metadata={"help": "Passes over the training data that learn the features; 0 leaves it out."}
+    )
+    transfer_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's, at the start of these passes."})
+    refit: str = field(
+        default="output",
+        metadata={"help": f"What is fitted in closed form after them, one of {', '.join(REFITS)}.", "choices": REFITS},
+    )
+
+    def __post_init__(self) -> None:
+        choice(self.choose, "--choose", CHOICES)
+        choice(self.refit, "--refit", REFITS)
+        if self.softmax_layers < 0:
+            raise ValueError(f"--softmax_layers {self.softmax_layers} must be at least 0")
+        if self.transfer_epochs < 0:
+            raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0, which leaves it out")
+        if self.window_alone:
+            unused = {"feature_map": FEATURE_MAP, "gate": False, "decay": False}
+            for name, default in unused.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name} has no effect with --window_alone, which has no features")
+            if self.window is None:
+                raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
+        self.kind  # noqa: B018 - checks the options with one another
+
+    @property
+    def kind(self) -> Kind:
+        """What the layers will run."""
+        if self.window_alone:
+            return SlidingWindowAttention(window=self.window)  # type: ignore[arg-type] # checked
+        gate, decay = ("learned" if asked else None for asked in (self.gate, self.decay))
+        return LinearAttention(self.feature_map, self.window, decay=decay, gate=gate)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the kind has features to learn."""
+        return self.kind.create_parameters(1, 1, 2) is not None
+
+def candidates(model: PreTrainedModel, arguments: LinearizeArguments) -> list[int]:
+    """The layers that are linearised or chosen among, in order. Called before anything is measured.
+
+    Raises:
+        ValueError: options or layers that do not fit the model, a model that runs swapped attention, or more softmax
+            layers than there are layers to linearise.
+    """
+    layers = attention_layers(model)
+    running = [getattr(layer.module, ATTRIBUTE, None) for layer in layers]
+    if any(kind is not None and not isinstance(kind, Stock) for kind in running):
+        raise ValueError(
+            "the model runs swapped attention already, and the features are learned from its softmax attention; start "
+            "from the model as it was, or call hf_attnkit.restore_attention and save it"
+        )
+    kind = arguments.kind
+    found = sorted(swap.check(model, kind.name, layers=arguments.layers, **changed(kind)))
+    if arguments.softmax_layers >= len(found):
+        raise ValueError(
+            f"--softmax_layers {arguments.softmax_layers} leaves none of {len(found)} layers linear; give at most "
+            f"{len(found) - 1}"
+        )
+    return found
+
+
+@dataclass
+class LinearizeDistillationArguments(DistillationArguments):
+    distill: bool = field(default=True, metadata={"help": "Train towards the model as it was before the change."})
+
+    def __post_init__(self) -> None:
+        if self.distill and self.distill_weight is None:
+            self.distill_weight = 1.0  # labels have a stage of their own, or none
+        super().__post_init__()
+
+
+def check(
+    arguments: LinearizeArguments,
+    distillation: DistillationArguments,
+    training: TrainingArguments,
+    *,
+    calibration: int,
+) -> None:
+    """Refuse arguments that have no effect together.
+
+    Args:
+        calibration: how many sentences or tokens the KL and the refit look at.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    if training.do_train:
+        distillation.check(training)
+    needs = [
+        flag
+        for flag, asked in (
+            (f"--refit {arguments.refit}", arguments.refit != "none"),
+            ("--choose kl", arguments.softmax_layers > 0 and arguments.choose == "kl"),
+        )
+        if asked
+    ]
+    if needs and not calibration:
+        raise ValueError(f"{' and '.join(needs)} look at training data, and there is none for calibration; give some")

@@ -1,0 +1,194 @@
+"""Linearise and recover: what the linearising recipes do with their `Run`, stage by stage.
+
+    baseline     the untouched model
+    control      with --control, the untouched model trained as long as the stages that train all weights
+    changed      linear attention with features as they start
+    transferred  features learned, layer by layer, towards softmax attention's outputs (see `transfer`)
+    chosen       with --softmax_layers, the costliest layers back on softmax attention (see `layer_costs`)
+    refitted     output projections fitted in closed form, on the layers that stay linear
+    distilled    all weights, or adapters, trained towards the untouched model
+    recovered    trained on the task's own loss
+
+A stage that is not asked for is left out. Each begins from a saved model, so a killed run resumes at its stage, within
+a training at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+import hf_attnkit
+from hf_attnkit.attention.kind import ATTRIBUTE
+from hf_attnkit.common.options import changed
+from hf_attnkit.experiment.linearizing.arguments import LinearizeArguments
+from hf_attnkit.experiment.linearizing.branches import branch_scores, linear_shares
+from hf_attnkit.experiment.linearizing.layer_costs import costliest, layer_costs, uniform
+from hf_attnkit.experiment.linearizing.transfer import TransferTrainer
+from hf_attnkit.experiment.run import Run
+from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
+from hf_attnkit.experiment.training.uptrain import recover
+from hf_attnkit.models.layers import attention_layers
+
+KIND = "linearization"
+
+
+class Linearization:
+    """The stages of one run; a recipe calls what it wants in this order.
+
+    Args:
+        calibration: what its size is called in results.json, and the size: data for KL, refit and branches.
+        candidates: the layers that are linearised or chosen among.
+    """
+
+    def __init__(
+        self, run: Run, arguments: LinearizeArguments, candidates: list[int], calibration: tuple[str, int]
+    ) -> None:
+        if run.sharded:
+            raise ValueError("features are not learned on a sharded model; leave FSDP and DeepSpeed out")
+        self.run, self.arguments, self.candidates = run, arguments, candidates
+        self._called, self._size = calibration
+        self.linear = list(candidates)
+        self.costs: dict[str, float] = {}
+        # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
+        self.teacher: PreTrainedModel | None = None
+
+    def keep_teacher(self) -> None:
+        """Keep a copy of the untouched model for `distil`."""
+        self.teacher = copy.deepcopy(self.run.model)
+
+    def swap(self) -> None:
+        """Stage "changed"."""
+        self._change(lambda: self._swap(self.candidates))
+        self.run.evaluate("changed")
+
+    def transfer(self) -> None:
+        """Stage "transferred"; nothing without training, or without features to learn."""
+        arguments = self.arguments
+        if not (self.run.training.do_train and arguments.transfer_epochs and arguments.learns):
+            return
+        training = copy.copy(self.run.training)
+        training.learning_rate, training.num_train_epochs = (
+            arguments.transfer_learning_rate,
+            arguments.transfer_epochs,
+        )
+        training.max_steps, training.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
+        training.gradient_checkpointing = False
+        facts = self.run.train(TransferTrainer, args=training, callbacks=[])
+        self.run.evaluate("transferred", **facts)
+
+    def choose(self) -> None:
+        """Stage "chosen": which layers keep softmax attention."""
+        number = self.arguments.softmax_layers
+        if not number:
+            return
+        made = self._change(self._choose)
+        self.linear, self.costs = made["linear"], made["costs"]
+        self.run.evaluate("chosen")
+
+    def refit(self) -> None:
+        """Stage "refitted"."""
+        if self.arguments.refit == "none":
+            return
+        self._change(lambda: self._swap(self.linear, refit=True))
+        self.run.evaluate("refitted")
+
+    def distil(
+        self, distillation: DistillationArguments, lora: LoraArguments, *, epochs: float, stage: str = "distilled"
+    ) -> None:
+        """Train all weights, or adapters, towards the untouched model."""
+        self._save()
+        training = longer(self.run.training, epochs - self.run.training.num_train_epochs)
+        self.run.evaluate(stage, **recover(self.run, self.teacher, distillation, lora, args=training))
+
+    def train(self, lora: LoraArguments) -> None:
+        """Stage "recovered": the task's own loss."""
+        self._save()
+        self.run.evaluate("recovered", **recover(self.run, None, DistillationArguments(), lora))
+
+    def finish(self, **facts: Any) -> None:
+        """Measure the branches, and finish the run.
+
+        Args:
+            facts: the recipe's own settings.
+        """
+        run, arguments = self.run, self.arguments
+        facts = {
+            "attention_options": dict(changed(arguments.kind)),
+            "linear_layers": self.linear,
+            "layer_costs": self.costs,
+            "branches": self._branches(),
+            self._called: self._size,
+            "transfer_epochs": arguments.transfer_epochs if arguments.learns else 0,
+            "transfer_learning_rate": arguments.transfer_learning_rate if arguments.learns else None,
+            "refit": arguments.refit,
+            **facts,
+        }
+        run.finish(**facts)
+
+    def _branches(self) -> dict[str, Any]:
+        run = self.run
+        if not run.stages or self.arguments.window is None or self.arguments.window_alone:
+            return {}
+        metric = next(iter(run.stages[0]["metrics"]))
+        scores = branch_scores(run.model, lambda: float(run.measure(run.trainer())["metrics"][metric]))
+        shares = linear_shares(run.model, run.calibration_batches(self._size)) if self._size else {}
+        return {"metric": metric, **scores, "linear_shares": {str(index): each for index, each in shares.items()}}
+
+    def _change(self, make: Callable[[], Any]) -> dict[str, Any]:
+        def title() -> str:
+            which = "" if len(self.linear) == self._layers else f" in {len(self.linear)} of {self._layers} layers"
+            return f"{'window' if self.arguments.window_alone else 'linear'} attention{which}"
+
+        made = self.run.change(make, kind=KIND, title=title(), facts={"attention_layers": self._layers})
+        if "linear" in made:
+            self.linear = made["linear"]
+            assert self.run.done is not None
+            self.run.done.title = title()
+        return made
+
+    def _save(self) -> None:
+        """Keep the model between two trainings: a resumed run begins the second from here."""
+        self._change(lambda: None)
+
+    @property
+    def _layers(self) -> int:
+        return len(attention_layers(self.run.model))
+
+    def _choose(self) -> dict[str, Any]:
+        arguments, run = self.arguments, self.run
+        costs: dict[int, float] = {}
+        if arguments.choose == "kl":
+            layers = [each for each in attention_layers(run.model) if each.index in self.candidates]
+            costs = layer_costs(run.model, layers, run.calibration_batches(self._size))
+            kept = costliest(costs, arguments.softmax_layers)
+        else:
+            kept = uniform(self.candidates, arguments.softmax_layers)
+        linear = [index for index in self.candidates if index not in kept]
+        self._swap(linear)
+        return {"linear": linear, "costs": {str(index): cost for index, cost in costs.items()}}
+
+    def _swap(self, layers: list[int], *, refit: bool = False) -> None:
+        """These layers linear, with the features that they have, and all others as they were."""
+        model, kind = self.run.model, self.arguments.kind
+        if any(hasattr(layer.module, ATTRIBUTE) for layer in attention_layers(model)):
+            hf_attnkit.restore_attention(model)
+        fitting: dict[str, Any] = {}
+        if refit:
+            batches = list(self.run.calibration_batches(self._size))
+            fitting = {"calibration": batches, "refit": self.arguments.refit}
+        with warnings.catch_warnings():  # training follows, and its absence is in the table
+            warnings.filterwarnings("ignore", message=".*another function than softmax")
+            hf_attnkit.swap_attention(model, kind.name, layers=layers, **fitting, **changed(kind))
+
+
+def longer(training: TrainingArguments, epochs: float) -> TrainingArguments:
+    """The same arguments with so many more epochs; `max_steps`, where it is given, bounds each training alike."""
+    made = copy.copy(training)
+    made.num_train_epochs += epochs
+    return made

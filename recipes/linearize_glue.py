@@ -1,0 +1,90 @@
+"""Linearise the attention of a fine-tuned model: learn features, refit, distil, train; a score after each stage.
+
+    accelerate launch recipes/linearize_glue.py --model_name_or_path outputs/cola --task_name cola \\
+        --softmax_layers 2 --learning_rate 3e-5 --num_train_epochs 1 --per_device_train_batch_size 32 --control \\
+        --output_dir outputs/cola-linear
+
+Features are learned first, without labels, towards what each layer's softmax attention gives (`--transfer_epochs`).
+`--softmax_layers` keeps softmax attention in the layers that cost most. Then output projections are fitted in closed
+form, the model is distilled towards the untouched one (`--distill_epochs`), and trained on the task
+(`--num_train_epochs`). `--window` keeps near keys exact, and then the report shows what each branch scores alone;
+`--window_alone` trains the window without linear attention, for comparison. See docs/linear.md.
+
+Writes the model, which `hf_attnkit.load_pretrained` loads, results.json and report.html into --output_dir.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_attnkit.experiment.glue.run import GlueArguments, GlueRun
+from hf_attnkit.experiment.linearizing.arguments import (
+    LinearizeArguments,
+    LinearizeDistillationArguments,
+    candidates,
+    check,
+)
+from hf_attnkit.experiment.linearizing.stages import Linearization, longer
+from hf_attnkit.experiment.sweep import run_each
+from hf_attnkit.experiment.training.lora import LoraArguments
+
+
+@dataclass
+class GlueLinearizeArguments(LinearizeArguments):
+    distill_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the training data towards the untouched model; 0 for none."}
+    )
+    calibration_samples: int = field(
+        default=512, metadata={"help": "Training sentences for the layers' costs, the refit and the branches."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("distill_epochs", "calibration_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether training sentences are needed without training, too."""
+        return self.calibration_samples > 0
+
+
+def main() -> None:
+    run_each(linearize, GlueArguments, GlueLinearizeArguments, LinearizeDistillationArguments, LoraArguments)
+
+
+def linearize(
+    arguments: GlueArguments,
+    linearizing: GlueLinearizeArguments,
+    distillation: LinearizeDistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+) -> None:
+    """One run."""
+    check(linearizing, distillation, training, calibration=linearizing.calibration_samples)
+    run = GlueRun(arguments, training, linearizing, distillation, lora)
+    used = min(linearizing.calibration_samples, len(run.train_data))
+    found = candidates(run.model, linearizing)
+    stages = Linearization(run, linearizing, found, ("calibration_samples", used))
+    distils = training.do_train and distillation.distill and linearizing.distill_epochs > 0
+    if distils:
+        stages.keep_teacher()
+    run.model.to(training.device)
+    run.evaluate("baseline")
+    run.control(lambda: run.train(args=longer(training, linearizing.distill_epochs if distils else 0)))
+    stages.swap()
+    stages.transfer()
+    stages.choose()
+    stages.refit()
+    if distils:
+        stages.distil(distillation, lora, epochs=linearizing.distill_epochs)
+    if training.do_train and training.num_train_epochs:
+        stages.train(lora)
+    stages.finish(distill_epochs=linearizing.distill_epochs if distils else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -49,8 +49,8 @@ class Decay(nn.Module):
 
 def starting_bias(num_key_value_heads: int) -> Tensor:
     """b `(G,)` of the formula above, float32."""
-    share = torch.linspace(0, 1, num_key_value_heads) if num_key_value_heads > 1 else torch.full((1,), 0.5)
-    return (2 ** (4 + 8 * share) - 1).log()
+    share = torch.arange(num_key_value_heads).double() / (num_key_value_heads - 1) if num_key_value_heads > 1 else 0.5
+    return torch.as_tensor(2 ** (4 + 8 * share) - 1).double().reshape(-1).log().float()
 
 
 def spans(logs: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def expected(
     if "decay.weight" in of:
         a = left_of(of, key, mask.key_visible)
         more |= {"factor": decayed(a, distance[0, 0], options.get("window", 0))}
-    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate"), **phis, **more)
+    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate.weight"), **phis, **more)
 
 
 def left_of(of: dict[str, Tensor], key: Tensor, seen: Tensor | None) -> Tensor:
@@ -142,7 +142,7 @@ def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6
     """Trained-looking values of what the kind learns, in the order of its `parameters()`."""
     of_maps = ("query.weight", "query.bias", "key.weight", "key.bias")
     values = dict(zip(of_maps, maps(heads, kv_heads, dim), strict=True))
-    values["gate"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
+    values["gate.weight"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
     generator = torch.Generator().manual_seed(8)
     values["decay.weight"] = 0.4 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
     values["decay.bias"] = torch.linspace(3.0, 0.5, kv_heads, dtype=torch.float64)

@@ -134,7 +134,6 @@ MATRIX: dict[str, Case] = {
     "flash, window": Case(FlashAttention(window=7), partial(window, 7)),
     "linear": Case(LinearAttention(), features=phi),
     "linear, hedgehog": Case(LinearAttention("hedgehog"), features=plain_hedgehog),
-    "linear, window": Case(LinearAttention(window=4), features=phi, near=partial(window, 4)),
     "linear, decay": Case(LinearAttention(decay="learned"), features=phi),
     "linear, window, gate": Case(LinearAttention(window=4, gate="learned"), features=phi, near=partial(window, 4)),
 }

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels import linear_sums
 from hf_attnkit.attention.kernels.feature_maps import Map
@@ -52,6 +52,23 @@ def outside(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int, window
         stop = start + before.shape[2]
         yield before + after[:, :, start:stop]
         start = stop
+
+
+class Gate(nn.Module):
+    """g of the formula above, one number per query head, 0 at the start; higher: more of the window."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads))
+
+    def forward(self, num_heads: int) -> Tensor:
+        """`(num_heads, 1, 1)`."""
+        if self.weight.shape[0] != num_heads:
+            raise ValueError(
+                f"the gate was made for {self.weight.shape[0]} query heads and there are {num_heads}; make a new one "
+                "for the layer as it is now"
+            )
+        return self.weight[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +34,15 @@ from torch import Tensor, nn
 from hf_attnkit.attention.kernels import linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
 from hf_attnkit.attention.kernels.linear_decay import Decay, factors
-from hf_attnkit.attention.kernels.linear_hybrid import Branches
+from hf_attnkit.attention.kernels.linear_hybrid import Branches, Gate
 from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.window_cache import StateLayer
 from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.options import store
+
+Learned = TypeVar("Learned", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class LinearAttention(Kind):
         return mask
 
     def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
-        """The learned maps under `query` and `key`, `decay`, and `gate` `(num_heads,)`. A window learns nothing."""
+        """The learned maps under `query` and `key`, `decay` and `gate`. A window learns nothing."""
         module = FEATURE_MAPS[self.feature_map].make(num_heads, num_key_value_heads, head_dim)
         if self.decay is None and self.gate is None:
             return module
@@ -101,7 +103,7 @@ class LinearAttention(Kind):
         if self.decay is not None:
             module.decay = Decay(num_key_value_heads, head_dim)
         if self.gate is not None:
-            module.gate = nn.Parameter(torch.zeros(num_heads))
+            module.gate = Gate(num_heads)
         return module
 
     def create_cache(self, max_length: int | None) -> StateLayer:
@@ -172,8 +174,8 @@ class LinearAttention(Kind):
         """The branches for each segment of the queries; arguments and errors as `attention`."""
         _check_mask(mask)
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
-        gate = None if self.gate is None else _gate(query.shape[1], call.parameters)
-        decay = None if self.decay is None else _decay(call.parameters)
+        gate = None if self.gate is None else _learned("gate", Gate, call.parameters)(query.shape[1])
+        decay = None if self.decay is None else _learned("decay", Decay, call.parameters)
         # Made by `create_cache`; of it only the state is used here.
         cache = cast("LinearState | None", call.cache)
         kv_length, width = key.shape[2], self.window or 0
@@ -220,7 +222,7 @@ class LinearAttention(Kind):
         """
         _check_mask(mask)
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
-        decay = None if self.decay is None else _decay(call.parameters)
+        decay = None if self.decay is None else _learned("decay", Decay, call.parameters)
         all_keys = Keys(key, value, phi_key, mask.key_visible, None, decay)
         keys, values = all_keys.take(slice(None))
         features = phi_query(query).unflatten(1, (key.shape[1], -1))  # (B, G, H / G, Q, F)
@@ -244,7 +246,8 @@ class LinearAttention(Kind):
         scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
         scores = scores.flatten(1, 2).to(products.dtype)
         if self.gate is not None and self.branches == "both":
-            scores = scores + _gate(query.shape[1], call.parameters).to(products.dtype)
+            gate = _learned("gate", Gate, call.parameters)(query.shape[1])
+            scores = scores + gate.to(products.dtype)
         scores = scores.masked_fill(~near_seen, torch.finfo(products.dtype).min)
         if self.branches == "window":
             weights = scores.softmax(-1).masked_fill(~near_seen, 0.0)
@@ -281,26 +284,15 @@ def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
     return parameters.query, parameters.key  # type: ignore[return-value]
 
 
-def _gate(num_heads: int, parameters: nn.Module | None) -> Tensor:
-    """g, `(H, 1, 1)`."""
-    gate: Tensor | None = getattr(parameters, "gate", None)
-    if gate is None or gate.shape != (num_heads,):
-        found = "none" if gate is None else f"that of {gate.shape[0]} heads"
+def _learned(name: str, kind: type[Learned], parameters: nn.Module | None) -> Learned:
+    """The part of the parameters of this name."""
+    found = getattr(parameters, name, None)
+    if not isinstance(found, kind):
         raise ValueError(
-            f"gate='learned' needs the gate of {num_heads} query heads and the parameters have {found}; pass the "
-            "module of LinearAttention(..., gate='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
+            f"{name}='learned' needs its parameters and the layer has none; pass the module of "
+            f"LinearAttention(..., {name}='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
         )
-    return gate[:, None, None]
-
-
-def _decay(parameters: nn.Module | None) -> Decay:
-    decay = getattr(parameters, "decay", None)
-    if not isinstance(decay, Decay):
-        raise ValueError(
-            "decay='learned' needs its parameters and the layer has none; pass the module of "
-            "LinearAttention(..., decay='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
-        )
-    return decay
+    return found
 
 
 def _check_mask(mask: Mask) -> None:

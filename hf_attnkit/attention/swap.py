@@ -322,7 +322,7 @@ def _kept(module: nn.Module) -> nn.Module | None:
 
 
 def _shared(new: nn.Module, earlier: nn.Module | None) -> dict[str, nn.Module]:
-    """By name the parts of earlier parameters that fit parts of new ones: of the same function and for the same heads."""
+    """By name, parts of earlier parameters that fit parts of new ones: the same function, for the same heads."""
     found = {} if earlier is None else dict(earlier.named_children())
     return {name: found[name] for name, part in new.named_children() if _fits(found.get(name), part)}
 

@@ -33,7 +33,7 @@ class AnyLength(Kind):
 
     def __getattribute__(self, name: str) -> Any:
         # What a kind says about itself, it says of the one that it runs.
-        if name in ("forms_scores", "call_arguments", "self_attention_only"):
+        if name in ("forms_scores", "call_arguments", "self_attention_only", "takes_documents"):
             return getattr(object.__getattribute__(self, "of"), name)
         return object.__getattribute__(self, name)
 

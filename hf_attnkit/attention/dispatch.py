@@ -116,6 +116,8 @@ def _run(
         attention_mask, query.shape[2], key.shape[2] - (cache.num_sinks if cache is not None else 0),
         is_causal=is_causal, device=query.device, cache=cache, window=kwargs.get("sliding_window"),
     )  # fmt: skip
+    if mask.document is not None and not (isinstance(kind, Kind) and kind.takes_documents):
+        mask = mask.as_matrix()
     stock = mask
     if (position_bias := kwargs.get("position_bias")) is not None:
         bias = position_bias[..., : mask.key_position.shape[1]]
@@ -134,8 +136,9 @@ def _run(
     given = {name: kwargs[name] for name in kind.call_arguments if name in kwargs}
     call = Call(cache, getattr(module, PARAMETERS, None), given, query.shape[1], getattr(module, ROTATION, None))
     if _observers:
-        _tell_observers(module, query, key, value, kind.seen(mask, key.shape, call), scaling)
-    if not kind.own_window:
+        shown = mask if mask.document is None else mask.as_matrix()
+        _tell_observers(module, query, key, value, kind.seen(shown, key.shape, call), scaling)
+    if not kind.own_window and mask.document is None:
         mask = mask.as_matrix()
     if cache is not None:
         cache.prepare(mask)

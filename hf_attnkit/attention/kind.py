@@ -77,6 +77,9 @@ class Kind(ABC):
     own_window: ClassVar[bool] = False
     """Whether it applies `Mask.window`, a model's own. Otherwise that comes inside a full matrix."""
 
+    takes_documents: ClassVar[bool] = False
+    """Whether it applies `Mask.document`, the documents of packed rows. Otherwise they come inside a full matrix."""
+
     returns_weights: ClassVar[bool] = False
     """Whether it forms attention weights, so that a model can be asked for `output_attentions`."""
 

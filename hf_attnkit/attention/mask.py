@@ -1,7 +1,7 @@
 """Which keys each query may see, kept as positions instead of a matrix.
 
 Transformers builds one mask per forward pass and hands the same tensor to every layer. Ours travels
-in that slot in one of four forms, and `Mask.receive` turns each into a `Mask`:
+in that slot in one of five forms, and `Mask.receive` turns each into a `Mask`:
 
 | tensor                                | meaning                                                    |
 | ------------------------------------- | ---------------------------------------------------------- |
@@ -10,6 +10,8 @@ in that slot in one of four forms, and `Mask.receive` turns each into a `Mask`:
 |                                       | carries the bitwise complement of its position             |
 | integer `(batch, 2, 1, keys+queries)` | the same, and the size of a model's own window (Mistral),  |
 |                                       | which applies too; it also comes as `sliding_window`       |
+| integer `(batch, 1, 2, keys+queries)` | packed rows: the first form, and below each position the   |
+|                                       | number of its document; queries and keys are one sequence  |
 | bool or float `(batch, 1, q, k)`      | a full matrix: packed sequences or a mask that the user    |
 |                                       | made; it already holds causality                           |
 """
@@ -51,6 +53,8 @@ class Mask:
         dense: `(B, 1 or H, Q, K)` bool, True = may attend; complete, so causality is not added.
         bias: `(B, 1 or H, Q, K)` float, added to the scaled scores.
         window: hide keys `window` or more positions away: the model's own window.
+        document: `(B, K)`, integer: hide keys of other documents than the query's (packed rows). Queries and keys are
+            the same tokens then.
         known_offset: `offset()` where it follows from the shapes, so that nothing waits for the device.
         softcap: bound of the scaled scores, before a bias: s becomes softcap * tanh(s / softcap) (Gemma 2).
         sinks: `(H,)`, for each query head the score of one more key that all of its queries see, and that has no value
@@ -67,6 +71,7 @@ class Mask:
     known_offset: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    document: Tensor | None = None
 
     @classmethod
     def aligned(
@@ -103,8 +108,10 @@ class Mask:
                 (Phi-3.5-MoE) take the tensor's, which waits for the device.
 
         Raises:
-            ValueError: when its size fits neither the queries nor the keys.
+            ValueError: when its size fits neither the queries nor the keys; for packed rows with a cache.
         """
+        if attention_mask is not None and attention_mask.dtype == torch.long and attention_mask.shape[2] == 2:
+            return cls._receive_documents(attention_mask, q_length, kv_length, is_causal, cache)
         if attention_mask is None or attention_mask.dtype != torch.long or attention_mask.shape[1] == 1:
             window = None
         elif window is None:
@@ -131,6 +138,19 @@ class Mask:
         # As many keys as queries are the same tokens; with a cache only the positions tell.
         offset = 0 if q_length == kv_length else None
         return cls(queries, torch.where(hidden, ~keys, keys), is_causal, ~hidden, window=window, known_offset=offset)
+
+    @classmethod
+    def _receive_documents(
+        cls, attention_mask: Tensor, q_length: int, kv_length: int, is_causal: bool, cache: Positions | None
+    ) -> Mask:
+        if cache is not None or not 2 * q_length == 2 * kv_length == attention_mask.shape[3]:
+            raise ValueError(
+                f"the attention mask has shape {tuple(attention_mask.shape)} and describes packed rows of "
+                f"{attention_mask.shape[3] // 2} tokens, but the layer has {q_length} queries, {kv_length} keys and "
+                f"{'no' if cache is None else 'a'} cache; packed rows are one pass without a cache: use_cache=False"
+            )
+        mask = cls.aligned(q_length, kv_length, is_causal=is_causal, device=attention_mask.device)
+        return dataclasses.replace(mask, document=attention_mask[:, 0, 1, :kv_length])
 
     @classmethod
     def _receive_cached(
@@ -207,7 +227,8 @@ class Mask:
     def is_trivial(self) -> bool:
         """Nothing is hidden but the future, and queries and keys are the same tokens (if causal)."""
         whole = not self.is_causal or self.query_position.shape[1] == self.key_position.shape[1]
-        return whole and self.key_visible is None and self.dense is None and self.bias is None and self.window is None
+        parts = (self.key_visible, self.dense, self.bias, self.window, self.document)
+        return whole and all(part is None for part in parts)
 
     def distance(self, queries: slice = ALL, keys: slice = ALL) -> Tensor:
         """Query position minus key position, `(B, 1, q, k)`; positive for keys of the past."""
@@ -225,6 +246,9 @@ class Mask:
         if self.window is not None:
             near = self.distance(queries, keys).abs() < self.window
             visible = near if visible is None else visible & near
+        if self.document is not None:
+            same = self.document[:, None, queries, None] == self.document[:, None, None, keys]
+            visible = same if visible is None else visible & same
         return visible
 
     def first_token(self) -> Tensor:
@@ -288,13 +312,15 @@ class Mask:
         """This mask and the bool matrix `allowed` `(B, 1 or H, Q, K)`, both."""
         visible = self.visible()
         dense = allowed if visible is None else allowed & visible
-        return dataclasses.replace(self, dense=dense)
+        return dataclasses.replace(self, dense=dense, document=None)
 
     def as_matrix(self) -> Mask:
-        """The same with the model's own window inside `dense`."""
-        if self.window is None:
+        """The same with the model's own window, and documents, inside `dense`."""
+        if self.window is None and self.document is None:
             return self
-        return dataclasses.replace(self, dense=self.visible(), key_visible=None, window=None, known_offset=None)
+        return dataclasses.replace(
+            self, dense=self.visible(), key_visible=None, window=None, document=None, known_offset=None
+        )  # fmt: skip
 
     def within(self, window: int) -> Mask:
         """This mask and a window: in `window`, or in the matrix where the mask is one."""

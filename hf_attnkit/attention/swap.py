@@ -277,6 +277,8 @@ def _set_rotations(layers: Iterable[AttentionLayer], rotations: Mapping[int, Rot
 def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
     """Give a layer's module what its kind learns: what it has or had already, if it fits, else the start value.
 
+    Where it has or had a part of that (the same maps, without the gate that is asked for now), the part is taken.
+
     `load_pretrained` calls this before the weights are read.
     """
     new = None
@@ -286,8 +288,11 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
     if new is not None and _fits(old, new):
         return
     if new is not None:
-        kept = _kept(layer.module)
-        new = kept if kept is not None and _fits(kept, new) else new
+        kept, parts = _kept(layer.module), _shared(new, old)
+        if kept is not None and _fits(kept, new) and not parts:
+            new = kept
+        else:
+            parts = _shared(new, kept) | parts
         like = next(p for p in layer.module.parameters() if p.is_floating_point())
         if like.is_meta and hasattr(layer.module, "_hf_hook"):
             raise ValueError(
@@ -295,6 +300,8 @@ def add_parameters(layer: AttentionLayer, kind: Kind | Stock) -> None:
                 "model without offloading, swap, save, and load that with hf_attnkit.load_pretrained"
             )
         new = new.to(device=like.device, dtype=like.dtype)
+        for name, part in parts.items():
+            new.get_submodule(name).load_state_dict(part.state_dict())
     _set_parameters(layer.module, new)
 
 
@@ -312,6 +319,12 @@ def _set_parameters(module: nn.Module, parameters: nn.Module | None) -> None:
 
 def _kept(module: nn.Module) -> nn.Module | None:
     return module.__dict__.get(KEPT)
+
+
+def _shared(new: nn.Module, earlier: nn.Module | None) -> dict[str, nn.Module]:
+    """By name, parts of earlier parameters that fit parts of new ones: the same function, for the same heads."""
+    found = {} if earlier is None else dict(earlier.named_children())
+    return {name: found[name] for name, part in new.named_children() if _fits(found.get(name), part)}
 
 
 def _fits(parameters: nn.Module | None, needed: nn.Module) -> bool:

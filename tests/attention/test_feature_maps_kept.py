@@ -68,6 +68,30 @@ def test_trained_maps_are_kept(between: str, model: PreTrainedModel, tmp_path, m
     loaded(**batch(loaded))
 
 
+def test_what_is_learned_besides_is_added_to_trained_maps(model: PreTrainedModel, tmp_path) -> None:
+    """A gate and a decay start where they do, and the maps stay; all of it is kept, saved and loaded."""
+    trained = {name: parameter.clone() for name, parameter in maps(model).items()}
+    more = HEDGEHOG | {"window": 4, "gate": "learned", "decay": "learned"}
+    swapped(model, "linear", **more)
+    added = {name.split(".hf_attnkit_parameters.")[1] for name in maps(model).keys() - trained.keys()}
+    assert added == {"gate.weight", "decay.weight", "decay.bias"}
+    assert all(torch.equal(maps(model)[name], parameter) for name, parameter in trained.items())
+    with torch.no_grad():
+        for parameter in maps(model).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    further = {name: parameter.clone() for name, parameter in maps(model).items()}
+    swapped(model, "linear", **HEDGEHOG)  # what is taken is what was trained last
+    assert all(torch.equal(parameter, further[name]) for name, parameter in maps(model).items())
+    swapped(model, "linear", **more, branches="linear")
+    assert maps(model).keys() == further.keys()
+    assert all(torch.equal(parameter, further[name]) for name, parameter in maps(model).items())
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config.hf_attnkit == model.config.hf_attnkit
+    assert all(torch.equal(parameter, further[name]) for name, parameter in maps(loaded).items())
+    assert torch.equal(loaded(**batch(loaded)).logits, model(**batch(model)).logits)
+
+
 def test_maps_of_other_heads_are_not_taken_over(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"learned something for each head, .*change the heads first"):
         convert_to_gqa(model, 8, method="pca")

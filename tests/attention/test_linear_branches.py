@@ -21,6 +21,7 @@ from support.linear import (
 )
 from torch import Tensor
 
+from hf_attnkit.attention.kernels.linear_hybrid import Gate
 from hf_attnkit.attention.kind import Call
 from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.attention.mask import Mask
@@ -82,13 +83,13 @@ def test_the_shares_add_up_to_the_output(options: dict[str, Any], is_causal: boo
 
 
 def test_the_gate_starts_as_none_and_a_large_one_is_one_branch() -> None:
-    mask, (query, key, value, gate, *maps) = problem(GATED, True)
+    mask, (query, key, value, *maps, gate) = problem(GATED, True)
     tensors = query, key, value
     none = run({"feature_map": "hedgehog", "window": 7}, mask, *tensors, *maps)
-    assert torch.equal(run(GATED, mask, *tensors, torch.zeros_like(gate), *maps), none)
+    assert torch.equal(run(GATED, mask, *tensors, *maps, torch.zeros_like(gate)), none)
     for size, branch in ((500.0, "window"), (-500.0, "linear")):
-        one = run(GATED, mask, *tensors, torch.full_like(gate, size), *maps)
-        alone = run(GATED | {"branches": branch}, mask, *tensors, gate, *maps)
+        one = run(GATED, mask, *tensors, *maps, torch.full_like(gate, size))
+        alone = run(GATED | {"branches": branch}, mask, *tensors, *maps, gate)
         counts = alone != 0 if branch == "linear" else torch.ones_like(alone, dtype=torch.bool)
         assert_exact64(one[counts], alone[counts], terms=122)
 
@@ -97,7 +98,7 @@ def test_gradients_of_the_gate_are_of_its_own_head() -> None:
     mask, tensors = problem(GATED, False)
     compare(GATED, mask, tensors)
     _, *grads = gradients(lambda *t: run(GATED, mask, *t)[:, :1], *tensors)
-    assert grads[3][0] != 0 and not grads[3][1:].any()
+    assert grads[-1][0] != 0 and not grads[-1][1:].any()
 
 
 def test_gate_of_other_heads_and_shares_with_a_cache_refused() -> None:
@@ -105,10 +106,10 @@ def test_gate_of_other_heads_and_shares_with_a_cache_refused() -> None:
     query, key, value = tensors[:3]
     kind = LinearAttention(**GATED)
     plain = LinearAttention("hedgehog").create_parameters(4, 2, 6)
-    with pytest.raises(ValueError, match=r"gate of 4 query heads and the parameters have none; pass .*gate='learned'"):
+    with pytest.raises(ValueError, match=r"gate='learned' needs its parameters .* pass .*, gate='learned'\)\.create"):
         kind.attention(query, key, value, mask, scaling=1.0, call=Call(parameters=plain))
-    plain.gate = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match=r"gate of 4 query heads and the parameters have that of 3 heads"):
+    plain.gate = Gate(3)
+    with pytest.raises(ValueError, match=r"made for 3 query heads and there are 4; make a new one"):
         kind.attention(query, key, value, mask, scaling=1.0, call=Call(parameters=plain))
     cache = kind.create_cache(None)
     with pytest.raises(ValueError, match="give a call without a cache"):

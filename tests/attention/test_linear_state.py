@@ -10,7 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.accuracy import assert_exact64, gradients
-from support.linear import OPTIONS, compare, expected, generate, inputs, learned_for, maps, names, padding, run
+from support.linear import (
+    OPTIONS,
+    compare,
+    decayed,
+    expected,
+    generate,
+    inputs,
+    learned_for,
+    left_of,
+    maps,
+    names,
+    padding,
+    run,
+)
 from support.reference import hedgehog, phi
 
 from hf_attnkit.attention.kernels import linear_sums
@@ -38,6 +51,9 @@ def test_any_split_is_one_pass(options: dict[str, Any], sizes: list[int], kind: 
     of = dict(zip(names(options), tensors[3:], strict=True))
     keys = hedgehog(tensors[1], of["key.weight"], of["key.bias"]) if "key.weight" in of else phi(tensors[1])
     keys = keys if seen is None else keys * seen[:, None, :, None]
+    if "decay.weight" in of and last:
+        whole = decayed(left_of(of, tensors[1], seen)[..., :last], torch.arange(last - 1, -1, -1)[None], 0)
+        keys = keys[:, :, :last] * whole[:, :, 0, :, None]
     values = torch.cat([tensors[2], torch.ones_like(tensors[2][..., :1])], dim=-1)
     sums = torch.einsum("bgkf,bgkd->bgfd", keys[:, :, :last], values[:, :, :last])
     assert_exact64(state.sums, sums, terms=50)

@@ -45,7 +45,7 @@ def test_starts_are_where_positions_do_not_follow() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
-@pytest.mark.parametrize("name", SOFTMAX)
+@pytest.mark.parametrize("name", MATRIX)
 @torch.no_grad()
 def test_documents_are_as_if_alone(name: str, family: str) -> None:
     if name == "mqa" and family == "gpt2":
@@ -58,14 +58,6 @@ def test_documents_are_as_if_alone(name: str, family: str) -> None:
         for row, place in places:
             alone = model(ids[row : row + 1, place], use_cache=False).logits
             torch.testing.assert_close(found.logits[row : row + 1, place], alone, **EXACT)
-
-
-@pytest.mark.parametrize("name", [name for name in MATRIX if not MATRIX[name].kind.forms_scores])
-def test_linear_attention_refuses_them(name: str) -> None:
-    model = swapped(build_for(name, "llama", "causal"), name, **MATRIX[name].options)
-    ids, position, _ = packed()
-    with pytest.raises(ValueError, match="do not pack"):
-        model(ids, position_ids=position)
 
 
 @pytest.mark.parametrize("name", SOFTMAX)

@@ -157,11 +157,11 @@ def test_packed_sequences(name: str, family: str) -> None:
     assert_as_accurate(ours, plain, exact, terms=TERMS)
 
 
-def test_linear_refuses_packed_sequences() -> None:
+def test_linear_refuses_a_matrix_of_the_user() -> None:
     model = swapped(build("llama"), "linear")
-    positions = torch.tensor([[0, 1, 2, 0, 1]])
-    with pytest.raises(ValueError, match="do not pack sequences"):
-        model(torch.ones_like(positions), position_ids=positions, use_cache=False)
+    apart = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).tril().bool()[None, None]
+    with pytest.raises(ValueError, match="give packed rows as position_ids that restart"):
+        model(torch.ones(1, 5, dtype=torch.long), attention_mask=apart, use_cache=False)
 
 
 @pytest.mark.parametrize("name", [*EXACT, "sliding_window"])

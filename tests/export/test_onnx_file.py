@@ -37,7 +37,7 @@ def of_every_kind(family: str, head: str) -> PreTrainedModel:
         ("flash", {}),
         ("sliding_window", {"window": 5, "num_sink_tokens": 2}),
         ("local_global", {"window": 5}),
-        ("linear", {"window": 4, "feature_map": "hedgehog"}),
+        ("linear", {"window": 4, "feature_map": "hedgehog", "decay": "learned", "gate": "learned"}),
         ("linear", {}),
     ]
     model = build(family, head, num_hidden_layers=len(kinds) + 1)

@@ -147,7 +147,7 @@ def test_compiled(name: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("name", ["flash", "sliding_window", "linear, window"])
+@pytest.mark.parametrize("name", ["flash", "sliding_window", "linear, window, gate"])
 def test_under_autocast(name: str) -> None:
     """As accurate as Transformers' own attention under the same autocast."""
     model = build_for(name, "llama", "causal")

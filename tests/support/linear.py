@@ -19,11 +19,12 @@ from hf_attnkit.attention.mask import Mask
 
 SCALING = 0.3
 OPTIONS: list[dict[str, Any]] = [
-    {"feature_map": "elu", "window": 5},
+    {"feature_map": "elu", "window": 5, "decay": "learned"},
     {"feature_map": "hedgehog"},
     {"feature_map": "hedgehog", "window": 1},
     {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
+    {"feature_map": "elu", "decay": "learned"},
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 both_ways = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -90,6 +91,8 @@ def expected(
     visible = distance >= 0 if mask.is_causal else distance == distance
     if mask.key_visible is not None:
         visible = visible & mask.key_visible[:, None, None, :]
+    if mask.document is not None:
+        visible = visible & (mask.document[:, None, :, None] == mask.document[:, None, None, :])
     of = dict(zip(names(options), learned, strict=True))
     phis = {"phi_query": phi, "phi_key": phi}
     if "query.weight" in of:
@@ -97,14 +100,52 @@ def expected(
         phis["phi_key"] = lambda x: hedgehog(x, of["key.weight"], of["key.bias"])
     near = distance.abs() < options.get("window", 0)
     left = {"both": visible, "window": visible & near, "linear": visible & ~near}[options.get("branches", "both")]
-    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate"), **phis, **more)
+    if "decay.weight" in of:
+        a = left_of(of, key, mask.key_visible)
+        more |= {"factor": decayed(a, distance[0, 0], options.get("window", 0))}
+    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate.weight"), **phis, **more)
+
+
+def left_of(of: dict[str, Tensor], key: Tensor, seen: Tensor | None) -> Tensor:
+    """What each token leaves of the state before it, `(B, G, K)`; padding leaves all."""
+    a = torch.sigmoid(torch.einsum("bgkd,gd->bgk", key, of["decay.weight"]) + of["decay.bias"][:, None])
+    return a if seen is None else torch.where(seen[:, None], a, 1.0)
+
+
+def decayed(a: Tensor, distance: Tensor, window: int) -> Tensor:
+    """What the state leaves of each key for each query, `(B, G, Q, K)`, from what each token leaves of it.
+
+    Args:
+        a: `(B, G, K)`.
+        distance: query position minus key position, `(Q, K)`.
+        window: 0 for none. A query reads the states at the tokens that many before and after its own.
+    """
+    length = a.shape[-1]
+    rows, ahead = [a[..., :0]], [a[..., :0]]
+    for t in range(length):  # from each earlier key up to token t, and from token t up to each later key
+        rows.append(torch.cat([rows[-1] * a[..., t : t + 1], torch.ones_like(a[..., :1])], dim=-1))
+        back = a[..., length - 1 - t : length - t]
+        ahead.append(torch.cat([torch.ones_like(back), back * ahead[-1]], dim=-1))
+    found = []
+    for of_keys in distance:
+        own = int(of_keys[0])  # the query's place among the keys
+        before, after = min(own - window, length - 1) + 1, max(length - own - window, 0)
+        past = rows[max(before, 0)]
+        future = ahead[min(after, length)]
+        line = torch.cat([past, a.new_ones(*a.shape[:2], length - past.shape[-1])], dim=-1)
+        later = torch.cat([a.new_ones(*a.shape[:2], length - future.shape[-1]), future], dim=-1)
+        found.append(torch.where(of_keys >= window, line, torch.where(of_keys <= -window, later, 1.0)))
+    return torch.stack(found, dim=2)
 
 
 def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6) -> list[Tensor]:
     """Trained-looking values of what the kind learns, in the order of its `parameters()`."""
     of_maps = ("query.weight", "query.bias", "key.weight", "key.bias")
     values = dict(zip(of_maps, maps(heads, kv_heads, dim), strict=True))
-    values["gate"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
+    values["gate.weight"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(8)
+    values["decay.weight"] = 0.4 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
+    values["decay.bias"] = torch.linspace(3.0, 0.5, kv_heads, dtype=torch.float64)
     return [values[name] for name in names(options)]
 
 

@@ -18,6 +18,8 @@ from support.reference import (
     everything,
     phi,
     plain_hedgehog,
+    starting_decay,
+    tokens_between,
     window,
     window_and_global,
     window_and_random,
@@ -132,7 +134,8 @@ MATRIX: dict[str, Case] = {
     "flash, window": Case(FlashAttention(window=7), partial(window, 7)),
     "linear": Case(LinearAttention(), features=phi),
     "linear, hedgehog": Case(LinearAttention("hedgehog"), features=plain_hedgehog),
-    "linear, window": Case(LinearAttention(window=4), features=phi, near=partial(window, 4)),
+    "linear, decay": Case(LinearAttention(decay="learned"), features=phi),
+    "linear, window, gate": Case(LinearAttention(window=4, gate="learned"), features=phi, near=partial(window, 4)),
 }
 COVERED = list(dict.fromkeys(case.kind.name for case in MATRIX.values()))  # must be all registered kinds
 EXACT = [name for name, case in MATRIX.items() if case.exact]
@@ -193,17 +196,29 @@ def text(mask: Mask) -> Text:
     return Text(i, j, first, last, mask.is_causal)
 
 
-def weighing(name: str, mask: Mask) -> dict[str, Any]:
-    """What `reference.attend` takes as `softmax` and `features`."""
+def weighing(name: str, mask: Mask, seen: Tensor, num_heads: int, num_key_value_heads: int) -> dict[str, Any]:
+    """What `reference.attend` takes as `softmax`, `features` and `factor`.
+
+    Args:
+        seen: `(B, 1, Q or 1, K)`, of `visible`.
+    """
     case = MATRIX[name]
     if case.features is None:
         return {}
-    return {"features": case.features, "softmax": False if case.near is None else case.near(text(mask))[:, None]}
+    found = {"features": case.features, "softmax": False if case.near is None else case.near(text(mask))[:, None]}
+    if getattr(case.kind, "decay", None) is not None:
+        own = mask.query_position - mask.key_position[:, :1]
+        left = starting_decay(num_key_value_heads).repeat_interleave(num_heads // num_key_value_heads)
+        found["factor"] = left[:, None, None] ** tokens_between(seen, own)
+    return found
 
 
 def expected(name: str, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **arguments: Any) -> Tensor:
     """The same by definition."""
-    arguments = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | weighing(name, mask) | arguments
-    output = attend(query, key, value, visible(name, mask, query.shape[1], key.shape[1]), **arguments)
+    heads = query.shape[1], key.shape[1]
+    seen = visible(name, mask, *heads)
+    weighed = weighing(name, mask, seen, *heads)
+    arguments = {"scaling": query.shape[-1] ** -0.5, "bias": mask.bias} | weighed | arguments
+    output = attend(query, key, value, seen, **arguments)
     rows = open_rows(name, mask)
     return output if rows is None else output.masked_fill(rows, 0.0)

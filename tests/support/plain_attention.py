@@ -40,7 +40,8 @@ def plain(name: str) -> Any:
         is_causal = not mask.triu(1).any()
         given = Mask.receive(mask, query.shape[2], key.shape[2], is_causal=is_causal, device=mask.device)
         seen = visible(name, given, query.shape[1], key.shape[1])
-        output = attend(query, key, value, seen, scaling=scaling, bias=position_bias, **weighing(name, given))
+        weighed = weighing(name, given, seen, query.shape[1], key.shape[1])
+        output = attend(query, key, value, seen, scaling=scaling, bias=position_bias, **weighed)
         return output.transpose(1, 2).contiguous(), None
 
     return forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ def weights(
     softmax: bool | Tensor,
     bias: Tensor | None,
     features: Callable[[Tensor], Tensor] = phi,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """`(B, H, Q, K)`; rows that see nothing are zero. `key` already has one head per query head.
 
@@ -76,6 +78,7 @@ def weights(
         raw = torch.where(visible, torch.exp(torch.where(visible, scores - largest, 0.0)), 0.0)
     else:
         raw = torch.einsum("bhqd,bhkd->bhqk", features(query), features(key))
+        raw = raw if factor is None else raw * factor.to(raw.dtype)
         if isinstance(softmax, Tensor):
             scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
             near = softmax & visible
@@ -90,6 +93,30 @@ def weights(
     return (raw / torch.where(total > 0, total, 1.0)).to(query.dtype)
 
 
+def starting_decay(num_key_value_heads: int) -> Tensor:
+    """What a token leaves of a state that has learned nothing: memories of 16 to 4,096 tokens, `(G,)`."""
+    last = num_key_value_heads - 1
+    bias = [math.log(2 ** (4 + 8 * g / last if last else 8) - 1) for g in range(num_key_value_heads)]
+    return torch.tensor(bias).double().sigmoid()  # parameters are made in float32
+
+
+def tokens_between(seen: Tensor, own: Tensor) -> Tensor:
+    """How many real tokens there are between query and key, the query among them and the key not: `(B, 1, Q, K)`.
+
+    Args:
+        seen: `(B or 1, 1, Q or 1, K)`, what each query sees of a text.
+        own: `(B or 1, Q)`, each query's place among the keys.
+    """
+    batch = max(len(seen), len(own))
+    seen = seen.expand(batch, 1, own.shape[1], -1)
+    own = own.expand(batch, -1)[:, None, :, None]
+    until = seen.cumsum(-1)
+    before = until - seen.long()
+    past = until.gather(-1, own) - until
+    future = before - before.gather(-1, own)
+    return torch.where(torch.arange(seen.shape[-1]) <= own, past, future)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -101,11 +128,13 @@ def attend(
     bias: Tensor | None = None,
     kept: Tensor | float = 1.0,
     features: Callable[[Tensor], Tensor] = phi,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Query head h uses key/value head `h // group`; `kept` are dropout factors of the weights."""
+    """Query head h uses key/value head `h // group`; `kept` are dropout factors of the weights, `factor` those of the
+    features' products."""
     group = query.shape[1] // key.shape[1]
     heads = [head // group for head in range(query.shape[1])]
-    p = weights(query, key[:, heads], visible, scaling, softmax, bias, features)
+    p = weights(query, key[:, heads], visible, scaling, softmax, bias, features, factor)
     return torch.einsum("bhqk,bhkd->bhqd", p * kept, value[:, heads])
 
 

@@ -22,21 +22,53 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels import linear_sums
 from hf_attnkit.attention.kernels.feature_maps import Map
 
 
-def outside(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
-    """Bidirectional: sums over the keys `window` or more before and after each query; query 0 is
-    at key `offset`. Two sums, since all keys less those of the window would cancel."""
-    after = linear_sums.suffix(query, phi, keys, offset + window)
+def around(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int) -> Iterator[Tensor]:
+    """Bidirectional, without a window: sums over the keys up to each query's own, and over those after it, which decay
+    by the query's own token as those before it do; query 0 is at key `offset`."""
+    after = linear_sums.suffix(query, phi, keys, offset + 1, 1)
+    if keys.decay is not None:
+        own = torch.arange(offset, offset + query.shape[2], device=query.device).clamp(0, keys.length - 1)
+        left = keys.decays(own).exp()[..., None]
+        after = after * left.repeat_interleave(query.shape[1] // left.shape[1], dim=1)
     start = 0
-    for before in linear_sums.prefix(query, phi, keys, offset - window, linear_sums.LinearState()):
+    for before in linear_sums.prefix(query, phi, keys, offset, linear_sums.LinearState()):
         stop = start + before.shape[2]
         yield before + after[:, :, start:stop]
         start = stop
+
+
+def outside(query: Tensor, phi: Map, keys: linear_sums.Keys, offset: int, window: int) -> Iterator[Tensor]:
+    """Bidirectional: sums over the keys `window` or more before and after each query; query 0 is
+    at key `offset`. Two sums, since all keys less those of the window would cancel."""
+    after = linear_sums.suffix(query, phi, keys, offset + window, window)
+    start = 0
+    for before in linear_sums.prefix(query, phi, keys, offset - window, linear_sums.LinearState(), window):
+        stop = start + before.shape[2]
+        yield before + after[:, :, start:stop]
+        start = stop
+
+
+class Gate(nn.Module):
+    """g of the formula above, one number per query head, 0 at the start; higher: more of the window."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_heads))
+
+    def forward(self, num_heads: int) -> Tensor:
+        """`(num_heads, 1, 1)`."""
+        if self.weight.shape[0] != num_heads:
+            raise ValueError(
+                f"the gate was made for {self.weight.shape[0]} query heads and there are {num_heads}; make a new one "
+                "for the layer as it is now"
+            )
+        return self.weight[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def attend(
     # and gradient checkpointing's second forward, drop the same weights.
     seed = torch.randint(2**31, ()) if dropout > 0 else None
     offset = None if mask.known_offset is not None else mask.query_position[0, 0] - mask.key_position[0, 0]
-    extras = (None, None, None, None, 0)
+    extras = (None, None, None, None, mask.document, 0)
     if extra is not None and extra.key.shape[3] > 0:
-        extras = (extra.key, extra.value, extra.index, extra.visible, extra.tile)  # type: ignore[assignment]
+        extras = (extra.key, extra.value, extra.index, extra.visible, mask.document, extra.tile)  # type: ignore[assignment]
     output, logsumexp = tiled_attention(
         query, key, value, mask.key_visible, mask.dense, mask.bias, offset, *extras,
         mask.is_causal, window or 0, scaling, dropout, seed,
@@ -100,6 +100,7 @@ def tiled_attention(
     extra_value: Tensor | None,
     extra_index: Tensor | None,
     extra_visible: Tensor | None,
+    document: Tensor | None,
     extra_tile: int,
     is_causal: bool,
     window: int,
@@ -109,7 +110,7 @@ def tiled_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, see `attend`. Without `offset` the last query is at the last key."""
     problem = make_problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
-                       extra_visible, extra_tile, is_causal, window)  # fmt: skip
+                       extra_visible, document, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)
     dtype = _sums(query)
     output = query.new_zeros(*query.shape[:3], width(value))
@@ -177,6 +178,7 @@ def tiled_attention_backward(
     extra_value: Tensor | None,
     extra_index: Tensor | None,
     extra_visible: Tensor | None,
+    document: Tensor | None,
     extra_tile: int,
     is_causal: bool,
     window: int,
@@ -187,7 +189,7 @@ def tiled_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, bias, extra key and extra value; empty where there is none."""
     problem = make_problem(query, key, value, key_visible, dense, bias, offset, extra_key, extra_value, extra_index,
-                       extra_visible, extra_tile, is_causal, window)  # fmt: skip
+                       extra_visible, document, extra_tile, is_causal, window)  # fmt: skip
     number = 0 if seed is None else int(seed)
     dtype, num_groups = _sums(query), key.shape[1]
     grad_query = torch.empty_like(query)
@@ -269,7 +271,7 @@ def _backward(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Te
     query, key, value, bias, extra_key, extra_value = grads
     present = [bias if ctx.bias_gradient else None, None]
     present += [None, None] if tensors[7] is None else [extra_key, extra_value]
-    return query, key, value, None, None, *present, *[None] * 8
+    return query, key, value, None, None, *present, *[None] * 9
 
 
 tiled_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -55,6 +55,7 @@ class Problem:
     window: int
     q_length: int
     softcap: float | None = None
+    document: Tensor | None = None
 
     def query_tiles(self) -> Iterator[slice]:
         size = WINDOW_QUERY_TILE if self.window else QUERY_TILE
@@ -89,6 +90,10 @@ class Problem:
             visible = dense if visible is None else visible & dense
         elif (near := self._near(queries, keys)) is not None:
             visible = near if visible is None else visible & near
+        if self.document is not None:
+            own = slice(queries.start + self.offset, queries.stop + self.offset)
+            same = self.document[:, None, own, None] == self.document[:, None, None, keys]
+            visible = same if visible is None else visible & same
         return scores if visible is None else scores.masked_fill_(~visible, -torch.inf)
 
     def _near(self, queries: slice, keys: slice) -> Tensor | None:
@@ -134,6 +139,7 @@ def make_problem(
     extra_value: Tensor | None,
     extra_index: Tensor | None,
     extra_visible: Tensor | None,
+    document: Tensor | None,
     extra_tile: int,
     is_causal: bool,
     window: int,
@@ -143,7 +149,9 @@ def make_problem(
         assert extra_value is not None and extra_index is not None and extra_visible is not None
         extra = Extra(extra_key, extra_value, extra_index, extra_visible, extra_tile)
     start = key.shape[2] - query.shape[2] if offset is None else int(offset)
-    return Problem(key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2])
+    return Problem(
+        key, value, key_visible, dense, bias, start, extra, is_causal, window, query.shape[2], document=document
+    )  # fmt: skip
 
 
 def score_tiles(
@@ -157,7 +165,7 @@ def score_tiles(
     """
     problem = Problem(
         key, key, mask.key_visible, mask.dense, mask.bias, mask.offset(), None, mask.is_causal, window or 0,
-        query.shape[2], mask.softcap,
+        query.shape[2], mask.softcap, mask.document,
     )  # fmt: skip
     for queries in problem.query_tiles():
         scaled = query[:, :, queries] * scaling

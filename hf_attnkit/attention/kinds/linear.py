@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +33,16 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels import linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
-from hf_attnkit.attention.kernels.linear_hybrid import Branches
+from hf_attnkit.attention.kernels.linear_decay import Decay, factors
+from hf_attnkit.attention.kernels.linear_hybrid import Branches, Gate
 from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState
 from hf_attnkit.attention.kind import NO_CALL, Call, Kind
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.window_cache import StateLayer
 from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.options import store
+
+Learned = TypeVar("Learned", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class LinearAttention(Kind):
     Attributes:
         feature_map: a name of `FEATURE_MAPS`.
         window: number of keys with softmax terms on each side of a query, its own included; `None` for features alone.
+        decay: "learned" for a state of which each token leaves a learned part per key/value head (see `linear_decay`).
+            With a window the decay counts from its edge. `None` for a state that keeps all keys alike.
         gate: "learned" for one number g per query head, 0 at the start, by which the window's terms count e^g times
             (see `linear_hybrid`); needs a window. `None` for none.
         branches: "both"; or, to measure what each contributes, what is left of a query's sum: "window", the softmax
@@ -58,11 +63,13 @@ class LinearAttention(Kind):
 
     name = "linear"
     needs_transfer = True
+    takes_documents = True
     self_attention_only = True  # the causal sums take queries and keys of one sequence
     forms_scores = False
 
     feature_map: str = "elu"
     window: int | None = None
+    decay: str | None = None
     gate: str | None = None
     branches: str = "both"
 
@@ -71,6 +78,8 @@ class LinearAttention(Kind):
         if self.window is not None:
             why = "the number of keys with softmax terms (the own one included), or None for features alone"
             store(self, window=integer(self.window, "window", minimum=1, why=why))
+        if self.decay is not None:
+            choice(self.decay, "decay", ("learned",), why="one factor per key/value head and token, or None for none")
         if self.gate is not None:
             choice(self.gate, "gate", ("learned",), why="one number per query head, or None for none")
         choice(self.branches, "branches", ("both", "window", "linear"))
@@ -86,12 +95,15 @@ class LinearAttention(Kind):
         return mask
 
     def create_parameters(self, num_heads: int, num_key_value_heads: int, head_dim: int) -> nn.Module | None:
-        """The learned maps under `query` and `key`, and `gate` `(num_heads,)`. A window learns nothing."""
+        """The learned maps under `query` and `key`, `decay` and `gate`. A window learns nothing."""
         module = FEATURE_MAPS[self.feature_map].make(num_heads, num_key_value_heads, head_dim)
-        if self.gate is None:
+        if self.decay is None and self.gate is None:
             return module
         module = nn.Module() if module is None else module
-        module.gate = nn.Parameter(torch.zeros(num_heads))
+        if self.decay is not None:
+            module.decay = Decay(num_key_value_heads, head_dim)
+        if self.gate is not None:
+            module.gate = Gate(num_heads)
         return module
 
     def create_cache(self, max_length: int | None) -> StateLayer:
@@ -162,7 +174,8 @@ class LinearAttention(Kind):
         """The branches for each segment of the queries; arguments and errors as `attention`."""
         _check_mask(mask)
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
-        gate = None if self.gate is None else _gate(query.shape[1], call.parameters)
+        gate = None if self.gate is None else _learned("gate", Gate, call.parameters)(query.shape[1])
+        decay = None if self.decay is None else _learned("decay", Decay, call.parameters)
         # Made by `create_cache`; of it only the state is used here.
         cache = cast("LinearState | None", call.cache)
         kv_length, width = key.shape[2], self.window or 0
@@ -178,14 +191,16 @@ class LinearAttention(Kind):
         kept = None
         if dropout > 0:
             kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
-        keys = Keys(key, value, phi_key, mask.key_visible, kept)
+        keys = Keys(key, value, phi_key, mask.key_visible, kept, decay, mask.document)
         parts: Iterator[Tensor]
         if cache is not None:
             parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
         elif mask.is_causal:
-            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState())
-        elif self.window is None:
+            parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState(), width)
+        elif self.window is None and decay is None and mask.document is None:
             parts = linear_sums.everything(query, phi_query, keys)
+        elif self.window is None:
+            parts = linear_hybrid.around(query, phi_query, keys, mask.offset())
         else:
             parts = linear_hybrid.outside(query, phi_query, keys, mask.offset(), self.window)
         start = 0
@@ -207,12 +222,18 @@ class LinearAttention(Kind):
         """
         _check_mask(mask)
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
-        keys, values = Keys(key, value, phi_key, mask.key_visible, None).take(slice(None))
+        decay = None if self.decay is None else _learned("decay", Decay, call.parameters)
+        all_keys = Keys(key, value, phi_key, mask.key_visible, None, decay)
+        keys, values = all_keys.take(slice(None))
         features = phi_query(query).unflatten(1, (key.shape[1], -1))  # (B, G, H / G, Q, F)
-        if not mask.is_causal and self.window is None:
+        if not mask.is_causal and self.window is None and decay is None and mask.document is None:
             sums = features @ (keys.transpose(-1, -2) @ values)[:, :, None]
             return _normalise(sums.flatten(1, 2))[0].to(query.dtype)
-        products = (features @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2)
+        products = features @ keys[:, :, None].transpose(-1, -2)
+        if decay is not None:
+            logs = all_keys.decays(slice(None))
+            products = products * factors(logs, mask.distance(), mask.offset(), self.window or 0)[:, :, None]
+        products = products.flatten(1, 2)
         if (seen := mask.visible()) is not None:
             products = products.masked_fill(~seen, 0.0)
         if self.window is None:
@@ -225,7 +246,8 @@ class LinearAttention(Kind):
         scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
         scores = scores.flatten(1, 2).to(products.dtype)
         if self.gate is not None and self.branches == "both":
-            scores = scores + _gate(query.shape[1], call.parameters).to(products.dtype)
+            gate = _learned("gate", Gate, call.parameters)(query.shape[1])
+            scores = scores + gate.to(products.dtype)
         scores = scores.masked_fill(~near_seen, torch.finfo(products.dtype).min)
         if self.branches == "window":
             weights = scores.softmax(-1).masked_fill(~near_seen, 0.0)
@@ -262,16 +284,15 @@ def _maps(feature_map: str, parameters: nn.Module | None) -> tuple[Map, Map]:
     return parameters.query, parameters.key  # type: ignore[return-value]
 
 
-def _gate(num_heads: int, parameters: nn.Module | None) -> Tensor:
-    """g, `(H, 1, 1)`."""
-    gate: Tensor | None = getattr(parameters, "gate", None)
-    if gate is None or gate.shape != (num_heads,):
-        found = "none" if gate is None else f"that of {gate.shape[0]} heads"
+def _learned(name: str, kind: type[Learned], parameters: nn.Module | None) -> Learned:
+    """The part of the parameters of this name."""
+    found = getattr(parameters, name, None)
+    if not isinstance(found, kind):
         raise ValueError(
-            f"gate='learned' needs the gate of {num_heads} query heads and the parameters have {found}; pass the "
-            "module of LinearAttention(..., gate='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
+            f"{name}='learned' needs its parameters and the layer has none; pass the module of "
+            f"LinearAttention(..., {name}='learned').create_parameters(num_heads, num_key_value_heads, head_dim)"
         )
-    return gate[:, None, None]
+    return found
 
 
 def _check_mask(mask: Mask) -> None:
@@ -282,8 +303,8 @@ def _check_mask(mask: Mask) -> None:
         )
     if mask.dense is not None:
         raise ValueError(
-            "'linear' cannot apply a full (queries x keys) attention mask; pass a 2-D padding mask, do not pack "
-            "sequences, and set config.sliding_window to None"
+            "'linear' cannot apply a full (queries x keys) attention mask; pass a 2-D padding mask, give packed rows "
+            "as position_ids that restart, and set config.sliding_window to None"
         )
 
 

@@ -104,7 +104,7 @@ def test_generates_compiled_behind_a_static_cache(case: str) -> None:
     assert torch.equal(back(found), want)
 
 
-@pytest.mark.parametrize("name", [name for name in MATRIX if MATRIX[name].kind.forms_scores])
+@pytest.mark.parametrize("name", MATRIX)
 @torch.no_grad()
 def test_packed_rows(name: str) -> None:
     model = build_for(name, "llama", "causal").double()

@@ -8,8 +8,10 @@ before the query is known:
 over all keys (bidirectional) or the keys up to i (causal; chunk by chunk, see `linear_sums`). For
 generation S and z are a state of constant size that takes the place of the cache (`LinearState`).
 
-Options: `feature_map`, "elu" (elu(x) + 1), "hedgehog" (learned) or another of `feature_maps`, and
-`window`, which keeps the nearest keys in exact softmax attention (see `linear_hybrid`).
+Options: `feature_map`, "elu" (elu(x) + 1), "hedgehog" (learned) or another of `feature_maps`;
+`window`, which keeps the nearest keys in exact softmax attention, and `gate` between both (see
+`linear_hybrid`); `decay`, by which each token leaves a part of the state before it (see
+`linear_decay`). In packed rows the state starts again with each document.
 
 It is a different function than softmax attention: a pretrained softmax model needs training after
 the swap. As in the papers, queries and keys are not scaled by `head_dim ** -0.5` before phi.

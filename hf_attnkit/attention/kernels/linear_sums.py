@@ -74,10 +74,14 @@ class Keys:
         keys = self.phi(self.key[:, :, tokens])
         if self.visible is not None:
             keys = keys * self.visible[:, None, tokens, None]
-        values = self.value[:, :, tokens].to(keys.dtype)
+        return keys, self.values(tokens)
+
+    def values(self, tokens: slice) -> Tensor:
+        """[v, 1] `(B, G, tokens, D + 1)`."""
+        values = wide(self.value[:, :, tokens])
         if self.kept is not None:
             values = values * self.kept[:, :, tokens]
-        return keys, F.pad(values, (0, 1), value=1.0)
+        return F.pad(values, (0, 1), value=1.0)
 
     def decays(self, tokens: slice | Tensor) -> Tensor:
         """ln a_t, `(B, G, tokens)`; 0 for padding, which leaves the state as it is."""

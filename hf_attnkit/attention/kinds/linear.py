@@ -195,7 +195,12 @@ class LinearAttention(Kind):
             kept = F.dropout(torch.ones(*key.shape[:3], 1, device=key.device), dropout)
         keys = Keys(key, value, phi_key, mask.key_visible, kept, decay, mask.document)
         parts: Iterator[Tensor]
-        if cache is not None:
+        if cache is None and kv_length <= _at_once_up_to(call.parameters):
+            products = self._products(query, keys, mask, call.parameters)
+            if width:
+                products = products.masked_fill(mask.distance().abs() < width, 0.0)
+            parts = iter([_sums(products, keys.values(slice(None)))])
+        elif cache is not None:
             parts = linear_sums.prefix(query, phi_query, keys, kv_length - query.shape[2] - width, cache)
         elif mask.is_causal:
             parts = linear_sums.prefix(query, phi_query, keys, mask.offset() - width, LinearState(), width)
@@ -226,23 +231,19 @@ class LinearAttention(Kind):
         phi_query, phi_key = _maps(self.feature_map, call.parameters)
         decay = None if self.decay is None else _learned("decay", Decay, call.parameters)
         all_keys = Keys(key, value, phi_key, mask.key_visible, None, decay)
-        keys, values = all_keys.take(slice(None))
-        features = phi_query(query).unflatten(1, (key.shape[1], -1))  # (B, G, H / G, Q, F)
+        values = all_keys.values(slice(None))
         if not mask.is_causal and self.window is None and decay is None and mask.document is None:
+            keys, _ = all_keys.take(slice(None))
+            features = phi_query(query).unflatten(1, (key.shape[1], -1))  # (B, G, H / G, Q, F)
             sums = features @ (keys.transpose(-1, -2) @ values)[:, :, None]
             return _normalise(sums.flatten(1, 2))[0].to(query.dtype)
-        products = features @ keys[:, :, None].transpose(-1, -2)
-        if decay is not None:
-            logs = all_keys.decays(slice(None))
-            products = products * factors(logs, mask.distance(), mask.offset(), self.window or 0)[:, :, None]
-        products = products.flatten(1, 2)
-        if (seen := mask.visible()) is not None:
-            products = products.masked_fill(~seen, 0.0)
+        products = self._products(query, all_keys, mask, call.parameters)
         if self.window is None:
             return _summed(products, values).to(query.dtype)
         inside = mask.distance().abs() < self.window
         if self.branches == "linear":
             return _summed(products.masked_fill(inside, 0.0), values).to(query.dtype)
+        seen = mask.visible()
         near_seen = inside if seen is None else inside & seen
         # Each query's window and its far keys under one normaliser, relative to the window's largest score.
         scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
@@ -259,11 +260,39 @@ class LinearAttention(Kind):
         terms = torch.where(inside, near, products * (-largest).exp())
         return _summed(terms, values).to(query.dtype)
 
+    def _products(self, query: Tensor, keys: Keys, mask: Mask, parameters: nn.Module | None) -> Tensor:
+        """phi(q) . phi(k) as a matrix, `(B, H, Q, K)`, decayed, and 0 where the mask shows nothing."""
+        groups = keys.key.shape[1]
+        if _at_once_up_to(parameters):
+            products = parameters.products(query, keys.key)  # type: ignore[union-attr, operator] # those that have it
+        else:
+            phi_query, phi_key = _maps(self.feature_map, parameters)
+            products = phi_query(query).unflatten(1, (groups, -1)) @ phi_key(keys.key)[:, :, None].transpose(-1, -2)
+            products = products.flatten(1, 2)
+        if keys.decay is not None:
+            logs = keys.decays(slice(None))
+            counted = factors(logs, mask.distance(), mask.offset(), self.window or 0)[:, :, None]
+            products = (products.unflatten(1, (groups, -1)) * counted).flatten(1, 2)
+        seen = mask.visible()
+        return products if seen is None else products.masked_fill(~seen, 0.0)
+
+
+def _at_once_up_to(parameters: nn.Module | None) -> int:
+    """So many keys are summed through their matrix of products, by a map that makes it without its features.
+
+    Up to as many keys as features the matrix is the smaller of both. 0 for other maps.
+    """
+    return int(getattr(parameters, "num_features", 0)) if hasattr(parameters, "products") else 0
+
+
+def _sums(terms: Tensor, values: Tensor) -> Tensor:
+    """Sums `(B, H, Q, D + 1)` of values [v, 1] `(B, G, K, D + 1)` under terms `(B, H, Q, K)`."""
+    return (terms.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]).flatten(1, 2)
+
 
 def _summed(terms: Tensor, values: Tensor) -> Tensor:
-    """Mean `(B, H, Q, D)` of values [v, 1] `(B, G, K, D + 1)` under terms `(B, H, Q, K)` of one normaliser."""
-    sums = terms.unflatten(1, (values.shape[1], -1)) @ values[:, :, None]
-    return _normalise(sums.flatten(1, 2))[0]
+    """Their mean `(B, H, Q, D)` under terms of one normaliser."""
+    return _normalise(_sums(terms, values))[0]
 
 
 def _normalise(sums: Tensor) -> tuple[Tensor, Tensor]:

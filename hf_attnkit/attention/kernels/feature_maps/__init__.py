@@ -4,10 +4,15 @@ A map phi turns queries and keys into features, and phi(q) . phi(k) takes the pl
 product must be positive for every query and key; single features may be negative. Maps of queries and keys may differ,
 and give as many features. Features are in float32 or better (`wide`): sums over the sequence follow.
 
-| map        | phi(x)                                         | features per head | learned             |
-| ---------- | ---------------------------------------------- | ----------------- | ------------------- |
-| `elu`      | elu(x) + 1                                     | head_dim          | nothing             |
-| `hedgehog` | [softmax(W x + b), softmax(-(W x + b))]        | 2 * head_dim      | W, b for every head |
+| map                  | phi(q) . phi(k)                                          | features, r = head_dim        | learned |
+| -------------------- | -------------------------------------------------------- | ----------------------------- | ------- |
+| `elu`                | phi(x) = elu(x) + 1                                      | r                             | nothing |
+| `hedgehog`           | phi(x) = [softmax(W x + b), softmax(-(W x + b))]         | 2 r                           | W, b    |
+| `taylor`             | w(k) (1 + s + s^2 / 2), s = (A q + a) . (B k + b)        | 1 + r + r (r // 2 + 1)        | A, a, B, b, w |
+| `taylor_exponential` | that and w(k) sum_f e^(c_f(q) + d_f(k))                  | r more                        | c, d too |
+
+All that is learned is learned for every head. A map may have `products`, which gives phi(q) . phi(k) as a matrix
+without the features, and `num_features`: up to so many keys that is used.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.elu import elu
 from hf_attnkit.attention.kernels.feature_maps.hedgehog import Hedgehog
+from hf_attnkit.attention.kernels.feature_maps.taylor import Taylor
+from hf_attnkit.attention.kernels.feature_maps.taylor_exponential import TaylorExponential
 
 Map = Callable[[Tensor], Tensor]
 """`(batch, heads, tokens, head_dim)` to `(batch, heads, tokens, features)`."""
@@ -45,5 +52,7 @@ class FeatureMap:
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(fixed=elu),
     "hedgehog": FeatureMap(Hedgehog),
+    "taylor": FeatureMap(Taylor),
+    "taylor_exponential": FeatureMap(TaylorExponential),
 }
 """By the name that `LinearAttention(feature_map=...)` takes."""

@@ -69,3 +69,20 @@ class Taylor(nn.Module):
         super().__init__()
         self.query = TaylorMap(num_heads, head_dim, weighs=False)
         self.key = TaylorMap(num_key_value_heads, head_dim, weighs=True)
+        self.num_features = 1 + head_dim + head_dim * (head_dim // 2 + 1)
+
+    def products(self, query: Tensor, key: Tensor) -> Tensor:
+        """phi(q) . phi(k) from s, without the features: `(batch, num_heads, queries, keys)`."""
+        return series(self.query, self.key, wide(query), wide(key))
+
+
+def series(query_map: TaylorMap, key_map: TaylorMap, query: Tensor, key: Tensor) -> Tensor:
+    """w(k) (1 + s + s^2 / 2), `(batch, num_heads, queries, keys)`."""
+    s = grouped_products(query_map.project(query), key_map.project(key))
+    weights = key_map.weights(key).transpose(-1, -2).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return (1 + s + s.square() / 2) * weights
+
+
+def grouped_products(query: Tensor, key: Tensor) -> Tensor:
+    """q . k, `(batch, num_heads, queries, keys)`, each key/value head's keys with the query heads that share it."""
+    return (query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)).flatten(1, 2)

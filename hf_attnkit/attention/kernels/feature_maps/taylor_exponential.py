@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.affine import Affine
-from hf_attnkit.attention.kernels.feature_maps.taylor import TaylorMap
+from hf_attnkit.attention.kernels.feature_maps.taylor import TaylorMap, grouped_products, series
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
 # Of an exponent, which is led there smoothly. A product of two features is then below e^30, with room to sum in float32.
@@ -33,10 +33,12 @@ class TaylorExponentialMap(nn.Module):
         self.exponents = Affine(cosines * head_dim**0.25, num_heads, bias=-0.5 * math.log(head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        series = self.taylor(x)
         x = wide(x)
-        exponentials = (MOST * (self.exponents(x) / MOST).tanh()).exp()
-        return torch.cat([series, exponentials * self.taylor.weights(x)], dim=-1)
+        return torch.cat([self.taylor(x), self.exponentials(x)], dim=-1)
+
+    def exponentials(self, x: Tensor) -> Tensor:
+        """e^c(q), or w(k) e^d(k), `(batch, heads, tokens, head_dim)`."""
+        return (MOST * (self.exponents(x) / MOST).tanh()).exp() * self.taylor.weights(x)
 
 
 class TaylorExponential(nn.Module):
@@ -46,3 +48,10 @@ class TaylorExponential(nn.Module):
         super().__init__()
         self.query = TaylorExponentialMap(num_heads, head_dim, weighs=False)
         self.key = TaylorExponentialMap(num_key_value_heads, head_dim, weighs=True)
+        self.num_features = 1 + head_dim + head_dim * (head_dim // 2 + 1) + head_dim
+
+    def products(self, query: Tensor, key: Tensor) -> Tensor:
+        """phi(q) . phi(k) without the features of the series: `(batch, num_heads, queries, keys)`."""
+        query, key = wide(query), wide(key)
+        exponentials = grouped_products(self.query.exponentials(query), self.key.exponentials(key))
+        return series(self.query.taylor, self.key.taylor, query, key) + exponentials

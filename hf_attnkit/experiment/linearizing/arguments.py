@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
 from transformers import PreTrainedModel, TrainingArguments
 
 from hf_attnkit.attention import swap
@@ -35,7 +36,9 @@ class LinearizeArguments(ChangeArguments):
     decay: bool = field(default=False, metadata={"help": "Learn how fast each head forgets."})
     window_alone: bool = field(
         default=False,
-        metadata={"help": "Leave the linear attention out and train the window alone: what linear attention has to beat."},
+        metadata={
+            "help": "Leave the linear attention out and train the window alone: what linear attention has to beat."
+        },
     )
     layers: list[int] | None = field(
         default=None, metadata={"help": "Numbers of the layers to linearise; by default all that can be."}
@@ -44,7 +47,7 @@ class LinearizeArguments(ChangeArguments):
     choose: str = field(
         default="kl",
         metadata={
-            "help": "Which these are: 'kl', those that cost most when one alone is linear, or 'uniform', spread evenly.",
+            "help": "Which these are: 'kl', the layers that cost most when linear alone, or 'uniform', spread evenly.",
             "choices": list(CHOICES),
         },
     )
@@ -85,6 +88,7 @@ class LinearizeArguments(ChangeArguments):
     def learns(self) -> bool:
         """Whether the kind has features to learn."""
         return self.kind.create_parameters(1, 1, 2) is not None
+
 
 def candidates(model: PreTrainedModel, arguments: LinearizeArguments) -> list[int]:
     """The layers that are linearised or chosen among, in order. Called before anything is measured.

@@ -42,7 +42,7 @@ def branch_scores(model: PreTrainedModel, measure: Callable[[], float]) -> dict[
 def linear_shares(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """For each layer with both branches the linear one's share of the output's energy, 0 to 1.
 
-    |far|^2 / (|near|^2 + |far|^2), summed over heads and real tokens; `far` and `near` are what each adds to the output.
+    |far|^2 / (|near|^2 + |far|^2), summed over heads and real tokens, of what each adds to the output.
     """
     energies: dict[int, Tensor] = {}
     kinds = {}

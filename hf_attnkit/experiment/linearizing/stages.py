@@ -30,6 +30,7 @@ from hf_attnkit.experiment.linearizing.branches import branch_scores, linear_sha
 from hf_attnkit.experiment.linearizing.layer_costs import costliest, layer_costs, uniform
 from hf_attnkit.experiment.linearizing.transfer import TransferTrainer
 from hf_attnkit.experiment.run import Run
+from hf_attnkit.experiment.swapping import running as attention_of
 from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.experiment.training.uptrain import recover
@@ -54,6 +55,7 @@ class Linearization:
         self.run, self.arguments, self.candidates = run, arguments, candidates
         self._called, self._size = calibration
         self.linear = list(candidates)
+        self._before = attention_of(run.model)
         self.costs: dict[str, float] = {}
         # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
         self.teacher: PreTrainedModel | None = None
@@ -88,7 +90,7 @@ class Linearization:
         if not number:
             return
         made = self._change(self._choose)
-        self.linear, self.costs = made["linear"], made["costs"]
+        self.costs = made["costs"]
         self.run.evaluate("chosen")
 
     def refit(self) -> None:
@@ -119,7 +121,6 @@ class Linearization:
         """
         run, arguments = self.run, self.arguments
         facts = {
-            "attention_options": dict(changed(arguments.kind)),
             "linear_layers": self.linear,
             "layer_costs": self.costs,
             "branches": self._branches(),
@@ -141,24 +142,21 @@ class Linearization:
         return {"metric": metric, **scores, "linear_shares": {str(index): each for index, each in shares.items()}}
 
     def _change(self, make: Callable[[], Any]) -> dict[str, Any]:
-        def title() -> str:
-            which = "" if len(self.linear) == self._layers else f" in {len(self.linear)} of {self._layers} layers"
-            return f"{'window' if self.arguments.window_alone else 'linear'} attention{which}"
-
-        made = self.run.change(make, kind=KIND, title=title(), facts={"attention_layers": self._layers})
-        if "linear" in made:
-            self.linear = made["linear"]
-            assert self.run.done is not None
-            self.run.done.title = title()
+        made = self.run.change(make, kind=KIND, title="")
+        self.linear = made.get("linear", self.linear)
+        name, count = self.arguments.kind.name, len(self._before)
+        assert self.run.done is not None
+        which = "" if len(self.linear) == count else f" in {len(self.linear)} of {count} layers"
+        self.run.done.title = f"{name} attention{which}"
+        self.run.done.facts = {
+            "attention": [name if index in self.linear else before for index, before in enumerate(self._before)],
+            "attention_options": dict(changed(self.arguments.kind)),
+        }
         return made
 
     def _save(self) -> None:
         """Keep the model between two trainings: a resumed run begins the second from here."""
         self._change(lambda: None)
-
-    @property
-    def _layers(self) -> int:
-        return len(attention_layers(self.run.model))
 
     def _choose(self) -> dict[str, Any]:
         arguments, run = self.arguments, self.run

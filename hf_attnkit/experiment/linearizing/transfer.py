@@ -26,11 +26,10 @@ from hf_attnkit.attention.kinds.gqa import GroupedQueryAttention
 from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.experiment.linearizing.running import layers_of, running
+from hf_attnkit.experiment.training.train import LOSS
 from hf_attnkit.models.layers import weight_of
 
-LOSS = "transfer_loss"  # of a layer, in the log: transfer_loss/layer_3
-
-Seen = Callable[[Tensor, Tensor, Mask], None]
+Note = Callable[[Tensor, Tensor, Mask], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Softmax(Kind):
 
     Attributes:
         linear: the other.
-        seen: is given what linear attention puts out and what softmax attention does, each `(B, H, Q, D)`, and the mask.
+        note: is given the output of both, `(B, H, Q, D)`, first the linear one, and the mask.
     """
 
     name = "softmax of a transfer"
@@ -47,7 +46,7 @@ class Softmax(Kind):
     self_attention_only = True
 
     linear: LinearAttention
-    seen: Seen
+    note: Note
 
     def attention(
         self,
@@ -65,7 +64,7 @@ class Softmax(Kind):
             target, _ = GroupedQueryAttention().attention(query, key, value, mask.as_matrix(), scaling=scaling)
         alone = replace(call, cache=None)
         output, _ = self.linear.attention(query, key, value, mask, scaling=scaling, dropout=dropout, call=alone)
-        self.seen(output, target, mask)
+        self.note(output, target, mask)
         return target, None
 
 
@@ -93,7 +92,9 @@ class TransferTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.layers = layers_of(self.model, LinearAttention)
+        self.layers = [each for each in layers_of(self.model, LinearAttention) if hasattr(each.module, PARAMETERS)]
+        if not self.layers:
+            raise ValueError("no layer runs linear attention with features to learn: swap some to it first")
         self.model.requires_grad_(False)
         for layer in self.layers:
             getattr(layer.module, PARAMETERS).requires_grad_(True)
@@ -118,14 +119,14 @@ class TransferTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses: dict[int, Tensor] = {}
 
-        def note(index: int, projection: nn.Linear | None) -> Seen:
-            def seen(output: Tensor, target: Tensor, mask: Mask) -> None:
+        def noting(index: int, projection: nn.Linear | None) -> Note:
+            def note(output: Tensor, target: Tensor, mask: Mask) -> None:
                 losses[index] = relative_error(output, target, mask, projection)
 
-            return seen
+            return note
 
         kinds = {
-            layer.module: Softmax(getattr(layer.module, ATTRIBUTE), note(layer.index, layer.output))
+            layer.module: Softmax(getattr(layer.module, ATTRIBUTE), noting(layer.index, layer.output))
             for layer in self.layers
         }
         model.eval()  # targets without dropout

@@ -32,7 +32,7 @@ _HUB_METRICS = {"pearson": "pearsonr"}
 # Kinds of change -> tags that people search for; another kind is its own tag.
 _TAGS = {
     "pruning": ["head-pruning"], "conversion": ["grouped-query-attention"], "swap": ["attention-swap"],
-    "adapters": ["lora"], "fine-tuning": [], "export": ["onnx"],
+    "adapters": ["lora"], "fine-tuning": [], "export": ["onnx"], "linearization": ["linear-attention"],
 }  # fmt: skip
 _AUTO_CLASSES = {"text-generation": "ModelForCausalLM", "text-classification": "ModelForSequenceClassification"}
 
@@ -95,7 +95,7 @@ def _tags(results: Results) -> list[str]:
     change, tags = results["change"], ["hf_attnkit"]
     if change is not None:
         tags += _TAGS.get(change["kind"], [change["kind"]])
-        kinds = change["facts"].get("attention", []) if change["kind"] == "swap" else []
+        kinds = change["facts"].get("attention", []) if change["kind"] in ("swap", "linearization") else []
         tags += [kind for kind in dict.fromkeys(kinds) if kind in available_attentions()]
     if results["actions"]["trained"]:
         tags += [tag for name, tag in (("lora", "lora"), ("distill", "distillation")) if summary.flag(results, name)]
@@ -133,6 +133,8 @@ def _text(folder: Path, results: Results, name: str) -> str:
         happened=summary.happened(results),
         change=_heads(results) | summary.change_facts(results),
         settings=summary.settings(results),
+        costs=summary.layer_costs(results),
+        branches=summary.branches(results),
         header=header,
         rows=rows,
         notes=notes(results["stages"], results["timing"]),

@@ -25,7 +25,7 @@ from hf_attnkit.experiment.report.results import public, read_results, without_f
 from hf_attnkit.experiment.report.schema import Results, Stage
 from hf_attnkit.experiment.report.stage_table import headline, notes, share_of_control, stage_table, stage_times
 from hf_attnkit.experiment.report.template import environment
-from hf_attnkit.experiment.report.training_charts import History, curves, entropies, last_step
+from hf_attnkit.experiment.report.training_charts import History, curves, entropies, last_step, transfers
 
 ATTENTION = "attention.html"
 
@@ -99,7 +99,12 @@ def report_page(
         notes=notes(stages, timing, memory=True, details="in small numbers"),
         comparison=summary.comparison(found),
         trainings=[
-            {"name": name, "charts": curves(history), "entropies": entropies(history), "steps": last_step(history)}
+            {
+                "name": name,
+                "charts": [*curves(history), *transfers(history)],
+                "entropies": entropies(history),
+                "steps": last_step(history),
+            }
             for name, history in logged.items()
         ],
         importance=scored,
@@ -107,6 +112,8 @@ def report_page(
         heat_maps=heat_maps(scored["rounds"]) if scored else [],
         change=summary.change_facts(found),
         settings=summary.settings(found),
+        costs=summary.layer_costs(found),
+        branches=summary.branches(found),
         loads={row["where"]: f"{row['verdict']}: {row['why']}" for row in found.get("loads", [])},
         command=summary.command_lines(found["command"]),
         machine={"seed": found["seed"], "device": found["device"], **found["versions"]},

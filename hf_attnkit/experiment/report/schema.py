@@ -160,9 +160,14 @@ class Results(Required, total=False):
 
     Attributes:
         loads: what loads where; earlier versions did not write it.
+        layer_costs: of a linearisation, by layer: what the outputs lose when that layer alone is linear.
+        branches: of one with a window: `metric`, its value with `both` branches, with the `window` and with the
+            `linear` one alone, and `linear_shares` of the output's energy by layer.
     """
 
     loads: list[Load]
+    layer_costs: dict[str, float]
+    branches: dict[str, Any]
 
 
 # Not settings of the recipe.

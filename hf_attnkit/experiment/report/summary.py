@@ -76,6 +76,26 @@ def settings(results: Results) -> dict[str, str]:
     return _facts(_settings(results))
 
 
+def layer_costs(results: Results) -> dict[str, str]:
+    """What each layer's linearisation costs, the highest first."""
+    costs = results.get("layer_costs") or {}
+    linear = cast(Mapping[str, Any], results).get("linear_layers", [])
+    ordered = sorted(costs.items(), key=lambda each: each[1], reverse=True)
+    return {f"layer {at}": f"{cost:.3g}{'' if int(at) in linear else ', keeps softmax'}" for at, cost in ordered}
+
+
+def branches(results: Results) -> dict[str, str]:
+    """What the window and linear attention score, together and each alone, and the linear share of the output."""
+    found = results.get("branches") or {}
+    if not found:
+        return {}
+    named = {"both": "both branches", "window": "the window alone", "linear": "linear attention alone"}
+    lines = {text: f"{found['metric']} {found[name]:.4f}" for name, text in named.items()}
+    shares = found.get("linear_shares", {})
+    energy = {f"layer {at}, linear share of the output's energy": f"{share:.1%}" for at, share in shares.items()}
+    return lines | energy
+
+
 def flag(results: Results, name: str) -> bool:
     """Whether a setting of the recipe is on."""
     return _settings(results).get(name) is True

@@ -10,6 +10,7 @@ from hf_attnkit.experiment.report.chart import Chart, Line, line_chart
 History = Sequence[Mapping[str, float]]  # `log_history` of a training
 
 ENTROPY = re.compile(r"attention_entropy/layer_(\d+)/(mean|min)")
+TRANSFER = re.compile(r"transfer_loss/layer_(\d+)")
 # Of an evaluation's log: how fast it was, which is no curve of training.
 _SPEED = re.compile(r"_(runtime|samples_per_second|steps_per_second|model_preparation_time)$")
 _LEGEND = 12  # layers that the legend names one by one
@@ -40,14 +41,25 @@ def entropies(history: History) -> list[Chart]:
                 found[match[2]].setdefault(int(match[1]), key)
     charts = []
     for kind, title in (("mean", "Mean over a layer's heads"), ("min", "The layer's most focused head")):
-        layers = sorted(found[kind])
-        lines = [
-            Line(f"layer {layer}", _points(history, found[kind][layer]), place / max(len(layers) - 1, 1))
-            for place, layer in enumerate(layers)
-        ]
-        if lines:
-            charts.append(line_chart(title, "share of ln(visible keys)", lines, legend=_spread(len(lines))))
+        charts += _by_layer(history, found[kind], title, "share of ln(visible keys)")
     return charts
+
+
+def transfers(history: History) -> list[Chart]:
+    """The loss of each layer whose features are learned."""
+    keys = (match for entry in history for key in entry if (match := TRANSFER.fullmatch(key)))
+    return _by_layer(
+        history, {int(match[1]): match[0] for match in keys}, "Error of each layer", "of attention's output"
+    )
+
+
+def _by_layer(history: History, keys: Mapping[int, str], title: str, y: str) -> list[Chart]:
+    """One chart with a line for each layer, or none."""
+    lines = [
+        Line(f"layer {layer}", _points(history, keys[layer]), place / max(len(keys) - 1, 1))
+        for place, layer in enumerate(sorted(keys))
+    ]
+    return [line_chart(title, y, lines, legend=_spread(len(lines)))] if lines else []
 
 
 def last_step(history: History) -> int:

@@ -24,6 +24,8 @@ from hf_attnkit.observing.attention_calls import has_softmax
 
 logger = logging.get_logger(__name__)
 
+LOSS = "transfer_loss"  # of each layer that learns features, in the log: transfer_loss/layer_3
+
 
 def run_trainer(
     trainer: Trainer, progress: Progress, number: int, checkpoint: Path | None, state_file: str
@@ -78,7 +80,7 @@ def entropy_callbacks(trainer: Trainer, asked: int | None) -> list[TrainerCallba
 
 
 def quiet(trainer: Trainer) -> None:
-    """Print no entropies: a number for each layer, which the report draws, would come between the losses."""
+    """Print nothing that is a number for each layer, which the report draws: it would come between the losses."""
     for printer, replacement in ((ProgressCallback, _Progress), (PrinterCallback, _Printer)):
         if trainer.pop_callback(printer) is not None:
             trainer.add_callback(replacement)
@@ -86,15 +88,15 @@ def quiet(trainer: Trainer) -> None:
 
 class _Progress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if not _is_of_entropies(logs):
+        if not _is_of_layers(logs):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
 class _Printer(PrinterCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        if not _is_of_entropies(logs):
+        if not _is_of_layers(logs):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
 
-def _is_of_entropies(logs: Mapping[str, Any] | None) -> bool:
-    return bool(logs) and any(name.startswith(f"{PREFIX}/") for name in logs or {})
+def _is_of_layers(logs: Mapping[str, Any] | None) -> bool:
+    return bool(logs) and any(name.startswith((f"{PREFIX}/", f"{LOSS}/")) for name in logs or {})

@@ -17,7 +17,7 @@ from hf_attnkit.attention.kernels.feature_maps.affine import Affine
 from hf_attnkit.attention.kernels.feature_maps.taylor import TaylorMap, grouped_products, series
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
-# Of an exponent, which is led there smoothly. A product of two features is then below e^30, with room to sum in float32.
+# Of an exponent, which is led there smoothly. A product of two features is then below e^30, far from overflow.
 MOST = 15.0
 
 

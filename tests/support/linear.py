@@ -20,11 +20,10 @@ from hf_attnkit.attention.mask import Mask
 SCALING = 0.3
 OPTIONS: list[dict[str, Any]] = [
     {"feature_map": "elu", "window": 5, "decay": "learned"},
-    {"feature_map": "hedgehog"},
+    {"feature_map": "hedgehog", "decay": "learned"},
     {"feature_map": "hedgehog", "window": 1},
     {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
-    {"feature_map": "elu", "decay": "learned"},
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 both_ways = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, TrainingArguments
 
+import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS
 from hf_attnkit.attention.kind import ATTRIBUTE, Kind, Stock
@@ -14,6 +15,7 @@ from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.common.checks import choice
 from hf_attnkit.common.options import changed
 from hf_attnkit.experiment.arguments import ChangeArguments
+from hf_attnkit.experiment.linearizing.running import swap_quietly
 from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.models.layers import attention_layers
 
@@ -111,6 +113,9 @@ def candidates(model: PreTrainedModel, arguments: LinearizeArguments) -> list[in
             f"--softmax_layers {arguments.softmax_layers} leaves none of {len(found)} layers linear; give at most "
             f"{len(found) - 1}"
         )
+    # What a model's masks and scores do to it shows in its proof alone.
+    swap_quietly(model, kind, found)
+    hf_attnkit.restore_attention(model)
     return found
 
 

@@ -16,7 +16,6 @@ a training at its last checkpoint.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,7 @@ from hf_attnkit.common.options import changed
 from hf_attnkit.experiment.linearizing.arguments import LinearizeArguments
 from hf_attnkit.experiment.linearizing.branches import branch_scores, linear_shares
 from hf_attnkit.experiment.linearizing.layer_costs import costliest, layer_costs, uniform
+from hf_attnkit.experiment.linearizing.running import swap_quietly
 from hf_attnkit.experiment.linearizing.transfer import TransferTrainer
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.experiment.swapping import running as attention_of
@@ -173,16 +173,13 @@ class Linearization:
 
     def _swap(self, layers: list[int], *, refit: bool = False) -> None:
         """These layers linear, with the features that they have, and all others as they were."""
-        model, kind = self.run.model, self.arguments.kind
+        model = self.run.model
         if any(hasattr(layer.module, ATTRIBUTE) for layer in attention_layers(model)):
             hf_attnkit.restore_attention(model)
         fitting: dict[str, Any] = {}
         if refit:
-            batches = list(self.run.calibration_batches(self._size))
-            fitting = {"calibration": batches, "refit": self.arguments.refit}
-        with warnings.catch_warnings():  # training follows, and its absence is in the table
-            warnings.filterwarnings("ignore", message=".*another function than softmax")
-            hf_attnkit.swap_attention(model, kind.name, layers=layers, **fitting, **changed(kind))
+            fitting = {"calibration": list(self.run.calibration_batches(self._size)), "refit": self.arguments.refit}
+        swap_quietly(model, self.arguments.kind, layers, **fitting)
 
 
 def longer(training: TrainingArguments, epochs: float) -> TrainingArguments:

@@ -4,12 +4,12 @@ A map phi turns queries and keys into features, and phi(q) . phi(k) takes the pl
 product must be positive for every query and key; single features may be negative. Maps of queries and keys may differ,
 and give as many features. Features are in float32 or better (`wide`): sums over the sequence follow.
 
-| map                  | product or phi                                   | features, r = head_dim | learned by each head |
-| -------------------- | ------------------------------------------------ | ---------------------- | -------------------- |
-| `elu`                | phi(x) = elu(x) + 1                              | r                      | nothing              |
-| `hedgehog`           | phi(x) = [softmax(W x + b), softmax(-(W x + b))] | 2 r                    | W, b                 |
-| `taylor`             | w(k) (1 + s + s^2 / 2), s = a(q) . a(k)          | 1 + r + r (r // 2 + 1) | a, w                 |
-| `taylor_exponential` | the same and w(k) sum_f e^(c_f(q) + d_f(k))      | r more                 | c, d too             |
+| map                  | product or phi                                   | features, r = head_dim | learned by heads |
+| -------------------- | ------------------------------------------------ | ---------------------- | ---------------- |
+| `elu`                | phi(x) = elu(x) + 1                              | r                      | nothing          |
+| `hedgehog`           | phi(x) = [softmax(W x + b), softmax(-(W x + b))] | 2 r                    | W, b             |
+| `taylor`             | w(k) (1 + s + s^2 / 2), s = a(q) . a(k)          | 1 + r + r (r // 2 + 1) | a, w             |
+| `taylor_exponential` | the same and w(k) sum_f e^(c_f(q) + d_f(k))      | r more                 | c, d too         |
 
 A map may have `products`, which gives phi(q) . phi(k) as a matrix
 without the features, and `num_features`: up to so many keys that is used.

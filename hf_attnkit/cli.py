@@ -96,6 +96,10 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="weights of 8 bits, activations quantized as they come",
     )  # fmt: skip
     smaller.add_argument("--fp16", action="store_const", dest="precision", const="float16", help="float16 instead")
+    parser.add_argument(
+        "--int8_skip_modules", nargs="+", default=(), metavar="PATTERN",
+        help="with --int8: modules of which the products stay in float32, such as '*[0-9].output.dense'",
+    )  # fmt: skip
     parser.add_argument("--opset", type=int, help=f"of ONNX, at least {LOWEST_OPSET} (default: the exporter's)")
     parser.set_defaults(command=export)
 
@@ -114,7 +118,7 @@ def lm_eval(arguments: Sequence[str]) -> str:
     return ""
 
 
-def export(model: str, target: str, precision: str, opset: int | None) -> str:
+def export(model: str, target: str, precision: str, int8_skip_modules: Sequence[str], opset: int | None) -> str:
     """What `export_onnx` did, as it prints."""
     require_packages()
     require_free(Path(target))
@@ -124,7 +128,8 @@ def export(model: str, target: str, precision: str, opset: int | None) -> str:
             tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError):  # the folder has none
             tokenizer = None
-    return str(export_onnx(loaded, target, tokenizer=tokenizer, precision=precision, opset=opset))
+    options: dict[str, Any] = {"precision": precision, "int8_skip_modules": int8_skip_modules, "opset": opset}
+    return str(export_onnx(loaded, target, tokenizer=tokenizer, **options))
 
 
 def convert(source: str, target: str, num_key_value_heads: list[int] | None = None, **options: str) -> str:

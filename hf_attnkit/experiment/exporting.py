@@ -35,6 +35,10 @@ class ExportArguments:
             "choices": list(PRECISIONS),
         },
     )
+    int8_skip_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "With int8: modules of which the products stay in float32, such as '*[0-9].output.dense'."},
+    )
     opset: int | None = field(default=None, metadata={"help": "Of ONNX; by default the exporter's."})
     compare_with: str | None = field(
         default=None,
@@ -88,9 +92,8 @@ def export_and_measure(run: GlueRun, arguments: ExportArguments) -> Exported:
             f"an export is compared and timed on a CPU, and this run is on {run.training.device}: --use_cpu"
         )
     model = run.model.eval()
-    exported = export_onnx(
-        model, run.output, tokenizer=run.tokenizer, precision=arguments.precision, opset=arguments.opset
-    )
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in ("precision", "int8_skip_modules", "opset")}
+    exported = export_onnx(model, run.output, tokenizer=run.tokenizer, **options)
     sides: dict[str, nn.Module] = {"baseline": model}
     if arguments.compare_with is not None:
         sides = {"baseline": run.load_model(arguments.compare_with).eval(), "changed": model}

@@ -15,7 +15,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.state import evaluation_mode, plain_mode
 from hf_attnkit.export import generation, inputs
 from hf_attnkit.export.folder import finished_or_absent
+from hf_attnkit.export.int8 import quantized
 from hf_attnkit.export.packages import require_packages
 from hf_attnkit.export.proof import Compared, compare, first_line
 
@@ -89,6 +90,7 @@ def export_onnx(
     *,
     tokenizer: Any = None,
     precision: str = "float32",
+    int8_skip_modules: Sequence[str] = (),
     opset: int | None = None,
 ) -> Exported:
     """Write a model that reads text as an ONNX file, compared with it in ONNX Runtime before it gets its name.
@@ -102,6 +104,8 @@ def export_onnx(
         tokenizer: saved with it; its `model_input_names` say whether the graph takes `token_type_ids`.
         precision: "float32", "float16" (weights and sums), or "int8" (ONNX Runtime's dynamic quantization: weights of
             8 bits, activations quantized as they come).
+        int8_skip_modules: patterns of module paths, as `fnmatch` reads them, whose products stay in float32 under
+            "int8": "*[0-9].output.dense" are those of BERT that lose most, see docs/serving.md.
         opset: of ONNX; by default that of the exporter.
 
     Raises:
@@ -112,6 +116,10 @@ def export_onnx(
     require_packages()
     _check(model)
     choice(precision, "precision", PRECISIONS)
+    if isinstance(int8_skip_modules, str) or not all(isinstance(each, str) for each in int8_skip_modules):
+        raise ValueError(f"int8_skip_modules={int8_skip_modules!r} must be a list of patterns of module paths")
+    if int8_skip_modules and precision != "int8":
+        raise ValueError(f"int8_skip_modules has no effect with precision={precision!r}; leave it out")
     if opset is not None:
         import onnx
 
@@ -121,7 +129,7 @@ def export_onnx(
     names = inputs.input_names(model, known)
     decodes = bool(model.can_generate())
     with finished_or_absent(Path(folder)) as place:
-        found = _write(model, place, tokenizer, names, decodes, precision, opset)
+        found = _write(model, place, tokenizer, names, decodes, precision, int8_skip_modules, opset)
     size = sum(path.stat().st_size for path in Path(folder).glob("model.onnx*"))
     return Exported(Path(folder), precision, tuple(names), decodes, tuple(found), size)
 
@@ -159,6 +167,7 @@ def _write(
     names: list[str],
     decodes: bool,
     precision: str,
+    skip_modules: Sequence[str],
     opset: int | None,
 ) -> list[Compared]:
     """Export into `place` and compare."""
@@ -196,7 +205,7 @@ def _write(
     if precision == "int8":
         component = exported.components["model"]
         with _silence():
-            component.program = _quantized(component.program, inputs.traced_inputs(model, names))
+            component.program = quantized(component.program, inputs.traced_inputs(model, names), skip_modules)
         found = check(None)
     model.config.save_pretrained(place)
     if tokenizer is not None:
@@ -212,14 +221,6 @@ def _export_encoder(model: PreTrainedModel, traced: dict[str, torch.Tensor], ops
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset)
     without_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     return OnnxExporter().export(model, {**traced, **without_cache}, config)
-
-
-def _quantized(program: Any, traced: dict[str, torch.Tensor]) -> Any:
-    """The graph with weights of 8 bits, one scale for each of their columns."""
-    from transformers.exporters import ExportFormat, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
-
-    settings = OnnxRuntimeDynamicConfig(per_channel=True)
-    return OnnxRuntimeQuantizer(settings).quantize(program, traced, ExportFormat.ONNX)
 
 
 @contextmanager

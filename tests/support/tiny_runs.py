@@ -60,6 +60,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--prune_fractions": ("0.5",),
+    "--prune_steps": ("2",),
     "--torch_compile": ("true", "--torch_compile_backend", "eager"),
     "--save_steps": ("1",),
     "--distance_samples": ("2",),
@@ -81,8 +82,8 @@ SMALLER_OF: dict[str, tuple[str, ...]] = {
 FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
 # A GGUF file needs a real model.
 DROPPED = {"--gguf_file": 1}
-# Of tasks that are named one by one: of those after another.
-MOST_TASKS = 2
+# In the place of several tasks.
+TWO_TASKS = "cola,mrpc"
 # What comes before a model's name, and what stands for one.
 BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export", "--compare")
 MODEL_WORDS = ("MODEL", "IN")
@@ -198,6 +199,13 @@ def ends_of_list(words: list[str], flag: str) -> list[str]:
     return [*words[: start + 1], *words[max(stop - 1, start + 1) : stop], *words[stop:]]
 
 
+def one_or_two_tasks(names: str, several_seeds: bool) -> str:
+    """Of several tasks two; the first where seeds make a series of runs already. All of them: `test_run.py`."""
+    if names == "all" or ("," in names and not several_seeds):
+        return TWO_TASKS
+    return names.split(",")[0]
+
+
 class Workplace:
     """A folder in which a shown command finds the models, data and files that it names, small ones.
 
@@ -242,7 +250,7 @@ class Workplace:
             elif last.endswith("_file") and last != "--output_file":
                 values.append("text.txt")
             elif last == "--task_name":
-                values.append(",".join(word.split(",")[:MOST_TASKS]))
+                values.append(one_or_two_tasks(word, "--seeds" in command.flags))
             elif "*" in word:  # as the shell does
                 values += glob.glob(word, root_dir=self.folder)
             else:

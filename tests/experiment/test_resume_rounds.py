@@ -78,7 +78,7 @@ def test_a_comparison_goes_on_in_its_training(checkpoint, tmp_path, monkeypatch)
     assert outcome(results) == outcome(whole)
 
 
-WITH_CONTROL = (*EACH_STEP, *CONVERTED, "--control", "--lora", "--lora_r", "4")
+WITH_CONTROL = (*EACH_STEP, "--save_steps", "2", *CONVERTED, "--control", "--lora", "--lora_r", "4")
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = (
         "hidden_size_per_layer_input", "moe_ffn_hidden_size", "lru_width", "audio_embed_dim", "text_embed_dim",
         "projector_hidden_size", "alignment_intermediate_size", "ext_pw_out_channel",
         "depthwise_separable_out_channel", "nemo_conv_channels", "subsampling_conv_channels", "output_channels",
-        "post_conv_in_channels", "post_conv_out_channels", "post_conv_mid_channels", "fpn_hidden_size",
+        "post_conv_in_channels", "post_conv_out_channels", "post_conv_mid_channels",
         "unpadded_vocab_size", "num_bpe_labels", "num_wordpiece_labels", "mel_vocab_size",
     ), WIDTH)
     | dict.fromkeys((

@@ -14,7 +14,7 @@ from unittest.mock import create_autospec
 
 import pytest
 from support.shown_commands import ROOT, Shown, run_by_a_shell, shown_commands
-from support.tiny_runs import Command, Workplace, command_of, takes, write_shared
+from support.tiny_runs import CLI, Command, Workplace, command_of, takes, write_shared
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
@@ -34,12 +34,13 @@ ALIKE = ("--changed", "--compare_with", "--data_dir", "--learning_rate", "--mode
 
 
 def pattern(shown: Shown) -> tuple[str, frozenset[str]]:
-    """The same for commands that differ in numbers, in names of files and in the single task alone."""
+    """The same for commands that differ in numbers, in names of files and models and in the single task alone."""
     command, kept, flag = command_of(shown), set(), ""
     for word in command.arguments:
         flag = word if word.startswith("--") else flag
         number = word.replace(".", "").replace("-", "").replace("e", "").isdigit()
-        if not (flag in ALIKE or number or word in LABELLED):
+        named = command.target == CLI and not flag and word != command.arguments[0]  # a model, or a folder
+        if not (flag in ALIKE or number or named or word in LABELLED):
             kept.add(word)
     return command.target, frozenset(kept)
 

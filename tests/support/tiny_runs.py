@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import io
+import itertools
 import re
 import runpy
 import sys
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_attnkit.experiment.comparing.prunings import parse_variant
 from hf_attnkit.experiment.glue.tasks import TASKS
 
 # What a run gets where its recipe takes the flag; the last value given counts.
@@ -175,7 +177,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_models(folder: Path) -> None:
     """A BERT, one of MNLI's classes and a Llama, of 24 heads, which divide by every number that is asked for."""
     torch.manual_seed(0)
-    common = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 24,
+    common = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 24,
               "max_position_embeddings": 128, "initializer_range": 0.2}  # fmt: skip
     tokenizer, of_bytes = tiny_tokenizer(), byte_tokenizer()
     names = TASKS["mnli"].label_names
@@ -190,13 +192,19 @@ def write_models(folder: Path) -> None:
         text.save_pretrained(folder / name)
 
 
+def of_list(words: list[str], flag: str) -> list[str]:
+    """The values that the flag has."""
+    after = words[words.index(flag) + 1 :] if flag in words else []
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), after))
+
+
 def ends_of_list(words: list[str], flag: str) -> list[str]:
     """The words with the first and the last of the values that the flag has."""
-    if flag not in words:
+    values = of_list(words, flag)
+    if not values:
         return words
     start = words.index(flag) + 1
-    stop = next((i for i in range(start, len(words)) if words[i].startswith("-")), len(words))
-    return [*words[: start + 1], *words[max(stop - 1, start + 1) : stop], *words[stop:]]
+    return [*words[:start], *dict.fromkeys((values[0], values[-1])), *words[start + len(values) :]]
 
 
 def one_or_two_tasks(names: str, several_seeds: bool) -> str:
@@ -256,6 +264,10 @@ class Workplace:
             else:
                 values.append(word)
         values = ends_of_list(values, "--num_key_value_heads")
+        if command.target.startswith("recipes/compare/pruning"):
+            for variant in of_list(values, "--variants"):
+                parse_variant(variant)
+            values = ends_of_list(values, "--variants")
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
         own = SMALLER_OF.get(command.target, ())

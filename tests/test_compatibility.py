@@ -114,11 +114,17 @@ COLUMNS = {
 }
 
 
+def compiled_in(row: str) -> tuple[str, ...]:
+    """Llama; BERT too, whose masks hide no future, with the last row of each kind and kernel."""
+    last = {MATRIX[name].kind.name if MATRIX[name].kernel else "none of ours": name for name in MATRIX}
+    return families(row) if row in last.values() else ("llama",)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("row", MATRIX)
 def test_cell(row: str, column: str, tmp_path: Path) -> None:
-    for family in families(row):
+    for family in compiled_in(row) if COLUMNS[column] is compiled else families(row):
         layers = 1 if COLUMNS[column] is compiled else 2  # a second one compiles to the same code again
         COLUMNS[column](model_for(row, family, layers), tmp_path / family)
     assert table(["kind", *COLUMNS])[row][list(COLUMNS).index(column)] == "yes", "docs/attention.md has to say yes here"

@@ -14,7 +14,8 @@ from unittest.mock import create_autospec
 
 import pytest
 from support.shown_commands import ROOT, Shown, run_by_a_shell, shown_commands
-from support.tiny_runs import Command, Workplace, command_of, takes, write_shared
+from support.subprocesses import Done, finished_python
+from support.tiny_runs import CLI, Command, Workplace, command_of, takes, write_shared
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
@@ -34,12 +35,13 @@ ALIKE = ("--changed", "--compare_with", "--data_dir", "--learning_rate", "--mode
 
 
 def pattern(shown: Shown) -> tuple[str, frozenset[str]]:
-    """The same for commands that differ in numbers, in names of files and in the single task alone."""
+    """The same for commands that differ in numbers, in names of files and models and in the single task alone."""
     command, kept, flag = command_of(shown), set(), ""
     for word in command.arguments:
         flag = word if word.startswith("--") else flag
         number = word.replace(".", "").replace("-", "").replace("e", "").isdigit()
-        if not (flag in ALIKE or number or word in LABELLED):
+        named = command.target == CLI and not flag and word != command.arguments[0]  # a model, or a folder
+        if not (flag in ALIKE or number or named or word in LABELLED):
             kept.add(word)
     return command.target, frozenset(kept)
 
@@ -94,6 +96,10 @@ def test_a_shown_command_runs(name: str, shared: Path, tmp_path: Path, monkeypat
     if command.target == "recipes/demo.py":
         launched = create_autospec(subprocess.run, side_effect=partial(run_launched, place))
         monkeypatch.setattr(subprocess, "run", launched)
+    if command.target == "recipes/benchmarks/convert_checkpoint.py":
+        monkeypatch.setattr(subprocess, "run", create_autospec(subprocess.run, side_effect=run_code_forked))
+    if command.parser == f"{CLI} lm_eval":
+        without_tasks_of_the_harness(monkeypatch)
     before = set(tmp_path.rglob("*"))
     place.run(command)
     if "--output_dir" in command.flags:
@@ -111,6 +117,22 @@ def run_launched(place: Workplace, words: list[str], **options: Any) -> None:
     """A recipe that a command starts by `accelerate launch`, in this process."""
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     place.run(Command(Path(words[script]).relative_to(ROOT).as_posix(), tuple(words[script + 1 :])))
+
+
+def run_code_forked(words: list[str], **options: Any) -> Done:
+    """`python -c`, in a process that need not import PyTorch again."""
+    assert words[1] == "-c"
+    done = finished_python(*words[2:])
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def without_tasks_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read thousands of files to know their names."""
+    from lm_eval.tasks import TaskManager
+
+    made = create_autospec(TaskManager.__init__, side_effect=partial(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setattr(TaskManager, "__init__", made)
 
 
 def test_every_recipe_shows_a_command_and_every_command_is_there() -> None:

@@ -87,12 +87,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
-def test_a_copied_recipe_runs(installed: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_copied_recipe_runs_under_accelerate_launch(installed: Path, checkpoint: Path, tmp_path: Path) -> None:
     shutil.copy(ROOT / "recipes" / RECIPE, tmp_path)
     script = ("-c", "from importlib.util import find_spec; print(find_spec('hf_attnkit').origin)")
     assert Path(run(installed / "python", *script, folder=tmp_path).strip()).is_relative_to(installed.parent)
     options = flags(checkpoint, Path("out"), "--prune_fraction", "0.5", "--importance", "gradient")
-    run(installed / "python", RECIPE, *options, folder=tmp_path)
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu")
+    assert "recovered" in run(installed / "python", *launch, RECIPE, *options, folder=tmp_path)
     stages = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
     assert [sum(stage["num_heads"]) for stage in stages][:3] == [8, 4, 4]
     assert {"model.safetensors", "report.html", "README.md"} <= {path.name for path in (tmp_path / "out").iterdir()}

@@ -44,7 +44,7 @@ def time_stages(
     *,
     device: str,
     label: Callable[[Mapping[str, Any]], str],
-    repeats: int = REPEATS,
+    repeats: int | None = None,
 ) -> dict[str, Any] | None:
     """Forward passes of the stages' models, each timed alternately with that of the first stage.
 
@@ -57,10 +57,12 @@ def time_stages(
         batch: inputs of a forward pass.
         device: what the machine is called.
         label: what a stage is called.
+        repeats: of each measurement; by default `REPEATS`.
 
     Returns:
         What results.json holds as "timing"; `None` where there are no two models to compare.
     """
+    repeats = REPEATS if repeats is None else repeats
     wanted = [signature(stage) for stage in stages]
     if len(set(wanted)) < 2:
         return None

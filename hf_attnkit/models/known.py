@@ -22,6 +22,7 @@ from hf_attnkit.models.discovery import Discovery, discover, is_spread, require_
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.ownership import ownerships
 from hf_attnkit.models.projected import Projected, projected
+from hf_attnkit.models.whole import searched_once
 
 # Of configs: what a model's heads do not depend on.
 _OTHER_FIELDS = {"attn_implementation", "_attn_implementation_internal", "_experts_implementation_internal",
@@ -156,7 +157,8 @@ def looked_at_once() -> Iterator[None]:
         return
     token = _whole.set([])
     try:
-        yield
+        with searched_once():
+            yield
     finally:
         _whole.reset(token)
 

@@ -90,8 +90,10 @@ def _note(
     touched: dict[str, dict[str, list[list[Tensor]]]], role: str, count: int, name: str, head: int, rows: list[Tensor]
 ) -> None:
     """Keep them, by parameter, role and head."""
-    table = touched.setdefault(name, {}).setdefault(role, [[torch.zeros_like(r) for r in rows] for _ in range(count)])
-    table[head] = rows
+    tables = touched.setdefault(name, {})
+    if role not in tables:
+        tables[role] = [[torch.zeros_like(r) for r in rows] for _ in range(count)]
+    tables[role][head] = rows
 
 
 def _slices(taken: Tensor, attention: Attention) -> Tensor | None:

@@ -9,9 +9,28 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+Enclosing = list[tuple[str, PreTrainedModel]]
+# By model, what `enclosing` found while `searched_once` runs.
+_searched: ContextVar[list[tuple[PreTrainedModel, Enclosing]] | None] = ContextVar("_searched", default=None)
+
+
+@contextmanager
+def searched_once() -> Iterator[None]:
+    """For the steps of one change: each search for what a model is in walks through all objects that there are."""
+    if _searched.get() is not None:
+        yield
+        return
+    token = _searched.set([])
+    try:
+        yield
+    finally:
+        _searched.reset(token)
 
 
 def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -22,11 +41,22 @@ def configs_in(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from configs_in(value)
 
 
-def enclosing(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+def enclosing(model: PreTrainedModel) -> Enclosing:
     """The models that this one is inside of, the largest first, with its path in each.
 
     All models that there are get looked at: PyTorch's modules do not know what they are in.
     """
+    searched = _searched.get()
+    for each, found in searched or ():
+        if each is model:
+            return found
+    found = _search(model)
+    if searched is not None:
+        searched.append((model, found))
+    return found
+
+
+def _search(model: PreTrainedModel) -> Enclosing:
     if not any(map(_holds_parts, gc.get_referrers(model))):  # there is no whole to look for
         return []
     found = []

@@ -17,6 +17,7 @@ from hf_attnkit.common.text_table import text_table
 from hf_attnkit.editing import projections
 from hf_attnkit.editing.last_change import ChangeReport, record_change
 from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.models.whole import searched_once
 from hf_attnkit.refitting import report as reports
 from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
 from hf_attnkit.refitting.refit import refit_layers
@@ -74,7 +75,7 @@ def swap_attention(
     if chosen.fits == "none" and calibration is not None:
         raise ValueError(f"refit={refit!r} looks at no data, so calibration would have no effect; leave one out")
     batches = [] if calibration is None else listed(calibration)
-    with plain_mode(), swapped(model, kind, layers, options) as swap:
+    with plain_mode(), searched_once(), swapped(model, kind, layers, options) as swap:
         if chosen.fits != "none":
             _refit(model, swap, batches, chosen)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,10 @@ def swapped(kind: str, family: str = "llama", layers: list[int] | None = None, *
     return swap_attention(model, name, layers=layers, **options)
 
 
+# Of tests that only run it: what a run leaves is in its cache.
+shared = functools.cache(swapped)
+
+
 def text(model: PreTrainedModel, *lengths: int) -> tuple[Tensor, Tensor]:
     inputs = batch(model, lengths or (LENGTH, LENGTH - 7, LENGTH - 12))
     return inputs["input_ids"], inputs["attention_mask"]
@@ -86,7 +91,7 @@ def kept(cache: Cache) -> int:
 @every_cache
 @every_kind
 def test_split_equals_one_pass(kind: str, cache: str, split: str) -> None:
-    model = swapped(kind)
+    model = shared(kind)
     ids, mask = text(model)
     real = mask.bool()
     steps = in_steps(model, ids, mask, CACHES[cache](model), SPLITS[split])
@@ -100,7 +105,7 @@ def test_split_equals_one_pass(kind: str, cache: str, split: str) -> None:
 @given(data=st.data())
 def test_any_split_of_any_padding(kind: str, cache: str, data: st.DataObject) -> None:
     with torch.no_grad():
-        model = swapped(kind)
+        model = shared(kind)
         longest = data.draw(st.integers(1, 24))
         ids, mask = text(model, longest, *data.draw(st.lists(st.integers(1, longest), max_size=2)))
         steps, left = [], longest
@@ -112,11 +117,19 @@ def test_any_split_of_any_padding(kind: str, cache: str, data: st.DataObject) ->
         torch.testing.assert_close(result[real], whole(model, ids, mask)[real], rtol=0, atol=TOLERANCE)
 
 
+# Each kind with each pair of window, layers and cache; each three of them with a kind.
+BESIDE_A_WINDOW = [
+    (kind, own, layers, cache)
+    for k, kind in enumerate(("window", "flash window", "flash"))
+    for o, own in enumerate((3, 5, 9))
+    for n, layers in enumerate((None, [0], [1]))
+    for c, cache in enumerate(CACHES)
+    if (k + o + n + c) % 3 == 0
+]
+
+
 @pytest.mark.slow
-@every_cache
-@pytest.mark.parametrize("layers", [None, [0], [1]], ids=["all layers", "first", "second"])
-@pytest.mark.parametrize("own", [3, 5, 9])
-@pytest.mark.parametrize("kind", ["window", "flash window", "flash"])
+@pytest.mark.parametrize(("kind", "own", "layers", "cache"), BESIDE_A_WINDOW)
 def test_on_a_model_with_a_window_of_its_own(kind: str, own: int, layers: list[int] | None, cache: str) -> None:
     model = swapped(kind, "mistral", layers, sliding_window=own)
     ids, mask = text(model)
@@ -243,7 +256,7 @@ def continued(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, s
 def test_rows_of_a_cache_follow_their_texts(kind: str, cache: str, operation: str) -> None:
     if cache == "static" and operation != "reorder_cache" and kind in ("random blocks", "flash"):
         pytest.skip("Transformers' static layer has only reorder_cache")
-    model = swapped(kind)
+    model = shared(kind)
     ids, mask = text(model)
     made = CACHES[cache](model)
     in_steps(model, ids[:, :30], mask[:, :30], made, [20, 10])

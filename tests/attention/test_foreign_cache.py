@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,10 @@ def model_of(kind: str, family: str = "llama", **options: Any) -> PreTrainedMode
     return model if found is None else swapped(model, found[0], **found[1])
 
 
+# Of tests that only run it: what a run leaves is in its cache.
+shared = functools.cache(model_of)
+
+
 def tokens() -> Tensor:
     return torch.randint(3, 90, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +58,7 @@ def tokens() -> Tensor:
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)))
 @torch.no_grad()
 def test_cache_of_another_attention(first: str, second: str, cache: str) -> None:
-    one, other, ids = model_of(first), model_of(second), tokens()
+    one, other, ids = shared(first), shared(second), tokens()
     made = CACHES[cache](one)
     one(ids[:, :15], past_key_values=made)
     if first in STOCK and second in STOCK:

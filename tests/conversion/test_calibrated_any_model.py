@@ -146,9 +146,17 @@ def test_a_failing_batch_leaves_the_model_as_it_was(model_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"refit": "scale"}, {"budget": 0.6, "uniform": False}, {"grouping": "best"}], ids=str
+    ("model_type", "options"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"budget": 0.6, "uniform": False}),
+        ("mixtral", {"refit": "scale"}),
+        ("mixtral", {"grouping": "best"}),
+        ("bart", {}),
+        ("bart", {"budget": 0.6, "uniform": False}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "bart"])
 def test_converting_is_applying_a_plan(model_type: str, options: dict[str, Any]) -> None:
     model = lively(model_type)
     batches = batches_for(model)

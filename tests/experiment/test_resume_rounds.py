@@ -78,6 +78,17 @@ def test_a_comparison_goes_on_in_its_training(checkpoint, tmp_path, monkeypatch)
     assert outcome(results) == outcome(whole)
 
 
+WITH_CONTROL = (*EACH_STEP, "--save_steps", "2", *CONVERTED, "--control", "--lora", "--lora_r", "4")
+
+
+@pytest.fixture(scope="module")
+def whole_with_control(checkpoint: Path, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("control") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(uptrain_gqa_glue, monkeypatch, flags(checkpoint, output, *WITH_CONTROL))
+    return output
+
+
 @pytest.mark.parametrize(
     "moment",
     [
@@ -88,14 +99,13 @@ def test_a_comparison_goes_on_in_its_training(checkpoint, tmp_path, monkeypatch)
     ],
     ids=["control", "its evaluation", "conversion", "recovery"],
 )
-def test_a_run_with_a_control_resumes_in_either_training(moment, checkpoint, tmp_path, monkeypatch) -> None:
-    arguments = (*EACH_STEP, *CONVERTED, "--control", "--lora", "--lora_r", "4")
-    whole = flags(checkpoint, tmp_path / "whole", *arguments)
-    killed = flags(checkpoint, tmp_path / "killed", *arguments)
+def test_a_run_with_a_control_resumes_in_either_training(
+    moment, checkpoint, whole_with_control, tmp_path, monkeypatch
+) -> None:
+    killed = flags(checkpoint, tmp_path, *WITH_CONTROL)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         dies(patched, *moment[:3])
         run(uptrain_gqa_glue, monkeypatch, killed)
     results = run(uptrain_gqa_glue, monkeypatch, [*killed, "--resume_from_checkpoint"])
     assert [stage["stage"] for stage in results["stages"]] == ["baseline", "control", "changed", "recovered"]
-    run(uptrain_gqa_glue, monkeypatch, whole)
-    assert_same(tmp_path / "killed", tmp_path / "whole")
+    assert_same(tmp_path, whole_with_control)

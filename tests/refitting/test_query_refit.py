@@ -144,7 +144,12 @@ def test_queries_that_fit_already_stay() -> None:
     assert float(before.abs().max()) < 1e-13 and float((fitted - weight).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("family", [f for f in EDITABLE if f != "qwen3"])
+# The norms of Qwen 3's queries leave nothing to fit;
+# RoBERTa and ELECTRA attend as BERT does, Mistral and Qwen 2 as Llama.
+LEFT_OUT = ("qwen3", "roberta", "electra", "mistral", "qwen2")
+
+
+@pytest.mark.parametrize("family", [family for family in EDITABLE if family not in LEFT_OUT])
 def test_refit_brings_every_layer_nearer_to_the_untouched_attention(family: str) -> None:
     original = build(family).double()
     batches = [batch(original, seed=seed) for seed in range(12)]
@@ -210,8 +215,12 @@ def test_a_layer_whose_queries_are_normed_or_linear_keeps_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["bert", "llama", "glm", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("bert", torch.float16), ("llama", torch.float16), ("llama", torch.bfloat16), ("glm", torch.bfloat16),
+     ("phi3", torch.float16)],
+    ids=str,
+)  # fmt: skip
 def test_models_in_16_bits_are_fitted_in_float32(family: str, dtype: torch.dtype) -> None:
     """The weights are those of the same model in float32, rounded, up to what its activations' rounding moves."""
     model = build(family).to(dtype)

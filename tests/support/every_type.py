@@ -39,6 +39,10 @@ SMALL: dict[str, Any] = (
         "output_hidden_size", "out_hidden_size", "inner_dim", "feat_proj_dim", "decoder_intermediate_size",
         "encoder_hidden_size", "cross_attention_hidden_size", "n_state", "cross_hidden_size",
         "hidden_size_per_layer_input", "moe_ffn_hidden_size", "lru_width", "audio_embed_dim", "text_embed_dim",
+        "projector_hidden_size", "alignment_intermediate_size", "ext_pw_out_channel",
+        "depthwise_separable_out_channel", "nemo_conv_channels", "subsampling_conv_channels", "output_channels",
+        "post_conv_in_channels", "post_conv_out_channels", "post_conv_mid_channels",
+        "unpadded_vocab_size", "num_bpe_labels", "num_wordpiece_labels", "mel_vocab_size",
     ), WIDTH)
     | dict.fromkeys((
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
@@ -49,16 +53,17 @@ SMALL: dict[str, Any] = (
         "num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
         "decoder_attention_heads", "decoder_num_attention_heads", "encoder_num_attention_heads", "num_experts",
         "num_local_experts", "n_routed_experts", "moe_num_experts", "num_attention_heads_linear",
+        "swa_num_attention_heads", "linear_num_heads", "resampler_n_latents",
     ), HEADS)
     | dict.fromkeys((
         "num_key_value_heads", "num_experts_per_tok", "attn_layer_period", "full_attention_interval", "moe_k",
         "moe_topk", "num_kv_heads", "global_attn_every_n_layers", "decoder_num_key_value_heads",
-        "encoder_num_key_value_heads",
+        "encoder_num_key_value_heads", "swa_num_key_value_heads",
     ), GROUPS)
     | dict.fromkeys((
         "head_dim", "d_kv", "kv_channels", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim",
         "decoder_head_dim", "global_head_dim", "swa_head_dim", "linear_key_head_dim", "linear_value_head_dim",
-        "attention_head_dim",
+        "attention_head_dim", "linear_head_dim", "resampler_head_dim",
     ), SIZE)
     | dict.fromkeys((
         "n_group", "topk_group", "n_groups", "mamba_n_groups", "attn_layer_offset", "num_conv_layers",
@@ -66,7 +71,7 @@ SMALL: dict[str, Any] = (
     ), 1)
     | dict.fromkeys((
         "kv_lora_rank", "q_lora_rank", "mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head",
-        "mamba_head_dim", "o_lora_rank", "index_head_dim",
+        "mamba_head_dim", "o_lora_rank", "index_head_dim", "rel_extent",
     ), 16)
     | {
         "mamba_n_heads": 4, "mamba_num_heads": 4, "mamba_expand": 2, "expand": 2, "chunk_size": 8,
@@ -83,7 +88,7 @@ SMALL: dict[str, Any] = (
 # What single types need.
 EXTRA: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * LAYERS, "num_hidden_layers": 2 * LAYERS},
-    "bailing_hybrid": {"layer_group_size": 2, "num_hidden_layers": 2},
+    "bailing_hybrid": {"layer_group_size": 2, "num_hidden_layers": 2, "head_dim": SIZE},
     "zamba2": {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba"] * LAYERS, "num_hidden_layers": 4 * LAYERS},
     "hiera": {"image_size": [64, 64], "depths": [1, 1, 2, 1]},
     "cvt": {"depth": [1, 2, 3], "embed_dim": [16, 48, 96]},
@@ -100,6 +105,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "bros": {"bbox_scale": 1.0, "dim_bbox": 8, "dim_bbox_projection": 8, "dim_bbox_sinusoid_emb_2d": 8},
     "mamba2": {"head_dim": 16, "num_heads": 4},
     "yolos": {"image_size": [16, 16]},
+    "gemma4_text": {"global_head_dim": 2 * SIZE},
+    "gemma4_unified_text": {"global_head_dim": 2 * SIZE},
+    "embedding_gemma2_text": {"global_head_dim": 2 * SIZE},
+    "mobilevit": {"neck_hidden_sizes": [16] * 7, "hidden_sizes": [WIDTH] * 3},
+    "unlimited_ocr_sam_vision_model": {"output_channels": 256},
+    "phi4_multimodal_audio": {"num_blocks": LAYERS},
 }
 DROPOUTS = ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout")
 

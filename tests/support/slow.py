@@ -21,7 +21,7 @@ import pytest
 from transformers import Trainer
 
 FEW_STEPS = 8
-FEW_CASES = 3
+FEW_CASES = 2
 # The fixtures that hold a recipe's model; test_documented_commands.py runs each recipe once, quickly.
 OF_RECIPES = ("checkpoint", "text_checkpoint")
 _now: list[pytest.Item] = []

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import io
+import itertools
 import re
 import runpy
 import sys
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_attnkit.experiment.comparing.prunings import parse_variant
 from hf_attnkit.experiment.glue.tasks import TASKS
 
 # What a run gets where its recipe takes the flag; the last value given counts.
@@ -60,10 +62,12 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--prune_fractions": ("0.5",),
-    "--torch_compile": ("true", "--torch_compile_backend", "eager"),
+    "--prune_steps": ("2",),
+    "--torch_compile": ("false",),  # test_recipes_training.py compiles
     "--save_steps": ("1",),
     "--distance_samples": ("2",),
     "--sides": ("pytorch", "onnx"),
+    "--precision": ("float32",),  # tests of the export quantize
     "--tasks": ("demo_pairs", "--limit", "4"),
     "--batch_sizes": ("2",),
     "--new_tokens": ("2", "--sides", "pytorch"),  # tests of the export run decoders in ONNX Runtime
@@ -79,10 +83,11 @@ SMALLER_OF: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Without effect under the sizes that `--quantities` fixes.
 FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
-# A GGUF file needs a real model.
+# A GGUF file needs a real model; two models are served by tests of that benchmark, and one is exported here.
 DROPPED = {"--gguf_file": 1}
-# Of tasks that are named one by one: of those after another.
-MOST_TASKS = 2
+DROPPED_OF = {"recipes/benchmarks/serving.py": {"--changed": 1}}
+# In the place of several tasks.
+TWO_TASKS = "cola,mrpc"
 # What comes before a model's name, and what stands for one.
 BEFORE_A_MODEL = ("--model_name_or_path", "--changed", "--compare_with", "inspect", "export", "--compare")
 MODEL_WORDS = ("MODEL", "IN")
@@ -174,7 +179,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_models(folder: Path) -> None:
     """A BERT, one of MNLI's classes and a Llama, of 24 heads, which divide by every number that is asked for."""
     torch.manual_seed(0)
-    common = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 24,
+    common = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 24,
               "max_position_embeddings": 128, "initializer_range": 0.2}  # fmt: skip
     tokenizer, of_bytes = tiny_tokenizer(), byte_tokenizer()
     names = TASKS["mnli"].label_names
@@ -189,13 +194,26 @@ def write_models(folder: Path) -> None:
         text.save_pretrained(folder / name)
 
 
+def of_list(words: list[str], flag: str) -> list[str]:
+    """The values that the flag has."""
+    after = words[words.index(flag) + 1 :] if flag in words else []
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), after))
+
+
 def ends_of_list(words: list[str], flag: str) -> list[str]:
     """The words with the first and the last of the values that the flag has."""
-    if flag not in words:
+    values = of_list(words, flag)
+    if not values:
         return words
     start = words.index(flag) + 1
-    stop = next((i for i in range(start, len(words)) if words[i].startswith("-")), len(words))
-    return [*words[: start + 1], *words[max(stop - 1, start + 1) : stop], *words[stop:]]
+    return [*words[:start], *dict.fromkeys((values[0], values[-1])), *words[start + len(values) :]]
+
+
+def one_or_two_tasks(names: str, several_seeds: bool) -> str:
+    """Of several tasks two; the first where seeds make a series of runs already. All of them: `test_run.py`."""
+    if names == "all" or ("," in names and not several_seeds):
+        return TWO_TASKS
+    return names.split(",")[0]
 
 
 class Workplace:
@@ -230,11 +248,11 @@ class Workplace:
     def smaller(self, command: Command) -> list[str]:
         """Its arguments, with tiny models and data."""
         values: list[str] = []
-        words = list(command.arguments)
+        words, dropped = list(command.arguments), DROPPED | DROPPED_OF.get(command.target, {})
         while words:
             word, last = words.pop(0), values[-1] if values else ""
-            if word in DROPPED:
-                del words[: DROPPED[word]]
+            if word in dropped:
+                del words[: dropped[word]]
             elif last in BEFORE_A_MODEL or word in MODEL_WORDS:
                 values.append(self.model(word))
             elif word.startswith("pretrained="):
@@ -242,12 +260,16 @@ class Workplace:
             elif last.endswith("_file") and last != "--output_file":
                 values.append("text.txt")
             elif last == "--task_name":
-                values.append(",".join(word.split(",")[:MOST_TASKS]))
+                values.append(one_or_two_tasks(word, "--seeds" in command.flags))
             elif "*" in word:  # as the shell does
                 values += glob.glob(word, root_dir=self.folder)
             else:
                 values.append(word)
         values = ends_of_list(values, "--num_key_value_heads")
+        if command.target.startswith("recipes/compare/pruning"):
+            for variant in of_list(values, "--variants"):
+                parse_variant(variant)
+            values = ends_of_list(values, "--variants")
         given = set(command.flags)
         fixed = {flag for name, flags in FIXED.items() if name in given for flag in flags}
         own = SMALLER_OF.get(command.target, ())

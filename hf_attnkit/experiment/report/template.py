@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from html import escape
 from typing import Any
@@ -13,6 +14,7 @@ from markupsafe import Markup
 _MARKDOWN = re.compile(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)")
 
 
+@functools.cache
 def environment(markdown: bool = False) -> Environment:
     """Templates of this folder. `autoescape` makes text of HTML; with `markdown` every value is text there, too."""
     made = Environment(

@@ -28,6 +28,7 @@ from hf_attnkit.attention.mask import Mask
 
 pytestmark = pytest.mark.usefixtures("small_segments")
 GATED: dict[str, Any] = {"feature_map": "hedgehog", "window": 7, "gate": "learned"}
+TAYLOR = GATED | {"feature_map": "taylor_exponential"}
 
 
 def problem(options: dict[str, Any], is_causal: bool) -> tuple[Mask, list[Tensor]]:
@@ -37,7 +38,7 @@ def problem(options: dict[str, Any], is_causal: bool) -> tuple[Mask, list[Tensor
 
 @both_ways
 @pytest.mark.parametrize("branch", ["window", "linear"])
-@pytest.mark.parametrize("options", [GATED, {"feature_map": "elu", "window": 1}], ids=["gated", "window of one"])
+@pytest.mark.parametrize("options", [GATED, {"feature_map": "elu", "window": 1}, TAYLOR], ids=str)
 def test_one_branch_alone(options: dict[str, Any], branch: str, is_causal: bool) -> None:
     mask, tensors = problem(options, is_causal)
     options = options | {"branches": branch}
@@ -67,7 +68,9 @@ def test_one_branch_alone_generates(branch: str) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("options", [GATED, {"feature_map": "elu", "window": 200}, {"feature_map": "elu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [GATED, {"feature_map": "elu", "window": 200}, {"feature_map": "elu"}, TAYLOR], ids=str
+)
 def test_the_shares_add_up_to_the_output(options: dict[str, Any], is_causal: bool) -> None:
     """Each is what the definition gives where the values of the other branch's keys are 0."""
     mask, (query, key, value, *learned) = problem(options, is_causal)

@@ -30,8 +30,9 @@ from hf_attnkit.attention.mask import Mask
 pytestmark = pytest.mark.usefixtures("small_segments")
 LENGTHS = ((9, 13, 1, 38), (4, 56, 1))  # chunks are 7 tokens here, segments 24
 DECAYED = {"feature_map": "hedgehog", "window": 4, "decay": "learned", "gate": "learned"}
-EVERY = [{"feature_map": "elu"}, {"feature_map": "elu", "decay": "learned"}, DECAYED]
-every = pytest.mark.parametrize("options", EVERY, ids=["elu", "decay", "decay and window"])
+TAYLOR = DECAYED | {"feature_map": "taylor_exponential"}
+EVERY = [{"feature_map": "elu"}, {"feature_map": "elu", "decay": "learned"}, DECAYED, {"feature_map": "taylor"}, TAYLOR]
+every = pytest.mark.parametrize("options", EVERY, ids=["elu", "decay", "decay and window", "taylor", "taylor and all"])
 
 
 def packed() -> Tensor:

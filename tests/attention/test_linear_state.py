@@ -15,6 +15,7 @@ from support.linear import (
     compare,
     decayed,
     expected,
+    features,
     generate,
     inputs,
     learned_for,
@@ -22,9 +23,9 @@ from support.linear import (
     maps,
     names,
     padding,
+    parameters,
     run,
 )
-from support.reference import hedgehog, phi
 
 from hf_attnkit.attention.kernels import linear_sums
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, FeatureMap
@@ -49,7 +50,10 @@ def test_any_split_is_one_pass(options: dict[str, Any], sizes: list[int], kind: 
     # What is left: every real key that the next token has outside its window.
     last = min(50, max(0, 51 - options.get("window", 1)))
     of = dict(zip(names(options), tensors[3:], strict=True))
-    keys = hedgehog(tensors[1], of["key.weight"], of["key.bias"]) if "key.weight" in of else phi(tensors[1])
+    if options["feature_map"].startswith("taylor"):  # its pairs have an order of their own
+        keys = parameters(options, *tensors[:2], *tensors[3:]).key(tensors[1])
+    else:
+        keys = features(options["feature_map"], of, "key")(tensors[1])
     keys = keys if seen is None else keys * seen[:, None, :, None]
     if "decay.weight" in of and last:
         whole = decayed(left_of(of, tensors[1], seen)[..., :last], torch.arange(last - 1, -1, -1)[None], 0)
@@ -99,7 +103,7 @@ def test_a_step_maps_one_key(window: int | None, monkeypatch: pytest.MonkeyPatch
 def problems(draw: st.DrawFn) -> tuple:
     groups, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
-    options = {"feature_map": draw(st.sampled_from(["elu", "hedgehog"]))}
+    options = {"feature_map": draw(st.sampled_from(["elu", "hedgehog", "taylor"]))}
     if window := draw(st.sampled_from([0, 1, 2, 3, 10, 39, 100])):
         options["window"] = window
     length = sum(sizes)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import finetune_glue
+import linearize_glue
 import prune_heads_glue
 import pytest
 import torch
@@ -30,6 +31,9 @@ TRAINED = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "
 CONVERTED = (*TRAINED, "--num_key_value_heads", "2", "--method", "mean", "--calibration_samples", "40")
 # Random scores are the same in every process.
 PRUNED = (*TRAINED, "--prune_fraction", "0.5", "--importance", "random")
+
+LINEARIZED = (*TRAINED, "--transfer_learning_rate", "0.1", "--calibration_samples", "40", "--softmax_layers", "1",
+              "--window", "4", "--gate")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,7 @@ RUNS = {
     "finetune": (finetune_glue, TRAINED),
     "uptrain": (uptrain_gqa_glue, CONVERTED),
     "prune": (prune_heads_glue, PRUNED),
+    "linearize": (linearize_glue, LINEARIZED),
 }
 FROM_TEACHER = ("--distill", "--distill_attention_weight", "0", "--lora", "--lora_r", "4")
 SHARDED = {
@@ -88,6 +93,8 @@ SHARDED = {
     "prune": RUNS["prune"],
 }
 HALVED = ("--per_device_train_batch_size", "8")
+# The error that a linearisation learns from is a ratio, which each batch has of its own.
+ALONE = {"linearize": (*HALVED, "--gradient_accumulation_steps", "2")}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def sharded_runs(checkpoint: Path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_with_half_the_batch_each_are_one(name, two, checkpoint, tmp_path, monkeypatch) -> None:
     recipe, more = RUNS[name]
-    run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more))
+    run(recipe, monkeypatch, flags(checkpoint, tmp_path / "one", *more, *ALONE.get(name, ())))
     assert_same(two / name, tmp_path / "one", checkpoint)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.accuracy import assert_exact64, gradients
-from support.reference import hedgehog, hybrid, phi
+from support.reference import hedgehog, hybrid, phi, taylor, taylor_exponential
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.linear_sums import LinearState
@@ -24,6 +24,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"feature_map": "hedgehog", "window": 1},
     {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
+    {"feature_map": "taylor"},
+    {"feature_map": "taylor_exponential", "window": 7, "gate": "learned", "decay": "learned"},
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 both_ways = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
@@ -93,16 +95,26 @@ def expected(
     if mask.document is not None:
         visible = visible & (mask.document[:, None, :, None] == mask.document[:, None, None, :])
     of = dict(zip(names(options), learned, strict=True))
-    phis = {"phi_query": phi, "phi_key": phi}
-    if "query.weight" in of:
-        phis["phi_query"] = lambda x: hedgehog(x, of["query.weight"], of["query.bias"])
-        phis["phi_key"] = lambda x: hedgehog(x, of["key.weight"], of["key.bias"])
+    phis = {f"phi_{side}": features(options["feature_map"], of, side) for side in ("query", "key")}
     near = distance.abs() < options.get("window", 0)
     left = {"both": visible, "window": visible & near, "linear": visible & ~near}[options.get("branches", "both")]
     if "decay.weight" in of:
         a = left_of(of, key, mask.key_visible)
         more |= {"factor": decayed(a, distance[0, 0], options.get("window", 0))}
     return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate.weight"), **phis, **more)
+
+
+def features(name: str, of: dict[str, Tensor], side: str) -> Callable[[Tensor], Tensor]:
+    """The map of queries or of keys, from the definition."""
+    own = {part.removeprefix(f"{side}."): tensor for part, tensor in of.items() if part.startswith(f"{side}.")}
+    if name == "elu":
+        return phi
+    if name == "hedgehog":
+        return lambda x: hedgehog(x, own["weight"], own["bias"])
+    if name == "taylor":
+        return lambda x: taylor(x, own["project.weight"], own["project.bias"], own.get("weigh"))
+    series = (own["taylor.project.weight"], own["taylor.project.bias"], own.get("taylor.weigh"))
+    return lambda x: taylor_exponential(x, *series, own["exponents.weight"], own["exponents.bias"])
 
 
 def left_of(of: dict[str, Tensor], key: Tensor, seen: Tensor | None) -> Tensor:
@@ -142,6 +154,11 @@ def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6
     of_maps = ("query.weight", "query.bias", "key.weight", "key.bias")
     values = dict(zip(of_maps, maps(heads, kv_heads, dim), strict=True))
     values["gate.weight"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
+    for part in ("project", "taylor.project", "exponents"):
+        values |= {name.replace(".", f".{part}."): 0.5 * values[name] for name in of_maps}
+    generator = torch.Generator().manual_seed(9)
+    weigh = 0.3 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
+    values |= {"key.weigh": weigh, "key.taylor.weigh": weigh}
     generator = torch.Generator().manual_seed(8)
     values["decay.weight"] = 0.4 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
     values["decay.bias"] = torch.linspace(3.0, 0.5, kv_heads, dtype=torch.float64)

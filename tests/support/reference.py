@@ -22,6 +22,30 @@ def hedgehog(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([half / half.sum(-1, keepdim=True) for half in halves], dim=-1)
 
 
+def taylor(x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None = None) -> Tensor:
+    """`(B, H, N, d)` to `(B, H, N, 1 + d + d^2)`: 1, a and all a_i a_j / sqrt(2), of a = W x + b; `key_weights` times.
+
+    `weight` `(H, d, d)` (out, in), `bias` and `weigh` `(H, d)`.
+    """
+    a = torch.einsum("hed,bhnd->bhne", weight, x) + bias[None, :, None]
+    pairs = torch.einsum("bhne,bhnf->bhnef", a, a).flatten(-2) / 2**0.5
+    return torch.cat([torch.ones_like(a[..., :1]), a, pairs], dim=-1) * key_weights(x, weigh)
+
+
+def key_weights(x: Tensor, weigh: Tensor | None) -> Tensor | float:
+    """e^(u . x) with an exponent bounded by 12 tanh(. / 12), `(B, H, N, 1)`; 1 of queries."""
+    return 1.0 if weigh is None else torch.exp(12 * torch.tanh((x * weigh[:, None]).sum(-1, keepdim=True) / 12))
+
+
+def taylor_exponential(
+    x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None, exponents: Tensor, start: Tensor
+) -> Tensor:
+    """`taylor` and e^(C x + g), bounded by 15 tanh(. / 15), `exponents` C and `start` g as W and b."""
+    c = torch.einsum("hed,bhnd->bhne", exponents, x) + start[None, :, None]
+    powers = torch.exp(15 * torch.tanh(c / 15)) * key_weights(x, weigh)
+    return torch.cat([taylor(x, weight, bias, weigh), powers], dim=-1)
+
+
 def hybrid(
     query: Tensor,
     key: Tensor,

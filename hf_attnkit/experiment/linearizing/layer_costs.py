@@ -22,6 +22,9 @@ from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.batches import to_device
 from hf_attnkit.observing.outputs import final_outputs, real_outputs
 
+# Log-probabilities of a large vocabulary at a time: 128 MiB in float64.
+CHUNK = 2**24
+
 
 def layer_costs(
     model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Iterable[Mapping[str, Any]]
@@ -57,7 +60,7 @@ def divergence(found: Tensor, wanted: Tensor) -> float:
     """
     if wanted.shape[-1] == 1:
         return float((found.double() - wanted.double()).square().sum())
-    rows = max(2**24 // wanted.shape[-1], 1)  # float64 log-probabilities of a large vocabulary, 128 MiB at a time
+    rows = max(CHUNK // wanted.shape[-1], 1)
     total = 0.0
     for parts in zip(found.split(rows), wanted.split(rows), strict=True):
         now, was = (F.log_softmax(part.double(), dim=-1) for part in parts)

@@ -28,6 +28,7 @@ from hf_attnkit.attention.mask import Mask
 from hf_attnkit.experiment.linearizing.running import layers_of, running
 from hf_attnkit.experiment.training.train import LOSS
 from hf_attnkit.models.layers import weight_of
+from hf_attnkit.observing.batches import spare_options
 
 Note = Callable[[Tensor, Tensor, Mask], None]
 
@@ -98,6 +99,9 @@ class TransferTrainer(Trainer):
         self.model.requires_grad_(False)
         for layer in self.layers:
             getattr(layer.module, PARAMETERS).requires_grad_(True)
+        # The loss of a batch is a ratio: batches that are accumulated count alike, whatever their tokens.
+        self.model_accepts_loss_kwargs = False
+        self._spared = spare_options(self.model)
         self._losses: dict[int, list[Tensor]] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,15 +133,22 @@ class TransferTrainer(Trainer):
             layer.module: Softmax(getattr(layer.module, ATTRIBUTE), noting(layer.index, layer.output))
             for layer in self.layers
         }
+
+        def with_total(module: nn.Module, args: Any, output: Any) -> tuple[Tensor, Any]:
+            return torch.stack(list(losses.values())).mean(), output
+
+        # Part of what the model puts out: DistributedDataParallel looks there for what is trained.
+        hook = self.model.register_forward_hook(with_total)
         model.eval()  # targets without dropout
         try:
             with running(kinds), self.compute_loss_context_manager():
-                outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+                unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+                total, outputs = model(**unlabelled, **self._spared)
         finally:
+            hook.remove()
             model.train()
         for index, loss in losses.items():
             self._losses.setdefault(index, []).append(loss.detach())
-        total = torch.stack(list(losses.values())).mean()
         return (total, outputs) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

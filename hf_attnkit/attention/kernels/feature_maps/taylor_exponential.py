@@ -25,7 +25,8 @@ class TaylorExponentialMap(nn.Module):
     """One map per head: `(batch, heads, tokens, head_dim)` to `(batch, heads, tokens, features)`."""
 
     def __init__(self, num_heads: int, head_dim: int, weighs: bool) -> None:
-        """Starts as `taylor` does, with directions of cosines for the exponentials, which sum to 1 for x = 0."""
+        """Starts as `taylor` does, with directions of cosines for the exponentials, whose products sum to about 1 for
+        a query and a key of 0."""
         super().__init__()
         self.taylor = TaylorMap(num_heads, head_dim, weighs)
         steps = torch.arange(head_dim)

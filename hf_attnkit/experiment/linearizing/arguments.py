@@ -123,11 +123,6 @@ def candidates(model: PreTrainedModel, arguments: LinearizeArguments) -> list[in
 class LinearizeDistillationArguments(DistillationArguments):
     distill: bool = field(default=True, metadata={"help": "Train towards the model as it was before the change."})
 
-    def __post_init__(self) -> None:
-        if self.distill and self.distill_weight is None:
-            self.distill_weight = 1.0  # labels have a stage of their own, or none
-        super().__post_init__()
-
 
 def check(
     arguments: LinearizeArguments,

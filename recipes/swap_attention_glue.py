@@ -4,7 +4,7 @@
         --attention sliding_window --attention_options window=64 --learning_rate 3e-5 --num_train_epochs 1 \\
         --per_device_train_batch_size 32 --output_dir outputs/cola-window
 
-`--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
+`--refit output` fits the output projections afterwards, and keeps the fit where it helps. `--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
 {"window": 64}]}`; layers that it leaves out keep what they run. `--distill` trains towards the model as it was, and
 `--lora` trains adapters and merges them. `linear` has to be trained. `--control` also trains the untouched model as
 long, for comparison.
@@ -52,10 +52,15 @@ def swap_and_recover(
     run.control(lambda: recover(run, None, distillation, lora))
     before, after = running(run.model), kinds_after(run.model, swapping)
     run.change(
-        lambda: hf_attnkit.swap_attention(run.model, swapping.specification),
+        lambda: swap(run, swapping),
         kind="swap",
         title=title(before, after),
-        facts={"attention": after, "attention_before": before, "attention_options": swapping.options},
+        facts={
+            "attention": after,
+            "attention_before": before,
+            "attention_options": swapping.options,
+            "refit": swapping.refit,
+        },
     )
     run.evaluate("changed")
     if training.do_train:
@@ -64,6 +69,15 @@ def swap_and_recover(
     for asked, flags in ((distillation.distill, distillation), (lora.lora, lora)):
         facts |= vars(flags) if asked else {}
     run.finish(**facts)
+
+
+def swap(run: GlueRun, swapping: SwapArguments) -> None:
+    """Swap the attention of the run's model, with the refit that is asked for."""
+    fitting: dict[str, Any] = {}
+    if swapping.refit != "none":
+        batches = list(run.calibration_batches(swapping.calibration_samples))
+        fitting = {"calibration": batches, "refit": swapping.refit}
+    hf_attnkit.swap_attention(run.model, swapping.specification, **fitting)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 import hf_attnkit
 from hf_attnkit.attention import swap
 from hf_attnkit.attention.kind import Kind
+from hf_attnkit.common.checks import choice
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.pruning import parse_options
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.models.layers import AttentionLayer, attention_layers, projected_layers
+from hf_attnkit.refitting.swap_attention import FITS
 
 
 @dataclass
@@ -27,7 +29,24 @@ class SwapArguments(ChangeArguments):
         default_factory=list, metadata={"help": "Its options, such as window=64 num_sink_tokens=4."}
     )
 
+    refit: str = field(
+        default="none",
+        metadata={
+            "help": f"What is fitted in closed form after the swap, one of {', '.join(FITS)}; kept where it helps.",
+            "choices": list(FITS),
+        },
+    )
+    calibration_samples: int = field(default=512, metadata={"help": "Training sentences that a refit looks at."})
+
+    @property
+    def reads_training_data(self) -> bool:
+        """Whether training sentences are needed without training, too."""
+        return self.refit != "none"
+
     def __post_init__(self) -> None:
+        choice(self.refit, "--refit", FITS)
+        if self.calibration_samples < 1:
+            raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 1")
         self.options: dict[Any, Any] = parse_options(self.attention_options, "--attention_options")
         self.specification: Any = (self.attention, self.options)
         if self.attention.endswith(".json"):

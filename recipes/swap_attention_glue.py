@@ -4,10 +4,10 @@
         --attention sliding_window --attention_options window=64 --learning_rate 3e-5 --num_train_epochs 1 \\
         --per_device_train_batch_size 32 --output_dir outputs/cola-window
 
-`--refit output` fits the output projections afterwards, and keeps the fit where it helps. `--attention` is a name, or a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window",
-{"window": 64}]}`; layers that it leaves out keep what they run. `--distill` trains towards the model as it was, and
-`--lora` trains adapters and merges them. `linear` has to be trained. `--control` also trains the untouched model as
-long, for comparison.
+`--refit output` fits the output projections afterwards, and keeps the fit where it helps. `--attention` is a name, or
+a JSON file that says it layer by layer: `{"0": "flash", "5": ["sliding_window", {"window": 64}]}`; layers that it
+leaves out keep what they run. `--distill` trains towards the model as it was, and `--lora` trains adapters and merges
+them. `linear` has to be trained. `--control` also trains the untouched model as long, for comparison.
 
 Writes the recovered model, which `hf_attnkit.load_pretrained` loads, and results.json (stages "baseline", "changed",
 "recovered") into --output_dir.
@@ -75,7 +75,7 @@ def swap(run: GlueRun, swapping: SwapArguments) -> None:
     """Swap the attention of the run's model, with the refit that is asked for."""
     fitting: dict[str, Any] = {}
     if swapping.refit != "none":
-        batches = list(run.calibration_batches(swapping.calibration_samples))
+        batches = list(run.calibration_batches(swapping.num_calibrated))
         fitting = {"calibration": batches, "refit": swapping.refit}
     hf_attnkit.swap_attention(run.model, swapping.specification, **fitting)
 

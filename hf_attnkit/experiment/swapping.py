@@ -36,7 +36,9 @@ class SwapArguments(ChangeArguments):
             "choices": list(FITS),
         },
     )
-    calibration_samples: int = field(default=512, metadata={"help": "Training sentences that a refit looks at."})
+    calibration_samples: int | None = field(
+        default=None, metadata={"help": "Training sentences that a refit looks at. By default 512."}
+    )
 
     @property
     def reads_training_data(self) -> bool:
@@ -45,7 +47,10 @@ class SwapArguments(ChangeArguments):
 
     def __post_init__(self) -> None:
         choice(self.refit, "--refit", FITS)
-        if self.calibration_samples < 1:
+        if self.calibration_samples is not None and self.refit == "none":
+            raise ValueError(f"--calibration_samples {self.calibration_samples} has no effect with --refit none")
+        self.num_calibrated = 512 if self.calibration_samples is None else self.calibration_samples
+        if self.num_calibrated < 1:
             raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 1")
         self.options: dict[Any, Any] = parse_options(self.attention_options, "--attention_options")
         self.specification: Any = (self.attention, self.options)

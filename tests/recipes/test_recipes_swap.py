@@ -26,12 +26,13 @@ only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 def test_a_window_is_trained_saved_and_scores_what_was_reported(checkpoint, tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     more = ("--attention", "sliding_window", "--attention_options", "window=2", "--learning_rate", "1e-2")
-    more += ("--distill", "--lora", "--lora_r", "4", "--entropy_every_n_steps", "0")
+    more += ("--refit", "output", "--calibration_samples", "24", "--distill", "--lora", "--lora_r", "4", "--entropy_every_n_steps", "0")
     results = run(swap_attention_glue, monkeypatch, flags(checkpoint, output, *more))
     assert [(stage["stage"], stage["attention"]) for stage in results["stages"]] == [
         ("baseline", ["sdpa", "sdpa"]), ("changed", ["sliding_window"] * 2), ("recovered", ["sliding_window"] * 2),
     ]  # fmt: skip
     assert results["attention_options"] == {"window": 2} and results["distill"] and results["lora_r"] == 4
+    assert results["change"]["facts"]["refit"] == "output"
     assert results["stages"][0]["metrics"] != results["stages"][1]["metrics"]  # a window of 2 leaves much out
     assert "attention_entropy" not in (output / "trainer_state_1.json").read_text()
     model = hf_attnkit.load_pretrained(output)
@@ -84,6 +85,8 @@ BAD = [
     (("--attention", 'FILE{"2": "mha"}'), "layer 2"),
     (("--attention", "FILE{}"), "no layer to swap"),
     (("--attention", 'FILE{"0": "mha"}', "--attention_options", "window=2"), "has no effect with"),
+    (("--attention", "mha", "--calibration_samples", "8"), "has no effect with --refit none"),
+    (("--attention", "mha", "--refit", "output", "--calibration_samples", "0"), "must be at least 1"),
     (("--attention", "mha", "--lora_r", "4"), "without --lora"),
     (("--attention", "mha", "--distill", "--do_eval"), "--distill has no effect without training"),
     (("--attention", "linear", "--attention_options", "feature_map=hedgehog", "--lora"), "leave --lora out"),

@@ -111,7 +111,8 @@ def test_divergence_is_summed_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(costs_module.F, "log_softmax", noting)
     assert divergence(found, wanted) == pytest.approx(expected, rel=1e-12)
     assert max(calls) == 4 and sum(calls) == 26
-    assert divergence(found[:, :1], wanted[:, :1]) == pytest.approx(float((found - wanted)[:, 0].double().square().sum()))
+    squared = float((found - wanted)[:, 0].double().square().sum())
+    assert divergence(found[:, :1], wanted[:, :1]) == pytest.approx(squared)
 
 
 def test_costliest_and_uniform() -> None:

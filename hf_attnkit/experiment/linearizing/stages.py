@@ -57,6 +57,7 @@ class Linearization:
         self.linear = list(candidates)
         self._before = attention_of(run.model)
         self.costs: dict[str, float] = {}
+        self._settings: dict[str, Any] = {}  # of the trainings, for results.json
         # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
         self.teacher: PreTrainedModel | None = None
 
@@ -105,12 +106,15 @@ class Linearization:
     ) -> None:
         """Train all weights, or adapters, towards the untouched model."""
         self._save()
+        self._settings |= vars(distillation) if distillation.distill else {}
+        self._settings |= vars(lora) if lora.lora else {}
         training = longer(self.run.training, epochs - self.run.training.num_train_epochs)
         self.run.evaluate(stage, **recover(self.run, self.teacher, distillation, lora, args=training))
 
     def train(self, lora: LoraArguments) -> None:
         """Stage "recovered": the task's own loss."""
         self._save()
+        self._settings |= vars(lora) if lora.lora else {}
         self.run.evaluate("recovered", **recover(self.run, None, DistillationArguments(), lora))
 
     def finish(self, **facts: Any) -> None:
@@ -122,12 +126,14 @@ class Linearization:
         run, arguments = self.run, self.arguments
         facts = {
             "linear_layers": self.linear,
+            "choose": arguments.choose if arguments.softmax_layers else None,
             "layer_costs": self.costs,
             "branches": self._branches(),
             self._called: self._size,
             "transfer_epochs": arguments.transfer_epochs if arguments.learns else 0,
             "transfer_learning_rate": arguments.transfer_learning_rate if arguments.learns else None,
             "refit": arguments.refit,
+            **self._settings,
             **facts,
         }
         run.finish(**facts)

@@ -1,6 +1,6 @@
 """What each branch of linear attention with a window contributes: a hybrid may score well and leave one of them unused.
 
-(Benfeghoul et al. 2025, arXiv 2510.05901, found converted models that run on their window alone.)
+(arXiv 2510.05901 found converted models that run on their window alone.)
 """
 
 from __future__ import annotations

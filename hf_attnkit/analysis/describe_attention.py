@@ -24,6 +24,7 @@ from hf_attnkit.models.discovery import Discovery, discover
 from hf_attnkit.models.layers import without_heads
 from hf_attnkit.models.ownership import ownerships, signature
 from hf_attnkit.models.rotary_pairs import rotary_pairs
+from hf_attnkit.models.whole import searched_once
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,11 @@ def describe_attention(model: PreTrainedModel, *, probe: Mapping[str, Any] | Non
         ValueError: for a model without attention, without weights, quantized, or that differs from run to run; for
             inputs that cannot be made, or under which the model does not run.
     """
+    with searched_once():
+        return _described(model, probe)
+
+
+def _described(model: PreTrainedModel, probe: Mapping[str, Any] | None) -> AttentionReport:
     with known.transformers_attention(model):
         known.require_runnable(model)
         found = discover(model, known.probe_of(model) if probe is None and _is_model(model) else probe)

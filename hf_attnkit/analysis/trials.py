@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_attnkit.attention.consistency import is_swapped
 from hf_attnkit.attention.kind import ATTRIBUTE
+from hf_attnkit.attention.swap import restore_attention
 from hf_attnkit.attention.table import available_attentions
 from hf_attnkit.conversion import convert_to_gqa
 from hf_attnkit.importance import head_importance
@@ -87,7 +89,7 @@ class Trials:
             self.key_value_heads[index] = 0
         self._outcomes: dict[tuple[Any, ...], dict[str, str]] = {}
         self._alike: dict[tuple[Any, ...], tuple[str, ...]] = {}
-        self._swap_all = self._try(lambda each: swap_attention(each, "flash"))
+        self._swap_all = self._swap_whole("flash", {})
         self.score = self._score()
 
     def of(self, attention: Attention) -> dict[str, str]:
@@ -112,7 +114,7 @@ class Trials:
         """What can be swapped into all attentions that can be swapped, with the options that it needs."""
 
         def fits(name: str, options: dict[str, Any]) -> bool:
-            return not self._try(lambda each: swap_attention(each, name, **options))
+            return not self._swap_whole(name, options)
 
         if self._swap_all:
             return ()
@@ -123,14 +125,22 @@ class Trials:
         empty, config = attention.index in self._empty, type(getattr(attention.module, "config", None))
         return *signature(attention), empty, config, runs
 
-    def _try(self, change: Callable[[PreTrainedModel], Any]) -> str:
+    def _copied(self) -> PreTrainedModel:
+        copied = twin(self._model)
+        if self._probe is not None:
+            known.set_probe(copied, self._probe)
+        return copied
+
+    @functools.cached_property
+    def _lasting(self) -> PreTrainedModel:
+        """A twin for what leaves a model as it was: it is copied and looked at once."""
+        return self._copied()
+
+    def _try(self, change: Callable[[PreTrainedModel], Any], *, leaves_no_trace: bool = False) -> str:
         """What the change raises, in a sentence; empty if it is made."""
         try:
             with silent():
-                copied = twin(self._model)
-                if self._probe is not None:
-                    known.set_probe(copied, self._probe)
-                change(copied)
+                change(self._lasting if leaves_no_trace else self._copied())
         except Exception as error:  # whatever a model's code raises says that it cannot be done
             return _sentence(error)
         return ""
@@ -147,6 +157,11 @@ class Trials:
             return ""
         return _without(reason, attention.path)
 
+    def _swap_whole(self, name: str, options: Mapping[str, Any]) -> str:
+        if is_swapped(self._model):  # to restore it would restore what is not to be tried
+            return self._try(lambda each: swap_attention(each, name, **options))
+        return self._try(lambda each: restore_attention(swap_attention(each, name, **options)), leaves_no_trace=True)
+
     def _swap(self, attention: Attention) -> str:
         if not attention.calls_interface:
             return attention.reason
@@ -158,7 +173,8 @@ class Trials:
         inputs = {name: value for name, value in self._found.inputs.items() if name != "use_cache"}
         reasons: dict[str, list[str]] = {}
         for method in SCORES:
-            if reason := self._try(functools.partial(head_importance, batches=[inputs], method=method)):
+            scores = functools.partial(head_importance, batches=[inputs], method=method)
+            if reason := self._try(scores, leaves_no_trace=True):
                 reasons.setdefault(reason, []).append(method)
         if len(reasons) == 1 and len(next(iter(reasons.values()))) == len(SCORES):
             return next(iter(reasons))

@@ -11,13 +11,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 Enclosing = list[tuple[str, PreTrainedModel]]
 # By model, what `enclosing` found while `searched_once` runs.
-_searched: ContextVar[list[tuple[PreTrainedModel, Enclosing]] | None] = ContextVar("_searched", default=None)
+_searched: ContextVar[WeakKeyDictionary[PreTrainedModel, Enclosing] | None] = ContextVar("_searched", default=None)
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def searched_once() -> Iterator[None]:
     if _searched.get() is not None:
         yield
         return
-    token = _searched.set([])
+    token = _searched.set(WeakKeyDictionary())
     try:
         yield
     finally:
@@ -47,13 +48,11 @@ def enclosing(model: PreTrainedModel) -> Enclosing:
     All models that there are get looked at: PyTorch's modules do not know what they are in.
     """
     searched = _searched.get()
-    for each, found in searched or ():
-        if each is model:
-            return found
-    found = _search(model)
-    if searched is not None:
-        searched.append((model, found))
-    return found
+    if searched is None:
+        return _search(model)
+    if model not in searched:
+        searched[model] = _search(model)
+    return searched[model]
 
 
 def _search(model: PreTrainedModel) -> Enclosing:

@@ -279,8 +279,9 @@ def test_the_control_is_the_untouched_model_trained_as_long(text_checkpoint, tex
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--lora", "--lora_r", "4")], ids=["plain", "lora"])
-@pytest.mark.parametrize("model_type", ["gpt2", "granite"])
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("gpt2", ()), ("gpt2", ("--lora", "--lora_r", "4")), ("granite", ())], ids=str
+)
 def test_a_model_found_by_running(model_type, more, text, byte_tokenizer, tmp_path, monkeypatch) -> None:
     """GPT-2's projections are rows of one Conv1D; Granite is no family of the table."""
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ from hf_attnkit.common.state import plain_mode, replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import part_configs
 from hf_attnkit.models.layers import AttentionLayer, attention_layers
-from hf_attnkit.models.whole import saved_with
+from hf_attnkit.models.whole import saved_with, searched_once
 
 
 @contextmanager
@@ -140,6 +140,7 @@ def _chosen(
 
 
 @plain_mode()
+@searched_once()
 def restore_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo every `swap_attention`: the model runs the implementation it had before the first one.
 

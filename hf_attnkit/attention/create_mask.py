@@ -109,8 +109,8 @@ def documents_of(mask_function: MaskFunction) -> Tensor | None:
 
 def _takes_documents(config: Any) -> bool:
     """Whether one of the kinds that the config names takes packed rows as documents instead of as a matrix."""
-    saved = getattr(config, "hf_attnkit", None)
-    kinds = {entry[0] for entry in saved["layers"].values()} if saved else set()
+    saved = getattr(config, "hf_attnkit", None) or {}
+    kinds = {entry[0] for entry in saved.get("layers", {}).values()}  # it may say of removed heads alone
     return any(name in KINDS and KINDS[name].takes_documents for name in kinds)
 
 

@@ -13,7 +13,7 @@ from support.swapping import build_for, swapped
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_attnkit import convert_to_gqa, head_gradients, head_importance, head_statistics
+from hf_attnkit import convert_to_gqa, head_gradients, head_importance, head_statistics, prune_heads
 from hf_attnkit.attention.packing import starts
 
 LENGTHS = ((9, 13, 1, 6), (4, 4, 20, 1))
@@ -134,3 +134,14 @@ def test_refits_are_those_of_the_documents(with_cache: bool) -> None:
         models.append(convert_to_gqa(model, 2, method="mean", calibration=given, refit=plain("output")))
     for found, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_a_config_that_names_removed_heads_alone() -> None:
+    """Rows without a mask, which may be packed, of a model whose config says of heads and of no kinds."""
+    model = prune_heads(build("llama", "causal"), {0: [1]})
+    ids, _, _ = packed()
+    found, masked = (head_importance(model, [inputs], method="entropy") for inputs in (
+        {"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ))  # fmt: skip
+    torch.testing.assert_close(found, masked, equal_nan=True)  # a removed head has no score
+    convert_to_gqa(build("llama", "causal"), 4, calibration=[{"input_ids": ids}])

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import assert_exact64, gradients
-from support.linear import SCALING, features, inputs, learned_for, maps, names, padding, parameters, run
+from support.linear import SCALING, expected, features, inputs, learned_for, maps, names, padding, parameters, run
 from support.models import batch, build
 from support.swapping import swapped
 from torch import Tensor
 
 from hf_attnkit import load_pretrained
+from hf_attnkit.attention.kernels import linear_sums
+from hf_attnkit.attention.kernels.feature_maps.taylor import TaylorMap
 from hf_attnkit.attention.kind import PARAMETERS, Call
 from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.attention.mask import Mask
@@ -67,6 +69,27 @@ def test_weights_and_exponentials_are_bounded(name: str, dtype: torch.dtype, len
     mask = Mask.aligned(length, length, is_causal=is_causal, key_visible=padding("left", length))
     for result in gradients(lambda *t: run(options, mask, *t), *tensors):
         assert result.dtype == dtype and result.isfinite().all()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_many_features_are_mapped_fewer_tokens_at_a_time(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"feature_map": "taylor"}
+    tensors = [*inputs(4, 2, 61, 61), *learned_for(options, 4, 2)]
+    mapped: list[int] = []
+    forward = TaylorMap.forward
+
+    def noting(self: TaylorMap, x: Tensor) -> Tensor:
+        mapped.append(x.shape[2])
+        return forward(self, x)
+
+    monkeypatch.setattr(TaylorMap, "forward", noting)
+    monkeypatch.setattr(linear_sums, "CHUNK", 5)
+    mask = Mask.aligned(61, 61, is_causal=is_causal)
+    for numbers, most in ((31 * 27, 25), (31, 20), (10**9, 61)):  # whole chunks, at least four
+        mapped.clear()
+        monkeypatch.setattr(linear_sums, "NUMBERS", numbers)
+        assert_exact64(run(options, mask, *tensors), expected(options, mask, *tensors), terms=122)
+        assert max(mapped) == most
 
 
 @both

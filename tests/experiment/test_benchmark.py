@@ -15,20 +15,33 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import attention as benchmark_attention
+from support import linear
 from support.accuracy import assert_as_accurate
 from support.reference import Text, attend, everything, window, window_and_global
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS
+from hf_attnkit.attention.kinds.linear import LinearAttention
+from hf_attnkit.attention.mask import Mask
 from hf_attnkit.experiment.benchmarking import candidates as benchmark_candidates
 from hf_attnkit.experiment.benchmarking.arguments import BenchmarkArguments, check
-from hf_attnkit.experiment.benchmarking.candidates import PARTS, Problem, candidates, make_call, make_inputs
+from hf_attnkit.experiment.benchmarking.candidates import (
+    PARTS,
+    Problem,
+    candidates,
+    forms_of_linear,
+    make_call,
+    make_inputs,
+    usual,
+)
 from hf_attnkit.experiment.benchmarking.measure import peak_bytes, quartiles, time_alternately
 from hf_attnkit.experiment.benchmarking.quantities import Bar, Side, bars, measure_bars, samples
 
 CPU = torch.device("cpu")
 WINDOW = 5
 WITHOUT_FLEX = [label for label in candidates(WINDOW) if not label.startswith("flex")]
+FORMS = list(forms_of_linear(WINDOW))
 SMALL = Problem(23, batch_size=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, window=WINDOW)
 PATTERNS = {
     "local_global": partial(window_and_global, WINDOW, 1),
@@ -40,6 +53,16 @@ def expected(label: str, problem: Problem) -> tuple[Tensor, Tensor]:
     """What a candidate must compute, from the definition: in float64, and in the problem's precision."""
     row = candidates(WINDOW)[label]
     inputs = make_inputs(problem, 1 if row.one_key_value_head else problem.num_key_value_heads)
+    if label in FORMS:
+        scaling = problem.head_dim**-0.5
+        mask = Mask.aligned(problem.queries, problem.length, is_causal=True)
+        made = LinearAttention(**row.options).create_parameters(4, 2, problem.head_dim)
+        learned = [] if made is None else [parameter.detach() for parameter in made.parameters()]
+        exact, plain = (
+            linear.expected(row.options, mask, *(x.to(dtype) for x in (*inputs, *learned)), scaling=scaling)
+            for dtype in (torch.float64, torch.float32)
+        )
+        return exact, plain
     i = torch.arange(problem.length - problem.queries, problem.length)[None, :, None]
     j, first = torch.arange(problem.length)[None, None], torch.zeros(1, 1, 1)
     text = Text(i, j, first, first + problem.length - 1, True)
@@ -54,6 +77,35 @@ def test_each_candidate_computes_what_it_stands_for(label: str, part: str) -> No
     problem = replace(SMALL, is_decode=part == "decode")
     exact, plain = expected(label, problem)
     assert_as_accurate(make_call(candidates(WINDOW)[label], problem, part)(), plain, exact)
+
+
+@pytest.mark.parametrize("label", FORMS)
+def test_a_step_of_linear_attention_goes_on_from_what_it_is_said_to_keep(label: str, monkeypatch) -> None:
+    """Again and again: the state is of the tokens before this one."""
+    taken: list[Tensor] = []
+    attention = LinearAttention.attention
+
+    def noting(self: LinearAttention, query: Tensor, key: Tensor, value: Tensor, *others, call, **options):
+        kept = [call.cache.sums, key[:, :, :-1], value[:, :, :-1]]
+        taken.append(sum(tensor.nbytes if place == 0 else tensor.numel() * 4 for place, tensor in enumerate(kept)))
+        return attention(self, query, key, value, *others, call=call, **options)
+
+    monkeypatch.setattr(LinearAttention, "attention", noting)
+    for length in (3, 23):
+        problem = replace(SMALL, is_decode=True, length=length)
+        row = candidates(WINDOW)[label]
+        step = make_call(row, problem, "decode")
+        assert torch.equal(step(), step())
+        assert taken == [row.kept(problem)] * 2
+        taken.clear()
+    keys = 4 * problem.batch_size * problem.num_key_value_heads * problem.length * problem.head_dim
+    assert candidates(WINDOW)["sdpa"].kept(problem) == 2 * keys
+    assert candidates(WINDOW)["mqa"].kept(problem) == keys and candidates(WINDOW)["sliding_window"].kept is None
+
+
+def test_forms_of_linear_attention_are_asked_for_by_name() -> None:
+    assert not set(usual()) & set(FORMS) and {*usual(), *FORMS} == set(candidates(WINDOW))
+    assert {f"linear_{name}" for name in FEATURE_MAPS} <= set(FORMS)
 
 
 @pytest.mark.parametrize("label", ["flex_causal", "flex_window"])
@@ -165,13 +217,14 @@ SIZES = ["--lengths", "32", "16", "--num_attention_heads", "4", "--num_key_value
 
 @pytest.mark.slow
 def test_a_run_writes_all_of_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    run(monkeypatch, tmp_path, *SIZES, "--max_quadratic", "16", "--markdown", "--implementations", *WITHOUT_FLEX)
+    asked = [label for label in WITHOUT_FLEX if label not in FORMS[1:]]
+    run(monkeypatch, tmp_path, *SIZES, "--max_quadratic", "16", "--markdown", "--implementations", *asked)
     results = json.loads((tmp_path / "benchmark.json").read_text())
     assert results["threads"] == torch.get_num_threads() and results["device"]["type"] == "cpu"
     assert results["versions"]["torch"] == torch.__version__ and results["arguments"]["window"] == 4
     found = {(r["part"], r["length"], r["candidate"]): r for r in results["measurements"]}
     missing = {(r["part"], r["length"], r["candidate"]): r["reason"] for r in results["left_out"]}
-    assert found.keys() | missing.keys() == {(p, n, label) for p in PARTS for n in (16, 32) for label in WITHOUT_FLEX}
+    assert found.keys() | missing.keys() == {(p, n, label) for p in PARTS for n in (16, 32) for label in asked}
     assert not found.keys() & missing.keys()
     assert "quadratic" in missing["backward", 32, "mha"] and ("decode", 32, "mha") in found
     for record in found.values():
@@ -182,9 +235,13 @@ def test_a_run_writes_all_of_its_numbers(tmp_path: Path, monkeypatch: pytest.Mon
         # A result is held: as many numbers as the queries have, four bytes each.
         assert record["peak_bytes"] >= 4 * 8 * 4 * (1 if record["part"] == "decode" else record["length"])
     assert found["forward", 16, "sliding_window"]["options"] == {"window": 4}
+    assert found["decode", 32, "sdpa"]["kept_bytes"] == 2 * 2 * 32 * 8 * 4  # keys and values of two heads
+    assert found["decode", 32, "linear_elu"]["kept_bytes"] == 2 * 8 * 9 * 4  # a state of one size
+    assert found["forward", 32, "sdpa"]["kept_bytes"] is None
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md", "benchmark.png"}
     markdown, printed = (tmp_path / "benchmark.md").read_text(), capsys.readouterr().out
+    assert "decode step: keys and values or state that a model keeps, in MiB" in markdown
     (row,) = [line for line in markdown.split("**")[2].splitlines() if line.startswith("| mha ")]
     assert row.endswith("| - |") and "x |" in row  # 16 tokens measured, 32 not
     assert "not measured: sdpa_cudnn, sdpa_flash: only on CUDA" in printed and "only on CUDA" in markdown

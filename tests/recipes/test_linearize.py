@@ -144,7 +144,8 @@ def test_a_killed_run_ends_as_one_that_was_not(number, whole, checkpoint, tmp_pa
     ("more", "wanted", "layers"),
     [
         (("--lora", "--lora_r", "4"), ["baseline", *STAGES[2:4], *STAGES[5:]], [0, 1]),
-        (("--no_distill", "--refit", "scale", "--layers", "1"), ["baseline", *STAGES[2:4], *STAGES[5:6], "recovered"], [1]),
+        (("--no_distill", "--refit", "scale", "--layers", "1"),
+         ["baseline", "changed", "transferred", "refitted", "recovered"], [1]),
         (("--softmax_layers", "1", "--choose", "uniform", "--refit", "none", "--calibration_samples", "0", "--decay",
           "--transfer_epochs", "0", "--num_train_epochs", "0"), ["baseline", "changed", "chosen", "distilled"], [0]),
         (("--feature_map", "elu", "--do_eval"), ["baseline", "changed", "refitted"], [0, 1]),
@@ -279,7 +280,7 @@ def test_models_whose_scores_or_masks_it_cannot_take(family, options, message) -
 
 def test_a_model_that_runs_swapped_attention_is_refused() -> None:
     for name, options in (("linear", {}), ("flash", {}), ("linear", {"layers": [1]})):
-        with pytest.raises(ValueError, match="runs swapped attention already.*restore_attention and save it"):
+        with pytest.raises(ValueError, match=r"runs swapped attention already.*restore_attention and save it"):
             candidates(swapped(build("bert"), name, **options), linear())
 
 

@@ -86,7 +86,14 @@ def names(options: dict[str, Any]) -> list[str]:
 
 
 def expected(
-    options: dict[str, Any], mask: Mask, query: Tensor, key: Tensor, value: Tensor, *learned: Tensor, **more: Any
+    options: dict[str, Any],
+    mask: Mask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *learned: Tensor,
+    scaling: float = SCALING,
+    **more: Any,
 ) -> Tensor:
     distance = mask.query_position[:, None, :, None] - mask.key_position[:, None, None, :]
     visible = distance >= 0 if mask.is_causal else distance == distance
@@ -101,7 +108,7 @@ def expected(
     if "decay.weight" in of:
         a = left_of(of, key, mask.key_visible)
         more |= {"factor": decayed(a, distance[0, 0], options.get("window", 0))}
-    return hybrid(query, key, value, left, near, scaling=SCALING, gate=of.get("gate.weight"), **phis, **more)
+    return hybrid(query, key, value, left, near, scaling=scaling, gate=of.get("gate.weight"), **phis, **more)
 
 
 def features(name: str, of: dict[str, Tensor], side: str) -> Callable[[Tensor], Tensor]:

@@ -25,6 +25,8 @@ from hf_attnkit.attention.kernels.linear_decay import after, spans
 # Tokens that are mapped and summed at a time, so that temporaries have one size whatever the length:
 # on a CPU larger ones are fresh pages each time, and four times the tokens took ten times the time.
 SEGMENT = 1024
+# The same for a map of many features on a CPU: so many of them for each head at a time, but at least four chunks.
+NUMBERS = 2**19
 # Tokens in a chunk, C. For the backward pass the causal form keeps, per token and key/value head,
 # F (D + 1) / C numbers of chunk states, (H / G) C of products within the chunk, and (1 + H / G) F
 # features: linear in the length whatever C. At 64 no term is more than twice another for head sizes
@@ -105,8 +107,9 @@ class Keys:
     def state(self, start: int, stop: int, earlier: Tensor | None = None) -> Tensor:
         """The state over the keys `start` to `stop`, and over those of `earlier`."""
         # At least one segment, if an empty one: its sum is the zeros to begin with.
-        for begin in range(start, max(stop, start + 1), SEGMENT):
-            tokens = slice(begin, min(begin + SEGMENT, stop))
+        size = segment(self.phi, self.key[:, :, start:stop])
+        for begin in range(start, max(stop, start + 1), size):
+            tokens = slice(begin, min(begin + size, stop))
             keys, values = self.take(tokens)
             if (keeps := self.keeps(tokens)) is not None:
                 keys = keys * after(keeps).exp()[..., None]
@@ -123,10 +126,18 @@ class Keys:
         return Keys(self.key.flip(2), self.value.flip(2), self.phi, visible, kept, self.decay, document)
 
 
+def segment(phi: Map, x: Tensor) -> int:
+    """Tokens of `x` `(B, heads, tokens, D)` that are mapped at a time."""
+    if x.device.type != "cpu" or x.shape[2] <= 4 * CHUNK:
+        return SEGMENT
+    features = phi(x[:, :, :0]).shape[-1]
+    return min(SEGMENT, max(4, NUMBERS // features // CHUNK) * CHUNK)
+
+
 def everything(query: Tensor, phi: Map, keys: Keys) -> Iterator[Tensor]:
     """Every query sees every key."""
     state = keys.state(0, keys.length)
-    for part in query.split(SEGMENT, 2):
+    for part in query.split(segment(phi, query), 2):
         yield _apply(phi(part), state)
 
 
@@ -136,7 +147,7 @@ def prefix(query: Tensor, phi: Map, keys: Keys, last: int, state: LinearState, g
     `gap` keys further on, which may be in another document; it then sees nothing."""
     start = min(max(last, 0), keys.length)
     sums = keys.state(0, start, state.sums)
-    for part in query.split(SEGMENT, 2):
+    for part in query.split(segment(phi, query), 2):
         stop = min(max(last + part.shape[2], start), keys.length)
         hidden = min(max(-last, 0), part.shape[2])  # queries before the first key
         tokens = slice(start, stop)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hf_attnkit.experiment.benchmarking.candidates import PARTS, candidates
+from hf_attnkit.experiment.benchmarking.candidates import PARTS, candidates, usual
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,8 +19,11 @@ class BenchmarkArguments:
 
     output_dir: str = field(metadata={"help": "Folder for the results; one that holds some is refused."})
     implementations: list[str] = field(
-        default_factory=lambda: list(candidates(1)),
-        metadata={"help": "Rows to measure, baselines included; the one to compare with is always measured."},
+        default_factory=usual,
+        metadata={
+            "help": "Rows to measure, baselines included; the one to compare with is always measured. By default all "
+            "but linear_*, linear attention with each feature map, a decay, and a window with a gate."
+        },
     )
     baseline: str = field(default="sdpa", metadata={"help": "The row that ratios are taken to."})
     lengths: list[int] = field(

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ from transformers.masking_utils import (
 )
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
+from hf_attnkit.attention.kernels.linear_sums import Keys, LinearState
+from hf_attnkit.attention.kind import Call as AttentionCall
+from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.table import make_kind
 from hf_attnkit.experiment.benchmarking.measure import Call
@@ -69,6 +73,8 @@ class Candidate:
         computes: "causal", "window" or the name of what no other row computes.
         is_quadratic: its score matrix is held in memory.
         one_key_value_head: it takes inputs with one key/value head.
+        kept: the bytes that a decode step of a model reads of the tokens before it, for a problem; `None` where a model
+            keeps less for it than the keys that it gets here.
         implementation, options: of hf_attnkit; None and empty for a baseline.
     """
 
@@ -76,6 +82,7 @@ class Candidate:
     computes: str = "causal"
     is_quadratic: bool = False
     one_key_value_head: bool = False
+    kept: Callable[[Problem], int] | None = None
     implementation: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -113,6 +120,67 @@ def implementations(window: int) -> dict[str, Candidate]:
     }
 
 
+def forms_of_linear(window: int) -> dict[str, Candidate]:
+    """Linear attention with each feature map, at its start, and with what else it can learn: label -> candidate.
+
+    A decode step goes on from the state, as in a model.
+    """
+    forms: dict[str, dict[str, Any]] = {f"linear_{name}": {"feature_map": name} for name in FEATURE_MAPS}
+    forms["linear_decay"] = {"feature_map": "hedgehog", "decay": "learned"}
+    forms["linear_window"] = {"feature_map": "hedgehog", "window": window, "gate": "learned"}
+    return {label: _linear(label, **options) for label, options in forms.items()}
+
+
+def _linear(label: str, **options: Any) -> Candidate:
+    attention = LinearAttention(**options)
+    width = attention.window or 1  # keys that a decode step is given
+
+    def parameters(problem: Problem) -> torch.nn.Module | None:
+        sizes = problem.num_attention_heads, problem.num_key_value_heads, problem.head_dim
+        made = attention.create_parameters(*sizes)
+        return None if made is None else made.to(problem.device)
+
+    def state(problem: Problem, learned: torch.nn.Module | None) -> Tensor:
+        """Over the keys that a step is not given."""
+        _, key, value = make_inputs(problem, problem.num_key_value_heads)
+        fixed = FEATURE_MAPS[attention.feature_map].fixed
+        phi = cast(Map, fixed or getattr(learned, "key", None))
+        keys = Keys(key, value, phi, None, None, getattr(learned, "decay", None))
+        with torch.no_grad():
+            return keys.state(0, max(problem.length - width, 0))
+
+    def build(problem: Problem) -> Attend:
+        learned, given = parameters(problem), slice(None)
+        sums = state(problem, learned) if problem.is_decode else None
+        if problem.is_decode:
+            given = slice(max(problem.length - width, 0), None)
+        keys = min(problem.length, width) if problem.is_decode else problem.length
+        mask = Mask.receive(None, problem.queries, keys, is_causal=True, device=problem.device)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache: Any = LinearState(sums) if problem.is_decode else None
+            key, value, scaling = key[:, :, given], value[:, :, given], problem.head_dim**-0.5
+            return attention.attention(query, key, value, mask, scaling=scaling, call=AttentionCall(cache, learned))[0]
+
+        return attend
+
+    def kept(problem: Problem) -> int:
+        near = 2 * (min(width, problem.length) - 1) * problem.head_dim * problem.dtype.itemsize
+        small = replace(problem, length=1, is_decode=True)
+        return state(small, parameters(small)).nbytes + problem.batch_size * problem.num_key_value_heads * near
+
+    return Candidate(build, label, kept=kept, implementation="linear", options=options)
+
+
+def _all_keys(problem: Problem) -> int:
+    heads = problem.batch_size * problem.num_key_value_heads
+    return 2 * heads * problem.length * problem.head_dim * problem.dtype.itemsize
+
+
+def _one_head(problem: Problem) -> int:
+    return _all_keys(problem) // problem.num_key_value_heads
+
+
 def _ours(
     name: str, computes: str = "causal", is_quadratic: bool = False, one_key_value_head: bool = False, **options: Any
 ) -> Candidate:
@@ -123,7 +191,8 @@ def _ours(
         )
         return lambda query, key, value: attention(query, key, value)[0]
 
-    return Candidate(build, computes, is_quadratic, one_key_value_head, name, options)
+    kept = {"causal": _all_keys, "mqa": _one_head}.get(computes)
+    return Candidate(build, computes, is_quadratic, one_key_value_head, kept, name, options)
 
 
 def _eager(problem: Problem) -> Attend:
@@ -227,20 +296,25 @@ def flex_failure(device: torch.device) -> str | None:
 
 
 BASELINES = {
-    "eager": Candidate(_eager, is_quadratic=True),
-    "sdpa": Candidate(_sdpa),
-    "sdpa_gqa": Candidate(_sdpa_gqa),
-    "sdpa_cudnn": Candidate(_sdpa_cudnn),
-    "sdpa_flash": Candidate(_sdpa_flash),
+    "eager": Candidate(_eager, is_quadratic=True, kept=_all_keys),
+    "sdpa": Candidate(_sdpa, kept=_all_keys),
+    "sdpa_gqa": Candidate(_sdpa_gqa, kept=_all_keys),
+    "sdpa_cudnn": Candidate(_sdpa_cudnn, kept=_all_keys),
+    "sdpa_flash": Candidate(_sdpa_flash, kept=_all_keys),
     "sdpa_window": Candidate(_sdpa_window, computes="window"),
-    "flex_causal": Candidate(_flex_causal),
+    "flex_causal": Candidate(_flex_causal, kept=_all_keys),
     "flex_window": Candidate(_flex_window, computes="window"),
 }
 
 
 def candidates(window: int) -> dict[str, Candidate]:
     """All rows, baselines first."""
-    return BASELINES | implementations(window)
+    return BASELINES | implementations(window) | forms_of_linear(window)
+
+
+def usual() -> list[str]:
+    """The rows that are measured unless others are asked for: one of linear attention."""
+    return list(BASELINES | implementations(1))
 
 
 def make_inputs(problem: Problem, num_key_value_heads: int) -> tuple[Tensor, Tensor, Tensor]:

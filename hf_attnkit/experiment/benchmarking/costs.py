@@ -90,6 +90,7 @@ def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[d
             for label in chosen:
                 step(label)
                 lower, median, upper = quartiles(seconds[label])
+                kept = rows[label].kept
                 found.append(
                     {
                         "candidate": label,
@@ -102,6 +103,7 @@ def measure(arguments: BenchmarkArguments, device: torch.device) -> tuple[list[d
                         "quartiles_seconds": [lower, upper],
                         "ratio_to_baseline": base and median / base,
                         "peak_bytes": peak_bytes(calls[label], device),
+                        "kept_bytes": kept(problem) if kept and problem.is_decode else None,
                         "seconds": seconds[label],
                     }
                 )

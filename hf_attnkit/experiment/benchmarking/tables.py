@@ -23,10 +23,13 @@ def cost_tables(results: dict[str, Any]) -> list[Grid]:
             continue
         header = ["", *(f"{length:,}" for length in lengths)]
         times = [[label, *(_time(found.get((part, label, n))) for n in lengths)] for label in labels]
-        memory = [[label, *(_memory(found.get((part, label, n))) for n in lengths)] for label in labels]
+        memory = [[label, *(_memory(found.get((part, label, n)), "peak_bytes") for n in lengths)] for label in labels]
         times_title = f"{name}: median ms (interquartile range) and ratio to {baseline}, over tokens"
         tables.append((times_title, header, times))
         tables.append((f"{name}: peak memory in MiB, inputs not counted, over tokens", header, memory))
+        if part == "decode":
+            kept = [[label, *(_memory(found.get((part, label, n)), "kept_bytes") for n in lengths)] for label in labels]
+            tables.append((f"{name}: keys and values or state that a model keeps, in MiB, over tokens", header, kept))
     return tables
 
 
@@ -39,8 +42,8 @@ def _time(record: dict[str, Any] | None) -> str:
     return text if ratio is None else f"{text} {ratio:.2f}x"
 
 
-def _memory(record: dict[str, Any] | None) -> str:
-    return "-" if record is None else f"{record['peak_bytes'] / 2**20:,.3g}"
+def _memory(record: dict[str, Any] | None, name: str) -> str:
+    return "-" if record is None or record[name] is None else f"{record[name] / 2**20:,.3g}"
 
 
 def quantity_table(results: dict[str, Any]) -> Grid:

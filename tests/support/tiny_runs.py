@@ -59,7 +59,7 @@ SMALLER: dict[str, tuple[str, ...]] = {
 SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--repeats": ("1",),
     "--seeds": ("0",),
-    "--softmax_layers": ("1",),
+    "--softmax_layers": ("0",),  # the tiny models have one layer
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--prune_fractions": ("0.5",),
@@ -82,8 +82,8 @@ SMALLER_OF: dict[str, tuple[str, ...]] = {
     "recipes/compare/long_context_lm.py": ("--variants", "reach+refit", "random", "window", "--shares", "0.5",
                                            "--random_draws", "1"),
 }  # fmt: skip
-# Without effect under the sizes that `--quantities` fixes; more layers than one are chosen from.
-FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations"), "--softmax_layers": ("--layers",)}
+# Without effect under the sizes that `--quantities` fixes.
+FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
 # A GGUF file needs a real model; two models are served by tests of that benchmark, and one is exported here.
 DROPPED = {"--gguf_file": 1}
 DROPPED_OF = {"recipes/benchmarks/serving.py": {"--changed": 1}}

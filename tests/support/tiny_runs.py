@@ -81,6 +81,8 @@ SMALLER_OF: dict[str, tuple[str, ...]] = {
     "recipes/compare/conversions_lm.py": ("--variants", "mean", "pca+data+refit"),
     "recipes/compare/long_context_lm.py": ("--variants", "reach+refit", "random", "window", "--shares", "0.5",
                                            "--random_draws", "1"),
+    "recipes/linearize_glue.py": ("--layers", "0"),  # numbers of layers, not how many
+    "recipes/linearize_lm.py": ("--layers", "0"),
 }  # fmt: skip
 # Without effect under the sizes that `--quantities` fixes.
 FIXED = {"--quantities": ("--lengths", "--batch_size", "--implementations")}
@@ -276,7 +278,7 @@ class Workplace:
         own = SMALLER_OF.get(command.target, ())
         values += () if set(own) & fixed else own
         for flag, value in SMALLER.items():
-            if takes(command.parser, flag) and flag not in fixed:
+            if takes(command.parser, flag) and flag not in fixed and flag not in own:
                 values += [flag, *value]
         for flag, value in SMALLER_IF_GIVEN.items():
             if flag in given:

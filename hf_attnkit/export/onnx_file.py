@@ -26,6 +26,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_attnkit.attention.any_length import any_length
+from hf_attnkit.attention.kind import ATTRIBUTE
 from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.state import evaluation_mode, plain_mode
 from hf_attnkit.export import generation, inputs
@@ -152,6 +153,13 @@ def _check(model: PreTrainedModel) -> None:
             f"{name} is in {found}, and an export is traced and compared in float32 on a CPU: "
             "model.to('cpu', torch.float32), and precision='float16' or 'int8' for a smaller file"
         )
+    for module in model.modules():
+        kind = getattr(module, ATTRIBUTE, None)
+        if getattr(kind, "cache_dtype", None) is not None:
+            raise ValueError(
+                f"{name} runs {kind}, and the cache of a file is in the file's own precision: swap with cache_dtype=None "
+                "first"
+            )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder and a decoder, two graphs, which this export does not make")
     if model.main_input_name != "input_ids" or not isinstance(

@@ -44,6 +44,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "precision": (lambda: build("bert"), {"precision": "int4"}, "precision.*'int4'.*float32"),
     "skip without int8": (lambda: build("bert"), {"int8_skip_modules": ["*.key"]}, "no effect with .*float32"),
     "one pattern": (lambda: build("bert"), {"precision": "int8", "int8_skip_modules": "*.key"}, "must be a list of"),
+    "cache of 8 bits": (
+        lambda: swap_attention(build("llama"), "gqa", cache_dtype="int8"),
+        {},
+        r"runs 'gqa' attention \(cache_dtype='int8'\), and the cache of a file .* cache_dtype=None",
+    ),
     "no expression": (random_blocks, {}, "BertModel cannot be exported: ValueError: .*num_random_blocks=0"),
 }
 

@@ -26,7 +26,18 @@ only_bert = pytest.mark.parametrize("checkpoint", ["bert"], indirect=True)
 def test_a_window_is_trained_saved_and_scores_what_was_reported(checkpoint, tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     more = ("--attention", "sliding_window", "--attention_options", "window=2", "--learning_rate", "1e-2")
-    more += ("--refit", "output", "--calibration_samples", "24", "--distill", "--lora", "--lora_r", "4", "--entropy_every_n_steps", "0")
+    more += (
+        "--refit",
+        "output",
+        "--calibration_samples",
+        "24",
+        "--distill",
+        "--lora",
+        "--lora_r",
+        "4",
+        "--entropy_every_n_steps",
+        "0",
+    )
     results = run(swap_attention_glue, monkeypatch, flags(checkpoint, output, *more))
     assert [(stage["stage"], stage["attention"]) for stage in results["stages"]] == [
         ("baseline", ["sdpa", "sdpa"]), ("changed", ["sliding_window"] * 2), ("recovered", ["sliding_window"] * 2),

@@ -157,8 +157,8 @@ def _check(model: PreTrainedModel) -> None:
         kind = getattr(module, ATTRIBUTE, None)
         if getattr(kind, "cache_dtype", None) is not None:
             raise ValueError(
-                f"{name} runs {kind}, and the cache of a file is in the file's own precision: swap with cache_dtype=None "
-                "first"
+                f"{name} runs {kind}, and the cache of a file is in the file's own precision: swap with "
+                "cache_dtype=None first"
             )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder and a decoder, two graphs, which this export does not make")

@@ -37,10 +37,11 @@ from hf_attnkit.experiment.training.uptrain import recover
 from hf_attnkit.models.layers import attention_layers
 
 KIND = "linearization"
+ORDER = ("changed", "transferred", "chosen", "refitted", "distilled", "recovered")
 
 
 class Linearization:
-    """The stages of one run; a recipe calls what it wants in this order.
+    """The stages of one run; a recipe calls what it wants in this order, and any other raises `ValueError`.
 
     Args:
         calibration: what its size is called in results.json, and the size: data for KL, refit and branches.
@@ -58,20 +59,25 @@ class Linearization:
         self._before = attention_of(run.model)
         self.costs: dict[str, float] = {}
         self._settings: dict[str, Any] = {}  # of the trainings, for results.json
+        self._begun: list[str] = []
         # Before anything prepares the model: under autocast accelerate gives it a forward that a copy would share.
         self.teacher: PreTrainedModel | None = None
 
     def keep_teacher(self) -> None:
         """Keep a copy of the untouched model for `distil`."""
+        if self._begun:
+            raise ValueError(f"the model is no longer untouched: call keep_teacher before stage {self._begun[0]!r}")
         self.teacher = copy.deepcopy(self.run.model)
 
     def swap(self) -> None:
         """Stage "changed"."""
+        self._begin("changed")
         self._change(lambda: self._swap(self.candidates))
         self.run.evaluate("changed")
 
     def transfer(self) -> None:
         """Stage "transferred"; nothing without training, or without features to learn."""
+        self._begin("transferred")
         arguments = self.arguments
         if not (self.run.training.do_train and arguments.transfer_epochs and arguments.learns):
             return
@@ -87,6 +93,7 @@ class Linearization:
 
     def choose(self) -> None:
         """Stage "chosen": which layers keep softmax attention."""
+        self._begin("chosen")
         number = self.arguments.softmax_layers
         if not number:
             return
@@ -96,6 +103,7 @@ class Linearization:
 
     def refit(self) -> None:
         """Stage "refitted"."""
+        self._begin("refitted")
         if self.arguments.refit == "none":
             return
         self._change(lambda: self._swap(self.linear, refit=True))
@@ -104,7 +112,10 @@ class Linearization:
     def distil(
         self, distillation: DistillationArguments, lora: LoraArguments, *, epochs: float, stage: str = "distilled"
     ) -> None:
-        """Train all weights, or adapters, towards the untouched model."""
+        """Train all weights, or adapters, towards the untouched model, or without distillation on the task alone."""
+        self._begin("distilled")
+        if distillation.distill and self.teacher is None:
+            raise ValueError("there is no untouched model to distil towards: call keep_teacher before swap")
         self._save()
         self._settings |= vars(distillation) if distillation.distill else {}
         self._settings |= vars(lora) if lora.lora else {}
@@ -113,6 +124,7 @@ class Linearization:
 
     def train(self, lora: LoraArguments) -> None:
         """Stage "recovered": the task's own loss."""
+        self._begin("recovered")
         self._save()
         self._settings |= vars(lora) if lora.lora else {}
         self.run.evaluate("recovered", **recover(self.run, None, DistillationArguments(), lora))
@@ -137,6 +149,15 @@ class Linearization:
             **facts,
         }
         run.finish(**facts)
+
+    def _begin(self, stage: str) -> None:
+        """Note a stage; an order that would undo what an earlier stage did is refused."""
+        last = self._begun[-1] if self._begun else None
+        if last is None and stage != "changed":
+            raise ValueError(f"stage {stage!r} changes linear attention, and no layer runs it yet: call swap first")
+        if last is not None and ORDER.index(stage) <= ORDER.index(last):
+            raise ValueError(f"stage {stage!r} comes before {last!r}, which is done: the order is {', '.join(ORDER)}")
+        self._begun.append(stage)
 
     def _branches(self) -> dict[str, Any]:
         run = self.run

@@ -114,6 +114,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.teacher.config.use_cache = False
         self.weight, self.temperature, self.attention_weight = weight, temperature, attention_weight
+        _require_alike(unwrap_peft_model(self.model), teacher)
         names = {id(module): name for name, module in teacher.named_modules()}
         # A change of heads, and adapters inside a PEFT model, leave the modules' names as they are.
         self.outputs = [names[id(layer.output)] for layer in attention_layers(teacher)]
@@ -153,6 +154,18 @@ class DistillationTrainer(Trainer):
             # The error of a batch is a ratio, so batches count alike, whatever their tokens.
             loss = loss + self.attention_weight * error / (self.current_gradient_accumulation_steps if scaled else 1)
         return (loss, outputs) if return_outputs else loss
+
+
+def _require_alike(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise `ValueError` for a teacher whose outputs are not compared with the student's one by one."""
+    configs = [model.config.get_text_config() for model in (student, teacher)]
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "num_labels"):
+        own, other = (getattr(config, name, None) for config in configs)
+        if own != other:
+            raise ValueError(
+                f"the teacher has {name} {other} and the model that trains {own}: a teacher is the same model before "
+                "its change"
+            )
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, int]:

@@ -66,7 +66,7 @@ def test_every_stage_is_measured(whole) -> None:
         "facts": {"attention": attention, "attention_options": {"feature_map": "taylor_exponential", "window": 4,
                                                                 "gate": "learned"}},
     }  # fmt: skip
-    assert results["distill_weight"] == 1 and results["distill_epochs"] == 1 and results["choose"] == "kl"
+    assert results["distill_weight"] == 0.5 and results["distill_epochs"] == 1 and results["choose"] == "kl"
     assert (results["transfer_epochs"], results["transfer_learning_rate"]) == (2, 0.01)
     steps = [json.loads((output / f"trainer_state_{n}.json").read_text())["global_step"] for n in (1, 2, 3)]
     assert steps == [8, 4, 4]

@@ -80,7 +80,7 @@ def test_each_candidate_computes_what_it_stands_for(label: str, part: str) -> No
 
 
 @pytest.mark.parametrize("label", FORMS)
-def test_a_step_of_linear_attention_goes_on_from_what_it_is_said_to_keep(label: str, monkeypatch) -> None:
+def test_a_step_of_linear_attention_reads_what_it_is_said_to_keep(label: str, monkeypatch) -> None:
     """Again and again: the state is of the tokens before this one."""
     taken: list[Tensor] = []
     attention = LinearAttention.attention

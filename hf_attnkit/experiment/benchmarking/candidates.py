@@ -123,7 +123,7 @@ def implementations(window: int) -> dict[str, Candidate]:
 def forms_of_linear(window: int) -> dict[str, Candidate]:
     """Linear attention with each feature map, at its start, and with what else it can learn: label -> candidate.
 
-    A decode step goes on from the state, as in a model.
+    A decode step continues from the state, as in a model.
     """
     forms: dict[str, dict[str, Any]] = {f"linear_{name}": {"feature_map": name} for name in FEATURE_MAPS}
     forms["linear_decay"] = {"feature_map": "hedgehog", "decay": "learned"}

@@ -8,6 +8,7 @@ and give as many features. Features are in float32 or better (`wide`): sums over
 | -------------------- | ------------------------------------------------ | ---------------------- | ---------------- |
 | `elu`                | phi(x) = elu(x) + 1                              | r                      | nothing          |
 | `hedgehog`           | phi(x) = [softmax(W x + b), softmax(-(W x + b))] | 2 r                    | W, b             |
+| `hedgehog_weighted`  | w(k) hedgehog(q) . hedgehog(k)                   | 2 r                    | W, b, w          |
 | `taylor`             | w(k) (1 + s + s^2 / 2), s = a(q) . a(k)          | 1 + r + r (r // 2 + 1) | a, w             |
 | `taylor_exponential` | the same and w(k) sum_f e^(c_f(q) + d_f(k))      | r more                 | c, d too         |
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.elu import elu
 from hf_attnkit.attention.kernels.feature_maps.hedgehog import Hedgehog
+from hf_attnkit.attention.kernels.feature_maps.hedgehog_weighted import WeightedHedgehog
 from hf_attnkit.attention.kernels.feature_maps.taylor import Taylor
 from hf_attnkit.attention.kernels.feature_maps.taylor_exponential import TaylorExponential
 
@@ -52,6 +54,7 @@ class FeatureMap:
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(fixed=elu),
     "hedgehog": FeatureMap(Hedgehog),
+    "hedgehog_weighted": FeatureMap(WeightedHedgehog),
     "taylor": FeatureMap(Taylor),
     "taylor_exponential": FeatureMap(TaylorExponential),
 }

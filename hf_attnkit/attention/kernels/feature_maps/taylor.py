@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.affine import Affine
+from hf_attnkit.attention.kernels.feature_maps.bounded import bounded_exp
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
 # Of ln w(k), which is led there smoothly: e^12 is 160,000, and sums of float32 keep their digits.
@@ -42,7 +43,7 @@ class TaylorMap(nn.Module):
         if self.weigh is None:
             return x.new_ones(1)
         logarithm = torch.einsum("bhnd,hd->bhn", x, self.weigh.to(x.dtype))[..., None]
-        return (MOST * (logarithm / MOST).tanh()).exp()
+        return bounded_exp(logarithm, MOST)
 
 
 def _squares(a: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.affine import Affine
+from hf_attnkit.attention.kernels.feature_maps.bounded import bounded_exp
 from hf_attnkit.attention.kernels.feature_maps.taylor import TaylorMap, grouped_products, series
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
@@ -39,7 +40,7 @@ class TaylorExponentialMap(nn.Module):
 
     def exponentials(self, x: Tensor) -> Tensor:
         """e^c(q), or w(k) e^d(k), `(batch, heads, tokens, head_dim)`."""
-        return (MOST * (self.exponents(x) / MOST).tanh()).exp() * self.taylor.weights(x)
+        return bounded_exp(self.exponents(x), MOST) * self.taylor.weights(x)
 
 
 class TaylorExponential(nn.Module):

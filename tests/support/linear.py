@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import assert_exact64, gradients
-from support.reference import hedgehog, hybrid, phi, taylor, taylor_exponential
+from support.reference import hedgehog, hedgehog_weighted, hybrid, phi, taylor, taylor_exponential
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.linear_sums import LinearState
@@ -21,7 +21,7 @@ SCALING = 0.3
 OPTIONS: list[dict[str, Any]] = [
     {"feature_map": "elu", "window": 5, "decay": "learned"},
     {"feature_map": "hedgehog", "decay": "learned"},
-    {"feature_map": "hedgehog", "window": 1},
+    {"feature_map": "hedgehog_weighted", "window": 1},
     {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
     {"feature_map": "taylor"},
@@ -118,6 +118,8 @@ def features(name: str, of: dict[str, Tensor], side: str) -> Callable[[Tensor], 
         return phi
     if name == "hedgehog":
         return lambda x: hedgehog(x, own["weight"], own["bias"])
+    if name == "hedgehog_weighted":
+        return lambda x: hedgehog_weighted(x, own["weight"], own["bias"], own.get("weigh"), own.get("scale"))
     if name == "taylor":
         return lambda x: taylor(x, own["project.weight"], own["project.bias"], own.get("weigh"))
     series = (own["taylor.project.weight"], own["taylor.project.bias"], own.get("taylor.weigh"))
@@ -165,7 +167,7 @@ def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6
         values |= {name.replace(".", f".{part}."): 0.5 * values[name] for name in of_maps}
     generator = torch.Generator().manual_seed(9)
     weigh = 0.3 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
-    values |= {"key.weigh": weigh, "key.taylor.weigh": weigh}
+    values |= {"key.weigh": weigh, "key.taylor.weigh": weigh, "key.scale": 1.0 + weigh[:, 0]}
     generator = torch.Generator().manual_seed(8)
     values["decay.weight"] = 0.4 * torch.randn((kv_heads, dim), generator=generator, dtype=torch.float64)
     values["decay.bias"] = torch.linspace(3.0, 0.5, kv_heads, dtype=torch.float64)

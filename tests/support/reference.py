@@ -22,6 +22,14 @@ def hedgehog(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.cat([half / half.sum(-1, keepdim=True) for half in halves], dim=-1)
 
 
+def hedgehog_weighted(x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`hedgehog`, of keys e^(u . x + c) times, bounded by 20 tanh(. / 20) of it; `weigh` u, `scale` c `(H,)`."""
+    if weigh is None or scale is None:
+        return hedgehog(x, weight, bias)
+    logarithm = torch.einsum("bhnd,hd->bhn", x, weigh) + scale[:, None]
+    return hedgehog(x, weight, bias) * (20 * (logarithm / 20).tanh()).exp()[..., None]
+
+
 def taylor(x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None = None) -> Tensor:
     """`(B, H, N, d)` to `(B, H, N, 1 + d + d^2)`: 1, a and all a_i a_j / sqrt(2), of a = W x + b; `key_weights` times.
 

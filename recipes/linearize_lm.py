@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS
 from hf_attnkit.experiment.arguments import parse_arguments
 from hf_attnkit.experiment.linearizing.arguments import (
     LinearizeArguments,
@@ -32,6 +33,11 @@ from hf_attnkit.experiment.training.lora import LoraArguments
 
 @dataclass
 class TextLinearizeArguments(LinearizeArguments):
+    # Its state is as large as 65 tokens of keys and values, that of degree two as 1,138.
+    feature_map: str = field(
+        default="hedgehog_weighted",
+        metadata={"help": "What replaces the exponential.", "choices": list(FEATURE_MAPS)},
+    )
     calibration_tokens: int = field(
         default=8192, metadata={"help": "Training tokens for the layers' costs, the refit and the branches."}
     )

@@ -70,9 +70,8 @@ class LinearizeArguments(ChangeArguments):
         if self.transfer_epochs < 0:
             raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0, which leaves it out")
         if self.window_alone:
-            unused = {"feature_map": FEATURE_MAP, "gate": False, "decay": False}
-            for name, default in unused.items():
-                if getattr(self, name) != default:
+            for name in ("feature_map", "gate", "decay"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(f"--{name} has no effect with --window_alone, which has no features")
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")

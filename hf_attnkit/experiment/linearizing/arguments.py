@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, TrainingArguments
@@ -69,6 +70,13 @@ class LinearizeArguments(ChangeArguments):
             raise ValueError(f"--softmax_layers {self.softmax_layers} must be at least 0")
         if self.transfer_epochs < 0:
             raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0, which leaves it out")
+        if not (self.transfer_learning_rate > 0 and math.isfinite(self.transfer_learning_rate)):
+            raise ValueError(
+                f"--transfer_learning_rate {self.transfer_learning_rate} must be a finite number above 0; "
+                "--transfer_epochs 0 leaves the transfer out"
+            )
+        if self.choose != "kl" and not self.softmax_layers:
+            raise ValueError(f"--choose {self.choose} has no effect without --softmax_layers, how many it chooses")
         if self.window_alone:
             for name in ("feature_map", "gate", "decay"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:

@@ -64,6 +64,8 @@ def linearize(
     training: TrainingArguments,
 ) -> None:
     """One run."""
+    if not distillation.distill and linearizing.distill_epochs not in (0, GlueLinearizeArguments.distill_epochs):
+        raise ValueError(f"--distill_epochs {linearizing.distill_epochs} has no effect with --no_distill")
     check(linearizing, distillation, training, calibration=linearizing.calibration_samples)
     run = GlueRun(arguments, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_samples, len(run.train_data))

@@ -236,6 +236,12 @@ BAD = [
     (("--window_alone", "--window", "3", "--decay"), "--decay has no effect with --window_alone"),
     (("--window_alone", "--window", "3", "--gate"), "--gate has no effect with --window_alone"),
     (("--window_alone", "--window", "3", "--feature_map", "elu"), "--feature_map has no effect with --window_alone"),
+    (("--feature_map", "elu", "--transfer_epochs", "3"), "--transfer_epochs has no effect with --feature_map elu"),
+    (
+        ("--window_alone", "--window", "3", "--transfer_learning_rate", "1"),
+        "--transfer_learning_rate has no effect with --window_alone",
+    ),
+    (("--no_distill", "--distill_epochs", "2"), "--distill_epochs 2.0 has no effect with --no_distill"),
     (("--no_distill", "--distill_weight", "0.5"), "--distill_weight 0.5 has no effect without --distill"),
     (("--lora_r", "4"), "--lora_r 4 has no effect without --lora"),
     (("--control", "--do_eval"), "--control trains and measures"),

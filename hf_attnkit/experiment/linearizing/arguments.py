@@ -78,12 +78,18 @@ class LinearizeArguments(ChangeArguments):
         if self.choose != "kl" and not self.softmax_layers:
             raise ValueError(f"--choose {self.choose} has no effect without --softmax_layers, how many it chooses")
         if self.window_alone:
-            for name in ("feature_map", "gate", "decay"):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"--{name} has no effect with --window_alone, which has no features")
+            self._refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
-        self.kind  # noqa: B018 - checks the options with one another
+        # Making the kind checks the options with one another.
+        if not self.learns and self.transfer_epochs:
+            what = "--window_alone" if self.window_alone else f"--feature_map {self.feature_map}"
+            self._refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
+
+    def _refuse_given(self, why: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"--{name} has no effect {why}")
 
     @property
     def kind(self) -> Kind:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_attnkit.attention.kernels.feature_maps.affine import Affine
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
 
-class HedgehogMap(nn.Module):
+class HedgehogMap(Affine):
     """One map per head: `(batch, heads, tokens, head_dim)` to `(batch, heads, tokens, 2 * head_dim)`.
 
     The features are the paper's exp(W x + b) and exp(-(W x + b)) in its numerically stable form,
@@ -21,18 +22,10 @@ class HedgehogMap(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         """Starts as W = identity, b = 0."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(head_dim).repeat(num_heads, 1, 1))  # (heads, out, in)
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        super().__init__(torch.eye(head_dim), num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (x.shape[1], x.shape[3]) != tuple(self.bias.shape):
-            raise ValueError(
-                f"the Hedgehog map was made for {self.bias.shape[0]} heads of size {self.bias.shape[1]} and got "
-                f"{x.shape[1]} heads of size {x.shape[3]}; make a new one for the layer as it is now"
-            )
-        x = wide(x)
-        mapped = torch.einsum("bhnd,hed->bhne", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype)[:, None]
+        mapped = super().forward(wide(x))
         return torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], dim=-1)
 
 

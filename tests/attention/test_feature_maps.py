@@ -63,3 +63,12 @@ def test_state_and_one_expression_give_the_same(name: str) -> None:
         parts = query[:, :, token : token + 1], key[:, :, given], value[:, :, given]
         steps.append(kind.attention(*parts, one, scaling=0.4, call=Call(state, parameters))[0])
     assert_exact64(torch.cat(steps, dim=2), whole, terms=60)
+
+
+@every
+def test_slopes_hold_at_zero(name: str) -> None:
+    """Keys of zeros are what a padded or freshly made projection gives; a one-sided slope there would not train."""
+    phi_query, phi_key, _ = made(name)
+    for phi, heads in ((phi_query, 4), (phi_key, 2)):
+        zeros = torch.zeros(1, heads, 2, 6, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(phi, zeros)

@@ -64,7 +64,12 @@ def linearize(
     training: TrainingArguments,
 ) -> None:
     """One run."""
-    check(linearizing, distillation, training, calibration=linearizing.calibration_samples)
+    if not distillation.distill and linearizing.distill_epochs != GlueLinearizeArguments.distill_epochs:
+        raise ValueError(
+            f"--distill_epochs {linearizing.distill_epochs} has no effect with --no_distill; leave one out"
+        )
+    epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
+    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs)
     run = GlueRun(arguments, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_samples, len(run.train_data))
     found = candidates(run.model, linearizing)

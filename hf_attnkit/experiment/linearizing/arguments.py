@@ -18,6 +18,7 @@ from hf_attnkit.common.options import changed
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.linearizing.running import swap_quietly
 from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.models.layers import attention_layers
 
 FEATURE_MAP = "taylor_exponential"
@@ -84,6 +85,12 @@ class LinearizeArguments(ChangeArguments):
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
         self.kind  # noqa: B018 - checks the options with one another
+        given = {name for name, each in type(self).__dataclass_fields__.items() if getattr(self, name) != each.default}
+        for name in ("transfer_epochs", "transfer_learning_rate"):
+            if name in given and getattr(self, name) and not self.learns:
+                raise ValueError(f"--{name} has no effect: {self.kind} has no features to learn; leave it out")
+        if "transfer_learning_rate" in given and not self.transfer_epochs:
+            raise ValueError("--transfer_learning_rate has no effect with --transfer_epochs 0; leave one out")
 
     @property
     def kind(self) -> Kind:
@@ -134,20 +141,26 @@ class LinearizeDistillationArguments(DistillationArguments):
 def check(
     arguments: LinearizeArguments,
     distillation: DistillationArguments,
+    lora: LoraArguments,
     training: TrainingArguments,
     *,
     calibration: int,
+    epochs: float,
 ) -> None:
     """Refuse arguments that have no effect together.
 
     Args:
         calibration: how many sentences or tokens the KL and the refit look at.
+        epochs: of all trainings but the features'.
 
     Raises:
         ValueError: see the messages.
     """
     if training.do_train:
         distillation.check(training)
+    lora.check(training)
+    if lora.lora and not epochs:
+        raise ValueError("--lora has no effect: with 0 epochs the features alone are trained; leave it out")
     needs = [
         flag
         for flag, asked in (

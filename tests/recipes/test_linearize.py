@@ -140,6 +140,22 @@ def test_a_killed_run_ends_as_one_that_was_not(number, whole, checkpoint, tmp_pa
 
 
 @only_bert
+def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_path, monkeypatch) -> None:
+    """In the second training of adapters, after four steps of the features and four of the first."""
+    more = (*SHORT, "--lora", "--transfer_epochs", "1", "--layers", "1", "--refit", "none", "--save_strategy", "steps",
+            "--save_steps", "2")  # fmt: skip
+    whole = run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "whole", *more))
+    arguments = flags(checkpoint, tmp_path / "out", *more)
+    with monkeypatch.context() as patched:
+        dies(patched, Trainer, "training_step", 11)
+        with pytest.raises(Killed):
+            run(linearize_glue, monkeypatch, arguments)
+    again = run(linearize_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
+    assert [stage["metrics"] for stage in again["stages"]] == [stage["metrics"] for stage in whole["stages"]]
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+@only_bert
 @pytest.mark.parametrize(
     ("more", "wanted", "layers"),
     [

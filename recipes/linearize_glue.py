@@ -65,8 +65,13 @@ def linearize(
 ) -> None:
     """One run."""
     if not distillation.distill and linearizing.distill_epochs not in (0, GlueLinearizeArguments.distill_epochs):
-        raise ValueError(f"--distill_epochs {linearizing.distill_epochs} has no effect with --no_distill")
-    check(linearizing, distillation, training, calibration=linearizing.calibration_samples)
+        raise ValueError(
+            f"--distill_epochs {linearizing.distill_epochs} has no effect with --no_distill; leave one out"
+        )
+    if distillation.distill and not linearizing.distill_epochs and distillation != LinearizeDistillationArguments():
+        raise ValueError("the --distill_... options have no effect with --distill_epochs 0; leave them out")
+    epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
+    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs)
     run = GlueRun(arguments, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_samples, len(run.train_data))
     found = candidates(run.model, linearizing)

@@ -52,7 +52,8 @@ def main() -> None:
     arguments, text, linearizing, distillation, lora, training = parse_arguments(
         ModelArguments, TextArguments, TextLinearizeArguments, LinearizeDistillationArguments, LoraArguments
     )
-    check(linearizing, distillation, training, calibration=linearizing.calibration_tokens)
+    epochs = training.num_train_epochs
+    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_tokens, epochs=epochs)
     run = LanguageModelRun(arguments, text, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_tokens, run.train_data.tokens.numel())
     found = candidates(run.model, linearizing)

@@ -57,8 +57,10 @@ def check_call(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
         if given.get(name) is not None:
             _require_reader(model, name)
     positions = given.get("position_ids")
+    if positions is None:
+        return _as_one_text(model, args, kwargs, given)
     # A compiled graph cannot look at values, nor does Transformers look for documents there.
-    if positions is None or is_tracing(positions) or starts(positions) is None or not _is_decoder(model):
+    if is_tracing(positions) or starts(positions) is None or not _is_decoder(model):
         return None
     return _apart(model, args, kwargs, given)
 
@@ -150,6 +152,25 @@ def _apart(
             "to each other; for packed rows give neither an attention_mask nor a cache, and use_cache=False"
         )
     return (args, kwargs | {"use_cache": False}) if "use_cache" in _arguments(type(model).forward) else None
+
+
+def _as_one_text(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """In a compiled graph, the call with a mask that hides nothing, if a kind takes no matrix.
+
+    There Transformers makes a matrix of packed rows of any positions that it cannot look at, also of those that the
+    model counts itself, unless there is a mask or a cache.
+    """
+    tokens = next((each for name in ("input_ids", "inputs_embeds") if (each := given.get(name)) is not None), None)
+    if not isinstance(tokens, Tensor) or not is_tracing(tokens):
+        return None
+    if given.get("attention_mask") is not None or any(isinstance(value, Cache) for value in given.values()):
+        return None
+    takes_matrix = all(not isinstance(kind, Kind) or kind.forms_scores for _, kind in _kinds(model))
+    if takes_matrix or "attention_mask" not in _arguments(type(model).forward) or not _is_decoder(model):
+        return None
+    return args, kwargs | {"attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.long)}
 
 
 def _asks_for_cache(given: dict[str, Any]) -> bool:

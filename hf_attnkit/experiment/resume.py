@@ -126,8 +126,7 @@ class Progress:
         self.training, self.checkpoints = training + 1, []
         self.write()
         if self.is_main:
-            for path in self._folders():
-                shutil.rmtree(path, ignore_errors=True)
+            self._remove_folders()
 
     def is_over(self, training: int, changes: int) -> bool:
         """Whether the training of this number, after so many changes, was followed by another or by a change."""
@@ -138,6 +137,8 @@ class Progress:
         is_same = training == self.training
         self.training, self.checkpoints = training, [at for at in self.checkpoints if is_same and at <= step]
         self.write()
+        if self.is_main and not step:  # folders of an earlier training, whose files would lie among those of this one
+            self._remove_folders()
 
     def remove(self) -> None:
         """Remove what only a resumed run needs, after the run has ended."""
@@ -160,6 +161,10 @@ class Progress:
             )
         self.stages, self.changes = held["stages"], held["changes"]
         self.training, self.checkpoints = held["training"], held["checkpoints"]
+
+    def _remove_folders(self) -> None:
+        for path in self._folders():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         found = [path for path in self.output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]

@@ -43,7 +43,9 @@ def _nodes(program: Any, patterns: Sequence[str]) -> list[str]:
                 f"int8_skip_modules: {pattern!r} fits no module with a matrix product; there are "
                 f"{', '.join(innermost[:8])}{', ...' if len(innermost) > 8 else ''}"
             )
-    return [name for name, found in paths.items() if any(fnmatchcase(path, p) for path in found for p in patterns)]
+    names = [name for name, found in paths.items() if any(fnmatchcase(path, p) for path in found for p in patterns)]
+    # ONNX Runtime first makes a Gemm a MatMul of this name, and looks for exclusions among what it has made.
+    return names + [f"{node.name}_MatMul" for node in program.graph if node.op_type == "Gemm" and node.name in names]
 
 
 def _paths(node: Any) -> list[str]:

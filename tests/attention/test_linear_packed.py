@@ -120,3 +120,16 @@ def test_next_to_layers_with_softmax() -> None:
         for part in (slice(0, 7), slice(7, 20)):
             alone = mixed(ids[:, part], use_cache=False).logits
             torch.testing.assert_close(found[:, part], alone, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_graph_of_one_text_has_no_matrix() -> None:
+    """Without a mask and a cache Transformers makes a matrix there, whatever the positions are."""
+    one = swapped(build("llama", "causal", num_hidden_layers=1), "linear")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = one(ids, use_cache=False).logits
+    exported = torch.export.export(one, (ids,), {"use_cache": False}, strict=False).module()
+    torch.testing.assert_close(exported(ids, use_cache=False).logits, expected)
+    given = {"use_cache": False, "position_ids": torch.arange(9)[None]}
+    with pytest.raises(ValueError, match=r"whose values a graph cannot look at: leave position_ids out"):
+        torch.export.export(one, (ids,), given, strict=False)

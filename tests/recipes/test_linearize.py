@@ -140,6 +140,22 @@ def test_a_killed_run_ends_as_one_that_was_not(number, whole, checkpoint, tmp_pa
 
 
 @only_bert
+def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_path, monkeypatch) -> None:
+    """In the second training of adapters, after four steps of the features and four of the first."""
+    more = (*SHORT, "--lora", "--transfer_epochs", "1", "--layers", "1", "--refit", "none", "--save_strategy", "steps",
+            "--save_steps", "2")  # fmt: skip
+    whole = run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "whole", *more))
+    arguments = flags(checkpoint, tmp_path / "out", *more)
+    with monkeypatch.context() as patched:
+        dies(patched, Trainer, "training_step", 11)
+        with pytest.raises(Killed):
+            run(linearize_glue, monkeypatch, arguments)
+    again = run(linearize_glue, monkeypatch, [*arguments, "--resume_from_checkpoint"])
+    assert [stage["metrics"] for stage in again["stages"]] == [stage["metrics"] for stage in whole["stages"]]
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+@only_bert
 @pytest.mark.parametrize(
     ("more", "wanted", "layers"),
     [
@@ -225,6 +241,9 @@ BAD = [
     (("--choose", "uniform"), "--choose uniform has no effect without --softmax_layers"),
     (("--transfer_learning_rate", "0"), "--transfer_learning_rate 0.0 must be a finite number above 0"),
     (("--transfer_learning_rate", "nan"), "--transfer_learning_rate nan must be a finite number above 0"),
+    (("--transfer_learning_rate", "0.1", "--transfer_epochs", "0"), "--transfer_learning_rate has no effect with"),
+    (("--lora", "--distill_epochs", "0", "--num_train_epochs", "0"), "--lora has no effect: with 0 epochs"),
+    (("--lora", "--do_eval"), "--lora has no effect without training"),
     (("--layers", "9"), "9"),
     (("--window", "0"), "window=0"),
     (("--transfer_epochs", "-1"), "--transfer_epochs -1.0 must be at least 0"),
@@ -243,6 +262,7 @@ BAD = [
     ),
     (("--no_distill", "--distill_epochs", "2"), "--distill_epochs 2.0 has no effect with --no_distill"),
     (("--no_distill", "--distill_weight", "0.5"), "--distill_weight 0.5 has no effect without --distill"),
+    (("--distill_epochs", "0", "--distill_weight", "0.4"), "options have no effect with --distill_epochs 0"),
     (("--lora_r", "4"), "--lora_r 4 has no effect without --lora"),
     (("--control", "--do_eval"), "--control trains and measures"),
     (("--fsdp", "full_shard"), "features are not learned on a sharded model; leave FSDP and DeepSpeed out"),

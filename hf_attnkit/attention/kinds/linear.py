@@ -32,6 +32,7 @@ from typing import TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.import_utils import is_tracing
 
 from hf_attnkit.attention.kernels import linear_hybrid, linear_sums, tiled
 from hf_attnkit.attention.kernels.feature_maps import FEATURE_MAPS, Map
@@ -333,6 +334,12 @@ def _check_mask(mask: Mask) -> None:
             "mask, and use 'mha' or 'gqa' for a model with position biases"
         )
     if mask.dense is not None:
+        if is_tracing(mask.dense):
+            raise ValueError(
+                "'linear' got a full (queries x keys) attention mask in a graph that is compiled or exported, as "
+                "Transformers makes of position_ids there, whose values a graph cannot look at: leave position_ids out "
+                "or pass a 2-D attention_mask for rows of one text, and run packed rows without torch.compile"
+            )
         raise ValueError(
             "'linear' cannot apply a full (queries x keys) attention mask; pass a 2-D padding mask, give packed rows "
             "as position_ids that restart, and set config.sliding_window to None"

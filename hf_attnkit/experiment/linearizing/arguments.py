@@ -18,6 +18,7 @@ from hf_attnkit.common.options import changed
 from hf_attnkit.experiment.arguments import ChangeArguments
 from hf_attnkit.experiment.linearizing.running import swap_quietly
 from hf_attnkit.experiment.training.distill import DistillationArguments
+from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.models.layers import attention_layers
 
 FEATURE_MAP = "taylor_exponential"
@@ -81,8 +82,10 @@ class LinearizeArguments(ChangeArguments):
             self._refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
-        # Making the kind checks the options with one another.
-        if not self.learns and self.transfer_epochs:
+        learns = self.learns  # which makes the kind, and so checks its options with one another
+        if not self.transfer_epochs:
+            self._refuse_given("with --transfer_epochs 0; leave one out", "transfer_learning_rate")
+        elif not learns:
             what = "--window_alone" if self.window_alone else f"--feature_map {self.feature_map}"
             self._refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
 
@@ -140,20 +143,26 @@ class LinearizeDistillationArguments(DistillationArguments):
 def check(
     arguments: LinearizeArguments,
     distillation: DistillationArguments,
+    lora: LoraArguments,
     training: TrainingArguments,
     *,
     calibration: int,
+    epochs: float,
 ) -> None:
     """Refuse arguments that have no effect together.
 
     Args:
         calibration: how many sentences or tokens the KL and the refit look at.
+        epochs: of all trainings but the features'.
 
     Raises:
         ValueError: see the messages.
     """
     if training.do_train:
         distillation.check(training)
+    lora.check(training)
+    if lora.lora and not epochs:
+        raise ValueError("--lora has no effect: with 0 epochs the features alone are trained; leave it out")
     needs = [
         flag
         for flag, asked in (

@@ -121,11 +121,11 @@ class TransferTrainer(Trainer):
         """The mean over layers."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses: dict[int, Tensor] = {}
+        found: dict[int, list[Tensor]] = {}  # of each call: ALBERT calls one layer several times
 
         def noting(index: int, projection: nn.Linear | None) -> Note:
             def note(output: Tensor, target: Tensor, mask: Mask) -> None:
-                losses[index] = relative_error(output, target, mask, projection)
+                found.setdefault(index, []).append(relative_error(output, target, mask, projection))
 
             return note
 
@@ -135,7 +135,7 @@ class TransferTrainer(Trainer):
         }
 
         def with_total(module: nn.Module, args: Any, output: Any) -> tuple[Tensor, Any]:
-            return torch.stack(list(losses.values())).mean(), output
+            return torch.stack([torch.stack(calls).mean() for calls in found.values()]).mean(), output
 
         # Part of what the model puts out: DistributedDataParallel looks there for what is trained.
         hook = self.model.register_forward_hook(with_total)
@@ -147,8 +147,8 @@ class TransferTrainer(Trainer):
         finally:
             hook.remove()
             model.train()
-        for index, loss in losses.items():
-            self._losses.setdefault(index, []).append(loss.detach())
+        for index, calls in found.items():
+            self._losses.setdefault(index, []).append(torch.stack(calls).mean().detach())
         return (total, outputs) if return_outputs else total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -76,6 +76,9 @@ def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **
             "adapters", f"fine-tuned with adapters of rank {arguments.lora_r}", {"rank": arguments.lora_r}
         )
     trained = run.train(**options)
+    if not trained:  # over in a resumed run, which takes its model from the change that followed
+        run.model = run.model.unload().requires_grad_(True)
+        return {}
     if merge:
         run.model = merge_adapters(run.model)
     else:

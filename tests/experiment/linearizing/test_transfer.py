@@ -11,7 +11,7 @@ import torch
 from support.models import batch, build
 from support.swapping import swapped
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AlbertConfig, AlbertForSequenceClassification, PreTrainedModel, TrainingArguments
 
 from hf_attnkit.attention.kind import PARAMETERS
 from hf_attnkit.attention.mask import Mask
@@ -105,6 +105,22 @@ def test_padding_is_left_out(family: str, tmp_path: Path, monkeypatch: pytest.Mo
     alone = [{"input_ids": row["input_ids"][row["attention_mask"].bool()]} for row in rows(inputs)]
     loss = trainer(model, tmp_path, rows(inputs)).compute_loss(model.train(), inputs).detach()
     assert float(loss) == pytest.approx(by_hand(model, alone, monkeypatch), rel=1e-9)
+
+
+def test_every_call_of_a_layer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ALBERT's layers are one, called once for each."""
+    sizes = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    config = AlbertConfig(**sizes, num_attention_heads=2, vocab_size=90, initializer_range=0.5, pad_token_id=0)
+    model = swapped(AlbertForSequenceClassification(config).eval(), "linear", **LEARNED)
+    errors: list[Tensor] = []
+    monkeypatch.setattr(transfer, "relative_error", lambda *given: errors.append(relative_error(*given)) or errors[-1])
+    inputs = {"input_ids": torch.arange(3, 19).view(2, 8)}
+    made = trainer(model, tmp_path, rows(inputs))
+    loss = made.compute_loss(model.train(), inputs)
+    assert len(errors) == 3 and len(attention_layers(model)) == 1
+    assert float(loss) == pytest.approx(float(sum(errors)) / 3)
+    assert [float(each) for each in made._losses[0]] == [float(loss)]
 
 
 def test_documents_of_a_packed_row_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_attnkit import convert_to_gqa, head_gradients, head_importance, head_statistics, prune_heads
+from hf_attnkit.attention.mask import Mask
 from hf_attnkit.attention.packing import starts
 
 LENGTHS = ((9, 13, 1, 6), (4, 4, 20, 1))
@@ -145,3 +147,24 @@ def test_a_config_that_names_removed_heads_alone() -> None:
     ))  # fmt: skip
     torch.testing.assert_close(found, masked, equal_nan=True)  # a removed head has no score
     convert_to_gqa(build("llama", "causal"), 4, calibration=[{"input_ids": ids}])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sliding_window", "flash"])
+def test_no_kind_gets_a_matrix_in_a_graph_of_one_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would make a window cost the square of the length."""
+    model = swapped(build("llama", "causal", num_hidden_layers=1), name, **MATRIX[name].options)
+    kind = type(MATRIX[name].kind)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(ids, use_cache=False).logits
+    matrices, real = [], kind.attention
+
+    @wraps(real)
+    def noting(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any) -> Any:
+        matrices.append(mask.dense)
+        return real(self, query, key, value, mask, **options)
+
+    monkeypatch.setattr(kind, "attention", noting)
+    graph = torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
+    assert matrices == [None] * len(matrices) != []
+    torch.testing.assert_close(graph(ids, use_cache=False).logits, expected)

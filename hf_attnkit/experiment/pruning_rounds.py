@@ -22,11 +22,12 @@ from hf_attnkit.observing.batches import to_device
 from hf_attnkit.pruning.select_for_target import REPEATS, forward_share
 
 DEFAULT_SCORE: str = inspect.signature(hf_attnkit.head_importance).parameters["method"].default
-REFIT_SAMPLES = 2048
 
 
 @dataclass
 class PruningArguments(SelectionArguments, ChangeArguments):
+    """A recipe adds how much data scores and refit look at, in sentences or tokens, and calls `check_sizes`."""
+
     reads_training_data: ClassVar[bool] = True
     prune_fraction: float | None = field(
         default=None, metadata={"help": "Share of all heads to remove, between 0 and 1."}
@@ -50,11 +51,6 @@ class PruningArguments(SelectionArguments, ChangeArguments):
             "choices": list(REFITS),
         },
     )
-    score_samples: int = field(default=512, metadata={"help": "Training sentences to score on, and to time."})
-    refit_samples: int | None = field(
-        default=None,
-        metadata={"help": f"Training sentences for the refit, without labels. By default {REFIT_SAMPLES:,}."},
-    )
 
     def __post_init__(self) -> None:
         if (self.prune_fraction is None) == (self.latency_target is None):
@@ -63,22 +59,31 @@ class PruningArguments(SelectionArguments, ChangeArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} {value} must be above 0 and below 1")
-        if self.refit == "none" and self.refit_samples is not None:
-            raise ValueError(f"--refit_samples {self.refit_samples} has no effect with --refit none; leave it out")
-        if self.refit != "none" and self.refit_samples is None:
-            self.refit_samples = REFIT_SAMPLES
-        for name in ("score_samples", "refit_samples", "prune_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         self.scoring = Scoring(
             self.importance, parse_options(self.importance_options, "--importance_options"), self.rearrange
         )
         self.scoring.check()
 
+    def check_sizes(self, score: str, refit: str, refit_default: int) -> None:
+        """Give the refit its default size, and refuse numbers that are none.
+
+        Args:
+            score, refit: the names of the arguments that say how much data each looks at.
+
+        Raises:
+            ValueError: a number below 1, or a size for a refit that there is none of.
+        """
+        if self.refit == "none" and getattr(self, refit) is not None:
+            raise ValueError(f"--{refit} {getattr(self, refit)} has no effect with --refit none; leave it out")
+        if self.refit != "none" and getattr(self, refit) is None:
+            setattr(self, refit, refit_default)
+        for name in (score, refit, "prune_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
     def facts(self) -> dict[str, Any]:
-        """For results.json."""
-        names = ("prune_fraction", "latency_target", "prune_steps", "importance", "rearrange", "refit", "score_samples",
-                 "refit_samples")  # fmt: skip
+        """For results.json, without the sizes."""
+        names = ("prune_fraction", "latency_target", "prune_steps", "importance", "rearrange", "refit")
         asked = {name: getattr(self, name) for name in names}
         return asked | self.selection() | {"importance_options": self.scoring.options}
 

@@ -30,6 +30,7 @@ from transformers import (
 import hf_attnkit
 
 ROUNDS = ("--prune_fraction", "0.5", "--prune_steps", "2", "--score_samples", "32", "--refit_samples", "32")
+ROUNDS += ("--distill", "--lora", "--lora_r", "4")
 
 pytestmark = pytest.mark.slow
 

@@ -103,8 +103,7 @@ class Pruner:
             return
         any_scores = hf_attnkit.head_importance(model, method="random")
         arguments.select(model, any_scores, fraction=arguments.prune_fraction)  # refuses what cannot be removed
-        first = self._goal(1)
-        if not first or not arguments.select(model, any_scores, num_heads=first):
+        if not arguments.select(model, any_scores, fraction=self._share(self._goal(1), model)):
             raise ValueError(
                 f"--prune_fraction {arguments.prune_fraction} removes no head in the first of {arguments.prune_steps} "
                 "rounds: it is less than one head (or one group, where heads share keys and values); ask for more, or "
@@ -116,14 +115,18 @@ class Pruner:
         fraction = cast(float, self.arguments.prune_fraction)  # checked: without a latency target there is one
         return int(fraction * step / self.arguments.prune_steps * self.total + 1e-9)
 
+    @staticmethod
+    def _share(heads: int, model: PreTrainedModel) -> float:
+        """Of the model as it is: a fraction rounds down to whole groups, which a number of heads does not."""
+        return (heads + 1e-6) / number_of_heads(model)
+
     def choose(self, model: PreTrainedModel, scores: Tensor, gradients: Tensor | None, step: int) -> Heads:
         """The heads to remove in round `step`, counted from 1."""
         arguments = self.arguments
         if self.untouched is None or arguments.latency_target is None:
             gone = self.total - number_of_heads(model)
-            left = self._goal(step) - gone
-            # A fraction rounds down to whole groups, which a number of heads does not.
-            return arguments.select(model, scores, gradients, fraction=(left + 1e-6) / number_of_heads(model))
+            share = self._share(self._goal(step) - gone, model)
+            return arguments.select(model, scores, gradients, fraction=share)
         wanted = 1 - (1 - arguments.latency_target) * step / arguments.prune_steps
         now = self.latency(model) if step > 1 else 1.0
         if wanted >= now:

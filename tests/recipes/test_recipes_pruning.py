@@ -15,12 +15,14 @@ from compare import plot_pruning
 from compare import pruning_glue as compare_pruning_glue
 from compare.pruning_glue import GluePruningComparisonArguments
 from support.recipe_runs import flags, run
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 import hf_attnkit
 from hf_attnkit.experiment import pruning_rounds
 from hf_attnkit.experiment.comparing.prunings import parse_variant
 from hf_attnkit.experiment.glue.demo_data import make_demo_data
 from hf_attnkit.experiment.pruning import parse_options
+from hf_attnkit.experiment.pruning_rounds import Pruner, PruningArguments
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.pruning import select_for_target
 
@@ -127,6 +129,29 @@ def test_a_converted_checkpoint_can_be_pruned(checkpoint, tmp_path, monkeypatch)
         assert [stage["stage"] for stage in results["stages"]] == ["baseline", "changed"]  # --do_eval: no training
         assert sum(results["stages"][1]["num_heads"]) == left
         assert sum(results["stages"][1]["num_key_value_heads"]) == groups_left
+
+
+@pytest.mark.parametrize(
+    ("groups", "fraction", "more", "left"),
+    [
+        (2, "0.4", (), [3, 3]),  # 3.2 of 8 heads in groups of 2
+        (2, "0.7", ("--prune_steps", "2"), [2, 2]),  # 2.8, then 5.6 of 8
+        (4, "0.25", ("--per_layer",), [3, 3]),
+        (2, "0.5", ("--per_layer", "--groups", "across"), [2, 2]),
+    ],
+)
+def test_a_share_that_is_no_whole_number_of_groups_rounds_down(groups, fraction, more, left) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=groups)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    [pruning] = HfArgumentParser(PruningArguments).parse_args_into_dataclasses(["--prune_fraction", fraction, *more])
+    pruner = Pruner(model, pruning, [])
+    for step in range(1, pruning.prune_steps + 1):
+        scores = hf_attnkit.head_importance(model, method="magnitude")
+        hf_attnkit.prune_heads(model, pruner.choose(model, scores, None, step))
+    kept = [len(layer.heads) for layer in attention_layers(model)]
+    assert (sorted(kept) if "--per_layer" in more else [sum(kept) // 2] * 2) == left
 
 
 @only_bert

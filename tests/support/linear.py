@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from support.accuracy import assert_exact64, gradients
-from support.reference import hedgehog, hedgehog_weighted, hybrid, phi, taylor, taylor_exponential
+from support.reference import (
+    exponential,
+    hedgehog,
+    hedgehog_weighted,
+    hybrid,
+    key_weights,
+    phi,
+    taylor,
+    taylor_exponential,
+)
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.linear_sums import LinearState
@@ -24,6 +33,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"feature_map": "hedgehog_weighted", "window": 1},
     {"feature_map": "hedgehog", "window": 7, "gate": "learned"},
     {"feature_map": "hedgehog", "window": 1000},
+    {"feature_map": "exponential", "window": 5},
     {"feature_map": "taylor"},
     {"feature_map": "taylor_exponential", "window": 7, "gate": "learned", "decay": "learned"},
 ]
@@ -120,6 +130,8 @@ def features(name: str, of: dict[str, Tensor], side: str) -> Callable[[Tensor], 
         return lambda x: hedgehog(x, own["weight"], own["bias"])
     if name == "hedgehog_weighted":
         return lambda x: hedgehog_weighted(x, own["weight"], own["bias"], own.get("weigh"), own.get("scale"))
+    if name == "exponential":
+        return lambda x: exponential(x, own["weight"], own["bias"]) * key_weights(x, own.get("weigh"))
     if name == "taylor":
         return lambda x: taylor(x, own["project.weight"], own["project.bias"], own.get("weigh"))
     series = (own["taylor.project.weight"], own["taylor.project.bias"], own.get("taylor.weigh"))
@@ -162,6 +174,8 @@ def learned_for(options: dict[str, Any], heads: int, kv_heads: int, dim: int = 6
     """Trained-looking values of what the kind learns, in the order of its `parameters()`."""
     of_maps = ("query.weight", "query.bias", "key.weight", "key.bias")
     values = dict(zip(of_maps, maps(heads, kv_heads, dim), strict=True))
+    if options["feature_map"] == "exponential":  # whose products must fit float16
+        values = {name: 0.5 * values[name] for name in of_maps}
     values["gate.weight"] = torch.linspace(-1.0, 1.2, heads, dtype=torch.float64)
     for part in ("project", "taylor.project", "exponents"):
         values |= {name.replace(".", f".{part}."): 0.5 * values[name] for name in of_maps}

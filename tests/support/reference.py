@@ -30,6 +30,11 @@ def hedgehog_weighted(x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | N
     return hedgehog(x, weight, bias) * (20 * (logarithm / 20).tanh()).exp()[..., None]
 
 
+def exponential(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """e^(W x + b), with an exponent bounded by 15 tanh(. / 15): `(B, H, N, d)` to `(B, H, N, out)`."""
+    return torch.exp(15 * torch.tanh((torch.einsum("hed,bhnd->bhne", weight, x) + bias[None, :, None]) / 15))
+
+
 def taylor(x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None = None) -> Tensor:
     """`(B, H, N, d)` to `(B, H, N, 1 + d + d^2)`: 1, a and all a_i a_j / sqrt(2), of a = W x + b; `key_weights` times.
 
@@ -49,8 +54,7 @@ def taylor_exponential(
     x: Tensor, weight: Tensor, bias: Tensor, weigh: Tensor | None, exponents: Tensor, start: Tensor
 ) -> Tensor:
     """`taylor` and e^(C x + g), bounded by 15 tanh(. / 15), `exponents` C and `start` g as W and b."""
-    c = torch.einsum("hed,bhnd->bhne", exponents, x) + start[None, :, None]
-    powers = torch.exp(15 * torch.tanh(c / 15)) * key_weights(x, weigh)
+    powers = exponential(x, exponents, start) * key_weights(x, weigh)
     return torch.cat([taylor(x, weight, bias, weigh), powers], dim=-1)
 
 

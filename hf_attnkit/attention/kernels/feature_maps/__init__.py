@@ -9,6 +9,7 @@ and give as many features. Features are in float32 or better (`wide`): sums over
 | `elu`                | phi(x) = elu(x) + 1                              | r                      | nothing          |
 | `hedgehog`           | phi(x) = [softmax(W x + b), softmax(-(W x + b))] | 2 r                    | W, b             |
 | `hedgehog_weighted`  | w(k) hedgehog(q) . hedgehog(k)                   | 2 r                    | W, b, w          |
+| `exponential`        | w(k) sum_f e^(c_f(q) + d_f(k))                   | 8 r                    | c, d, w          |
 | `taylor`             | w(k) (1 + s + s^2 / 2), s = a(q) . a(k)          | 1 + r + r (r // 2 + 1) | a, w             |
 | `taylor_exponential` | the same and w(k) sum_f e^(c_f(q) + d_f(k))      | r more                 | c, d too         |
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.elu import elu
+from hf_attnkit.attention.kernels.feature_maps.exponential import Exponential
 from hf_attnkit.attention.kernels.feature_maps.hedgehog import Hedgehog
 from hf_attnkit.attention.kernels.feature_maps.hedgehog_weighted import WeightedHedgehog
 from hf_attnkit.attention.kernels.feature_maps.taylor import Taylor
@@ -55,6 +57,7 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "elu": FeatureMap(fixed=elu),
     "hedgehog": FeatureMap(Hedgehog),
     "hedgehog_weighted": FeatureMap(WeightedHedgehog),
+    "exponential": FeatureMap(Exponential),
     "taylor": FeatureMap(Taylor),
     "taylor_exponential": FeatureMap(TaylorExponential),
 }

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.affine import Affine
-from hf_attnkit.attention.kernels.feature_maps.bounded import bounded_exp
+from hf_attnkit.attention.kernels.feature_maps.bounded import key_weights
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
-
-# Of ln w(k), which is led there smoothly: e^12 is 160,000, and sums of float32 keep their digits.
-MOST = 12.0
 
 
 class TaylorMap(nn.Module):
@@ -40,10 +37,7 @@ class TaylorMap(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """w, `(batch, heads, tokens, 1)`; 1 for queries."""
-        if self.weigh is None:
-            return x.new_ones(1)
-        logarithm = torch.einsum("bhnd,hd->bhn", x, self.weigh.to(x.dtype))[..., None]
-        return bounded_exp(logarithm, MOST)
+        return x.new_ones(1) if self.weigh is None else key_weights(x, self.weigh)
 
 
 def _squares(a: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ belongs to the example alone is multiplied by N / n_i.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
+from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.known import known
 
 LABELS = ("given", "predicted")
 IGNORED = -100  # the label that Transformers' losses leave out
@@ -50,7 +53,7 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
                 f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, tensors))}); or give "
                 'labels="predicted", which takes the model\'s own answers'
             )
-        inputs["labels"] = inputs["input_ids"]
+        inputs["labels"] = _next_tokens(model, inputs)
     inputs.pop("label", None)
     if "labels" not in names:
         return inputs, _question(inputs, names)
@@ -99,7 +102,34 @@ def _tokens(inputs: Mapping[str, Any]) -> torch.Size:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return any(each.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for each in type(model).__mro__)
+
+
+# By model, whether its loss compares what it puts out for a token with the label of the next one.
+_shifting: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
+def _shifts(model: PreTrainedModel) -> bool:
+    """Whether its loss compares what it puts out for a token with the label of the next one.
+
+    Its class does not say it: Llama's and LLaVA's do, those of BartForCausalLM and XLM do not. A loss that does, does
+    not look at the label of the first token.
+    """
+    if model not in _shifting:
+        inputs = known(model).discovery.inputs
+        losses = []
+        try:
+            with quiet(model), same_config(model):
+                for label in (0, 1):
+                    labels = torch.full_like(inputs["input_ids"], IGNORED)
+                    labels[-1, 0] = label  # the last row has no padding
+                    losses.append(model(**inputs, labels=labels, return_dict=True).loss.nan_to_num())
+            _shifting[model] = torch.equal(*losses)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a model's code raises says that these are not its labels
+            _shifting[model] = _is_causal(model)
+    return _shifting[model]
 
 
 def _asks_for_its_loss(model: PreTrainedModel) -> bool:
@@ -150,16 +180,35 @@ def _require_classes(model: PreTrainedModel, labels: Tensor) -> None:
 
 def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels = inputs["labels"]
-    mask = inputs.get("attention_mask")
-    counts = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
-    if _is_causal(model):
-        # The first token of a text is predicted by none of it: by nothing, by padding on its left, or in a packed row
-        # by the document before it.
-        counts = counts & F.pad(counts[:, :-1], (1, 0))
-        begins = starts(inputs.get("position_ids"), mask)
-        counts = counts if begins is None else counts & ~begins.to(counts.device)
+    counts = _predictable(labels, inputs) if _shifts(model) else _real(labels, inputs)
     labels = labels.masked_fill(~counts, IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _real(tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens `(B, T)` are no padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device).bool()
+
+
+def _predictable(tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens `(B, T)` follow another one of their text.
+
+    The first is predicted by none of it: by nothing, by padding on its left, or in a packed row by the document before
+    it.
+    """
+    real = _real(tokens, inputs)
+    counts = real & F.pad(real[:, :-1], (1, 0))
+    begins = starts(inputs.get("position_ids"), inputs.get("attention_mask"))
+    return counts if begins is None else counts & ~begins.to(counts.device)
+
+
+def _next_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The tokens as labels for predicting them, where the model's loss expects them."""
+    ids: Tensor = inputs["input_ids"]
+    if _shifts(model):
+        return ids
+    return F.pad(ids.masked_fill(~_predictable(ids, inputs), IGNORED)[:, 1:], (0, 1), value=IGNORED)
 
 
 def _writes(model: PreTrainedModel, labels: Tensor) -> bool:
@@ -192,5 +241,5 @@ def _predicted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, T
             f"classes (logits {tuple(logits.shape)}); give the batches labels"
         )
     answers = logits.argmax(-1)
-    # Position t of a causal language model predicts the label of t + 1.
-    return {"labels": F.pad(answers[:, :-1], (1, 0), value=IGNORED) if _is_causal(model) else answers}
+    is_each = answers.shape == _tokens(inputs) and not _writes(model, answers)
+    return {"labels": F.pad(answers[:, :-1], (1, 0), value=IGNORED) if is_each and _shifts(model) else answers}

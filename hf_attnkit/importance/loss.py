@@ -23,9 +23,9 @@ from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
 from hf_attnkit.models.discovery import quiet
 from hf_attnkit.models.known import known
+from hf_attnkit.observing.batches import IGNORED
 
 LABELS = ("given", "predicted")
-IGNORED = -100  # the label that Transformers' losses leave out
 
 
 def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:

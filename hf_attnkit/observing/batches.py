@@ -19,6 +19,7 @@ from hf_attnkit.models.token_ids import require_known_tokens
 
 # What a batch may carry for a loss.
 LABELS = ("labels", "label", "start_positions", "end_positions")
+IGNORED = -100  # the label that Transformers' losses leave out
 
 
 def run_batches(
@@ -103,7 +104,8 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     does not.
 
     Args:
-        labels: keep them; else they are left out, since nobody asks for a loss.
+        labels: keep them; else they are left out, since nobody asks for a loss. Labels that an encoder-decoder's
+            decoder reads stay, and say which of its tokens are padding where nothing else does.
 
     Raises:
         ValueError: if the batch is no mapping, its `attention_mask` calls every token padding, a token id is outside
@@ -123,12 +125,36 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     require_known_tokens(model, batch)
     _require_apart(batch, model)
     device = input_device(model)
+    written = {} if labels else _written(batch, model)
     inputs = {
         name: _usable(value).to(device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if labels or name not in LABELS
+        for name, value in (dict(batch) | written).items()
+        if labels or name not in LABELS or name in written
     }
     return inputs | _known(model, {"use_cache": False})
+
+
+def _written(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """What labels `(batch, tokens)` say of the tokens of a decoder: which they are, and which of them are padding.
+
+    Without other inputs of the decoder an encoder-decoder makes them of its labels. Left without these it does not
+    run, or (BART) reads the encoder's text.
+    """
+    labels, known = batch.get("labels"), inspect.signature(model.forward).parameters
+    reads = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not (reads and isinstance(labels, Tensor) and labels.dim() == 2 and "labels" in known):
+        return {}
+    given = [batch.get(name) for name in ("decoder_input_ids", "decoder_inputs_embeds")]
+    ids = next((each for each in given if each is not None), None)
+    if labels.is_floating_point() or (ids is not None and ids.shape[:2] != labels.shape):
+        return {}
+    found: dict[str, Any] = {} if ids is not None else {"labels": labels}
+    if batch.get("decoder_attention_mask") is None and "decoder_attention_mask" in known:
+        # A label that is ignored in front of others is of a token that is read.
+        real = (labels != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+        real[:, 0] = True  # what begins the text
+        found["decoder_attention_mask"] = real.long()
+    return found
 
 
 def _usable(value: Tensor) -> Tensor:

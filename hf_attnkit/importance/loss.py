@@ -57,15 +57,25 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
     inputs.pop("label", None)
     if "labels" not in names:
         return inputs, _question(inputs, names)
-    given, tokens = inputs["labels"], _tokens(inputs)
-    if given.is_floating_point():
+    given = inputs["labels"]
+    if isinstance(given, Tensor) and given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
-    _require_classes(model, given)
-    if _writes(model, given):
-        return _per_written_token(inputs)
-    if given.shape == tokens:
-        return _per_token(model, inputs)
-    return inputs, (given != IGNORED).float().flatten()
+    if isinstance(given, Tensor):
+        _require_classes(model, given)
+        if _writes(model, given):
+            return _per_written_token(inputs)
+        if given.shape == _tokens(inputs):
+            return _per_token(model, inputs)
+    number = max(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+    if isinstance(given, Tensor) and given.numel() == number:
+        return inputs, (given != IGNORED).float().flatten()
+    if number > 1:
+        found = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"in a {type(given).__name__}"
+        raise ValueError(
+            f"labels {found} are neither one for each of {number} examples nor one for each token, so what an example "
+            f"adds to the loss of {type(model).__name__} cannot be told; give batches of one example"
+        )
+    return inputs, torch.ones(1)
 
 
 def batch_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:

@@ -41,7 +41,8 @@ def gated(
     def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             heads = args[0].unflatten(-1, (layer.num_heads, layer.value_head_dim))
-            factors = torch.where(real_mask(args[0], inputs, layer.padding)[..., None], gate(place, heads), 1.0)
+            real = real_mask(args[0], inputs, layer.padding, layer.of_length)
+            factors = torch.where(real[..., None], gate(place, heads), 1.0)
             # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
             return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
 

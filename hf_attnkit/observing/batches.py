@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.common.state import evaluation_mode
+from hf_attnkit.models.attention_layer import OfLength
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.sample_inputs import input_device
 from hf_attnkit.models.token_ids import require_known_tokens
@@ -71,11 +72,14 @@ def _known(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def real_mask(x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask") -> Tensor:
+def real_mask(
+    x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask", of_length: OfLength | None = None
+) -> Tensor:
     """Which activations `(batch, tokens, features)` are of real tokens and not of padding: bool `(batch, tokens)`.
 
     Args:
         padding: the input that says it; see `AttentionLayer`.
+        of_length: how that becomes one of the activations where it is of other positions; see `AttentionLayer`.
 
     Raises:
         ValueError: if the batch has an `attention_mask` that does not say which tokens are padding.
@@ -83,18 +87,23 @@ def real_mask(x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_ma
     mask = inputs.get(padding)
     if mask is None:
         return x.new_ones(x.shape[:-1], dtype=torch.bool)
+    if of_length is not None and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != x.shape[1]:
+        mask = of_length(x.shape[1], mask)
     # A choice among several texts has them along an axis of its own, which the model folds into the batch.
     if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.flatten(0, -2).shape != x.shape[:2]:
         raise ValueError(
             f"{padding} must be a tensor (batch, tokens), here {tuple(x.shape[:2])}, to tell which tokens are "
-            f"padding; got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            f"padding; got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Give batches "
+            "of one length without it"
         )
     return mask.flatten(0, -2).to(x.device).bool()
 
 
-def real_tokens(x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask") -> Tensor:
+def real_tokens(
+    x: Tensor, inputs: Mapping[str, Any], padding: str = "attention_mask", of_length: OfLength | None = None
+) -> Tensor:
     """Activations without padding's, `(real tokens, features)`; see `real_mask`."""
-    return x[real_mask(x, inputs, padding)]
+    return x[real_mask(x, inputs, padding, of_length)]
 
 
 def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool = False) -> dict[str, Any]:

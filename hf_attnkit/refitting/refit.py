@@ -289,7 +289,7 @@ def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
     mask = batch.get(layer.padding)
     if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
         batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
-    return real_mask(x, batch, layer.padding)
+    return real_mask(x, batch, layer.padding, layer.of_length)
 
 
 def _gradient_norms(

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
-from hf_attnkit.models.discovery import quiet
+from hf_attnkit.models.discovery import quiet, require_gradients
 from hf_attnkit.models.known import known
 from hf_attnkit.observing.batches import IGNORED
 
@@ -36,8 +36,10 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
             the model's answers for labels. Neither is looked at where the loss needs none (CLIP's `return_loss`).
 
     Raises:
-        ValueError: for a model without a loss, or labels that are missing, out of range or cannot be predicted.
+        ValueError: for a model without a loss, or made in inference mode, and labels that are missing, out of range, of
+            no single example, or cannot be predicted.
     """
+    require_gradients(model)
     if _asks_for_its_loss(model):
         return dict(inputs) | {"return_loss": True}, _each_example(inputs)
     names = _label_names(model)

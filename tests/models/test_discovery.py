@@ -166,7 +166,7 @@ def test_a_classifier_without_a_padding_token() -> None:
 
 
 def test_what_takes_the_heads_of_attention_that_calls_no_interface() -> None:
-    """Longformer's ends with a product of new inputs, of its global tokens; ConvBERT's heads have others next to them."""
+    """Longformer's ends with a product of new inputs (global tokens); ConvBERT's heads have others beside them."""
     torch.manual_seed(0)
     model = LongformerForSequenceClassification(small_config(LongformerConfig)).eval()
     found = discover(model).attentions

@@ -68,7 +68,8 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
             return _per_written_token(inputs)
         if given.shape == _tokens(inputs):
             return _per_token(model, inputs)
-    number = max(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+    main = inputs.get(model.main_input_name)
+    number = len(main if isinstance(main, Tensor) else _each_example(inputs))
     if isinstance(given, Tensor) and given.numel() == number:
         return inputs, (given != IGNORED).float().flatten()
     if number > 1:

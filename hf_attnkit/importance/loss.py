@@ -23,7 +23,7 @@ from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
 from hf_attnkit.models.discovery import quiet, require_gradients
 from hf_attnkit.models.known import known
-from hf_attnkit.observing.batches import IGNORED
+from hf_attnkit.observing.batches import IGNORED, written_by
 
 LABELS = ("given", "predicted")
 
@@ -45,7 +45,8 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
     names = _label_names(model)
     inputs = dict(inputs)
     if labels == "predicted":
-        inputs = {name: value for name, value in inputs.items() if name not in names}
+        written = _read_by_the_decoder(model, inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in names} | written
         inputs |= _predicted(model, inputs)
     elif any(inputs.get(name) is None for name in names):
         if not (_is_causal(model) and "input_ids" in inputs):
@@ -235,6 +236,23 @@ def _per_written_token(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         labels = labels.masked_fill(~mask.to(labels.device).bool(), IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _read_by_the_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the decoder of a model that writes reads: its own answers, as labels, would be read in the place of it."""
+    other = any(word in type(model).__name__ for word in ("Classification", "QuestionAnswering"))
+    if other or not getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    written = written_by(inputs, model)
+    labels, shift = written.pop("labels", None), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return written
+    if labels is not None and shift is not None:
+        return written | {"decoder_input_ids": shift(labels=labels)}
+    raise ValueError(
+        f'labels="predicted" are the answers of {type(model).__name__} to decoder_input_ids, which the batch does not '
+        "have; give them"
+    )
 
 
 def _problem(model: PreTrainedModel) -> str | None:

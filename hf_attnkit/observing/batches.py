@@ -134,7 +134,7 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     require_known_tokens(model, batch)
     _require_apart(batch, model)
     device = input_device(model)
-    written = {} if labels else _written(batch, model)
+    written = {} if labels else written_by(batch, model)
     inputs = {
         name: _usable(value).to(device) if isinstance(value, Tensor) else value
         for name, value in (dict(batch) | written).items()
@@ -143,7 +143,7 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
     return inputs | _known(model, {"use_cache": False})
 
 
-def _written(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+def written_by(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
     """What labels `(batch, tokens)` say of the tokens of a decoder: which they are, and which of them are padding.
 
     Without other inputs of the decoder an encoder-decoder makes them of its labels. Left without these it does not

@@ -64,11 +64,14 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
     if isinstance(given, Tensor) and given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
     if isinstance(given, Tensor):
+        given = inputs["labels"] = given.long()  # no loss takes shorter integers
         _require_classes(model, given)
         if _writes(model, given):
             return _per_written_token(inputs)
         if given.shape == _tokens(inputs):
             return _per_token(model, inputs)
+    if not isinstance(given, Tensor) and not all(isinstance(each, Mapping) for each in given):
+        raise ValueError(f"labels is a {type(given).__name__}; it must be a tensor, or a list of mappings (boxes)")
     main = inputs.get(model.main_input_name)
     number = len(main if isinstance(main, Tensor) else _each_example(inputs))
     if isinstance(given, Tensor) and given.numel() == number:
@@ -182,13 +185,30 @@ def _require_classes(model: PreTrainedModel, labels: Tensor) -> None:
     """Raise `ValueError` for the number of a class that a classifier does not have; on a GPU the loss would only say
     that the device failed."""
     classes = model.config.num_labels
-    if "Classification" not in type(model).__name__ or classes == 1:
+    if "Classification" not in type(model).__name__:
+        _require_tokens(model, labels)
+        return
+    if classes == 1:
         return
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise ValueError(
             f"label {wrong[0].item()} is none of the {classes} classes of this {type(model).__name__} (0 to "
             f"{classes - 1}; {IGNORED} for none); correct the labels, or load the model with num_labels"
+        )
+
+
+def _require_tokens(model: PreTrainedModel, labels: Tensor) -> None:
+    """The same for labels that are tokens."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or labels.dim() != 2:
+        return
+    rows = len(weight)
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= rows))]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0].item()} is none of the {rows} tokens of this {type(model).__name__} (0 to {rows - 1}; "
+            f"{IGNORED} for none); take the tokenizer of this model"
         )
 
 

@@ -117,14 +117,16 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
             decoder reads stay, and say which of its tokens are padding where nothing else does.
 
     Raises:
-        ValueError: if the batch is no mapping, its `attention_mask` calls every token padding, a token id is outside
-            of the vocabulary, or it is packed in a way in which a decoder attends across documents.
+        ValueError: if the batch is no mapping, its `input_ids` are no tensor or none, its `attention_mask` calls every
+            token padding, a token id is outside of the vocabulary, or it is packed in a way in which a decoder attends
+            across documents.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"a batch must be a mapping of model inputs such as {{'input_ids': ..., 'attention_mask': ...}}, got "
             f"{type(batch).__name__}; give an iterable of such mappings, [batch] for a single one"
         )
+    _require_a_tensor(batch.get("input_ids"))
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():
         raise ValueError(
@@ -141,6 +143,17 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
         if labels or name not in LABELS or name in written
     }
     return inputs | _known(model, {"use_cache": False})
+
+
+def _require_a_tensor(ids: Any) -> None:
+    """Raise `ValueError` for what a tokenizer gives that was not asked for tensors, and for a batch of nothing."""
+    if ids is None or (isinstance(ids, Tensor) and ids.numel() and ids.dim() > 1):
+        return
+    found = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+    raise ValueError(
+        f"input_ids is {found}; it must be a tensor (batch, tokens) that is not empty: give the tokenizer "
+        "return_tensors='pt'"
+    )
 
 
 def written_by(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:

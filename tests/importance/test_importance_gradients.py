@@ -351,3 +351,21 @@ def test_labels_that_are_of_no_single_example() -> None:
         head_importance(model, [inputs], method="gradient")
     alone = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
     assert head_importance(model, alone, method="gradient").min() > 0
+
+
+def test_labels_of_other_types() -> None:
+    model, inputs = problem("bert", "sequence", None)
+    expected = head_importance(model, [inputs], method="gradient")
+    short = inputs | {"labels": inputs["labels"].int(), "input_ids": inputs["input_ids"].int()}
+    assert torch.equal(head_importance(model, [short], method="gradient"), expected)
+    with unchanged(model), pytest.raises(ValueError, match="labels is a list; it must be a tensor"):
+        head_importance(model, [inputs | {"labels": [0, 1, 1]}], method="gradient")
+
+
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_labels_that_are_no_token(wrong: int) -> None:
+    model, inputs = problem("bert", "masked", None)
+    inputs["labels"] = inputs["labels"].clone()
+    inputs["labels"][0, 1] = wrong
+    with unchanged(model), pytest.raises(ValueError, match=rf"label {wrong} is none of the 99 tokens .*0 to 98"):
+        head_importance(model, [inputs], method="gradient")

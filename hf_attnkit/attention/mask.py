@@ -27,6 +27,8 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 ALL = slice(None)
+# A bias of the scores that leaves a key no weight next to one without: -10,000 as bfloat16 rounds it, and below.
+HIDES = -9_900.0
 
 
 class Positions(Protocol):
@@ -365,4 +367,7 @@ def _split(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         return matrix, None
     # Half of the dtype's minimum separates "masked" from a real bias, however it was made.
     visible = matrix > torch.finfo(matrix.dtype).min / 2
+    # Numbers such as -10,000 (MarkupLM, masks of users) hide a key as well, where the row shows another one.
+    shown = matrix > HIDES
+    visible = visible & (shown | ~shown.any(-1, keepdim=True))
     return visible, matrix.masked_fill(~visible, 0.0)

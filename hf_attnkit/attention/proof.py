@@ -33,7 +33,7 @@ from hf_attnkit.attention.cache import CACHE_ARGUMENT
 from hf_attnkit.attention.consistency import bases
 from hf_attnkit.attention.dispatch import attention_forward
 from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, ROTATION, Kind
-from hf_attnkit.attention.mask import Mask
+from hf_attnkit.attention.mask import HIDES, Mask
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models import known
 from hf_attnkit.models.discovery import quiet
@@ -252,7 +252,7 @@ def rounding_bound(call: Call) -> float:
     bias = call.mask if isinstance(call.mask, Tensor) and call.mask.is_floating_point() else None
     bias = call.keywords.get("position_bias") if bias is None else bias
     if isinstance(bias, Tensor):
-        scores = scores + bias.float().masked_fill(bias <= torch.finfo(bias.dtype).min / 2, 0.0).abs().max()
+        scores = scores + bias.float().masked_fill(bias <= HIDES, 0.0).abs().max()
     return FACTOR * torch.finfo(call.query.dtype).eps * (1 + float(scores)) * float(call.value.float().abs().max())
 
 

@@ -196,7 +196,7 @@ def collect(
         padding = layer.padding if role == "query" else layer.key_padding
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            chosen = real_tokens(args[0], current, padding)
+            chosen = real_tokens(args[0], current, padding, layer.of_length)
             chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
             chosen = torch.cat([chosen, chosen.new_ones(len(chosen), 1)], dim=1)
             sums[layer.index, role] += chosen.T @ chosen

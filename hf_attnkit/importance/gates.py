@@ -41,7 +41,8 @@ def gated(
     def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def multiply(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             heads = args[0].unflatten(-1, (layer.num_heads, layer.value_head_dim))
-            factors = torch.where(real_mask(args[0], inputs, layer.padding)[..., None], gate(place, heads), 1.0)
+            real = real_mask(args[0], inputs, layer.padding, layer.of_length)
+            factors = torch.where(real[..., None], gate(place, heads), 1.0)
             # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
             return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
 
@@ -78,12 +79,13 @@ def example_gradients(
         gates: dict[int, Tensor] = {}
 
         def ones(place: int, heads: Tensor) -> Tensor:
-            rows, tokens, number, _ = heads.shape
+            # Patches of images are all in one row, which has no axis of its own (Qwen2-VL).
+            rows, tokens, number, _ = heads.shape if heads.dim() == 4 else (1, *heads.shape)
             dtype = torch.promote_types(heads.dtype, torch.float32)
             gates[place] = torch.ones(  # noqa: B023 - used while this batch runs
                 rows, tokens if per_token else 1, number, dtype=dtype, device=heads.device, requires_grad=True
             )
-            return gates[place]  # noqa: B023
+            return gates[place] if heads.dim() == 4 else gates[place][0]  # noqa: B023
 
         with torch.enable_grad(), evaluation_mode(model), same_config(model):
             inputs, terms = with_labels(model, batch, labels)
@@ -95,6 +97,12 @@ def example_gradients(
             if idle:
                 raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
             found = torch.autograd.grad(loss, [gates[place] for place in range(len(layers))])
+        for layer, gradient in zip(layers, found, strict=True):
+            if len(gradient) % len(terms):
+                raise ValueError(
+                    f"{layer.name} attends to {len(terms)} examples in {len(gradient)} rows, so what belongs to which "
+                    "cannot be told; give batches of one example"
+                )
         seen = (terms > 0) & _has_tokens(inputs, terms)
         scale = terms.sum() / terms[seen]
         yield [

@@ -8,6 +8,7 @@ belongs to the example alone is multiplied by N / n_i.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
+from hf_attnkit.models.discovery import quiet, require_gradients
+from hf_attnkit.models.known import known
+from hf_attnkit.observing.batches import IGNORED, written_by
 
 LABELS = ("given", "predicted")
-IGNORED = -100  # the label that Transformers' losses leave out
 
 
 def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:
@@ -33,14 +36,17 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
             the model's answers for labels. Neither is looked at where the loss needs none (CLIP's `return_loss`).
 
     Raises:
-        ValueError: for a model without a loss, or labels that are missing, out of range or cannot be predicted.
+        ValueError: for a model without a loss, or made in inference mode, and labels that are missing, out of range, of
+            no single example, or cannot be predicted.
     """
+    require_gradients(model)
     if _asks_for_its_loss(model):
         return dict(inputs) | {"return_loss": True}, _each_example(inputs)
     names = _label_names(model)
     inputs = dict(inputs)
     if labels == "predicted":
-        inputs = {name: value for name, value in inputs.items() if name not in names}
+        written = _read_by_the_decoder(model, inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in names} | written
         inputs |= _predicted(model, inputs)
     elif any(inputs.get(name) is None for name in names):
         if not (_is_causal(model) and "input_ids" in inputs):
@@ -50,19 +56,33 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
                 f"{' and '.join(map(repr, names))} (this one has {', '.join(map(repr, tensors))}); or give "
                 'labels="predicted", which takes the model\'s own answers'
             )
-        inputs["labels"] = inputs["input_ids"]
+        inputs["labels"] = _next_tokens(model, inputs)
     inputs.pop("label", None)
     if "labels" not in names:
         return inputs, _question(inputs, names)
-    given, tokens = inputs["labels"], _tokens(inputs)
-    if given.is_floating_point():
+    given = inputs["labels"]
+    if isinstance(given, Tensor) and given.is_floating_point():
         return inputs, torch.ones(len(given), device=given.device)
-    _require_classes(model, given)
-    if _writes(model, given):
-        return _per_written_token(inputs)
-    if given.shape == tokens:
-        return _per_token(model, inputs)
-    return inputs, (given != IGNORED).float().flatten()
+    if isinstance(given, Tensor):
+        given = inputs["labels"] = given.long()  # no loss takes shorter integers
+        _require_classes(model, given)
+        if _writes(model, given):
+            return _per_written_token(inputs)
+        if given.shape == _tokens(inputs):
+            return _per_token(model, inputs)
+    if not isinstance(given, Tensor) and not all(isinstance(each, Mapping) for each in given):
+        raise ValueError(f"labels is a {type(given).__name__}; it must be a tensor, or a list of mappings (boxes)")
+    main = inputs.get(model.main_input_name)
+    number = len(main if isinstance(main, Tensor) else _each_example(inputs))
+    if isinstance(given, Tensor) and given.numel() == number:
+        return inputs, (given != IGNORED).float().flatten()
+    if number > 1:
+        found = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"in a {type(given).__name__}"
+        raise ValueError(
+            f"labels {found} are neither one for each of {number} examples nor one for each token, so what an example "
+            f"adds to the loss of {type(model).__name__} cannot be told; give batches of one example"
+        )
+    return inputs, torch.ones(1)
 
 
 def batch_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
@@ -99,7 +119,34 @@ def _tokens(inputs: Mapping[str, Any]) -> torch.Size:
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return any(each.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for each in type(model).__mro__)
+
+
+# By model, whether its loss compares what it puts out for a token with the label of the next one.
+_shifting: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
+def _shifts(model: PreTrainedModel) -> bool:
+    """Whether its loss compares what it puts out for a token with the label of the next one.
+
+    Its class does not say it: Llama's and LLaVA's do, those of BartForCausalLM and XLM do not. A loss that does, does
+    not look at the label of the first token.
+    """
+    if model not in _shifting:
+        inputs = known(model).discovery.inputs
+        losses = []
+        try:
+            with quiet(model), same_config(model):
+                for label in (0, 1):
+                    labels = torch.full_like(inputs["input_ids"], IGNORED)
+                    labels[-1, 0] = label  # the last row has no padding
+                    losses.append(model(**inputs, labels=labels, return_dict=True).loss.nan_to_num())
+            _shifting[model] = torch.equal(*losses)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a model's code raises says that these are not its labels
+            _shifting[model] = _is_causal(model)
+    return _shifting[model]
 
 
 def _asks_for_its_loss(model: PreTrainedModel) -> bool:
@@ -138,7 +185,10 @@ def _require_classes(model: PreTrainedModel, labels: Tensor) -> None:
     """Raise `ValueError` for the number of a class that a classifier does not have; on a GPU the loss would only say
     that the device failed."""
     classes = model.config.num_labels
-    if "Classification" not in type(model).__name__ or classes == 1:
+    if "Classification" not in type(model).__name__:
+        _require_tokens(model, labels)
+        return
+    if classes == 1:
         return
     wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
     if len(wrong):
@@ -148,18 +198,51 @@ def _require_classes(model: PreTrainedModel, labels: Tensor) -> None:
         )
 
 
+def _require_tokens(model: PreTrainedModel, labels: Tensor) -> None:
+    """The same for labels that are tokens."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or labels.dim() != 2:
+        return
+    rows = len(weight)
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= rows))]
+    if len(wrong):
+        raise ValueError(
+            f"label {wrong[0].item()} is none of the {rows} tokens of this {type(model).__name__} (0 to {rows - 1}; "
+            f"{IGNORED} for none); take the tokenizer of this model"
+        )
+
+
 def _per_token(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     labels = inputs["labels"]
-    mask = inputs.get("attention_mask")
-    counts = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
-    if _is_causal(model):
-        # The first token of a text is predicted by none of it: by nothing, by padding on its left, or in a packed row
-        # by the document before it.
-        counts = counts & F.pad(counts[:, :-1], (1, 0))
-        begins = starts(inputs.get("position_ids"), mask)
-        counts = counts if begins is None else counts & ~begins.to(counts.device)
+    counts = _predictable(labels, inputs) if _shifts(model) else _real(labels, inputs)
     labels = labels.masked_fill(~counts, IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _real(tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens `(B, T)` are no padding."""
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.to(tokens.device).bool()
+
+
+def _predictable(tokens: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which of the tokens `(B, T)` follow another one of their text.
+
+    The first is predicted by none of it: by nothing, by padding on its left, or in a packed row by the document before
+    it.
+    """
+    real = _real(tokens, inputs)
+    counts = real & F.pad(real[:, :-1], (1, 0))
+    begins = starts(inputs.get("position_ids"), inputs.get("attention_mask"))
+    return counts if begins is None else counts & ~begins.to(counts.device)
+
+
+def _next_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
+    """The tokens as labels for predicting them, where the model's loss expects them."""
+    ids: Tensor = inputs["input_ids"]
+    if _shifts(model):
+        return ids
+    return F.pad(ids.masked_fill(~_predictable(ids, inputs), IGNORED)[:, 1:], (0, 1), value=IGNORED)
 
 
 def _writes(model: PreTrainedModel, labels: Tensor) -> bool:
@@ -173,6 +256,23 @@ def _per_written_token(inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         labels = labels.masked_fill(~mask.to(labels.device).bool(), IGNORED)
     return inputs | {"labels": labels}, (labels != IGNORED).sum(-1).float()
+
+
+def _read_by_the_decoder(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the decoder of a model that writes reads: its own answers, as labels, would be read in the place of it."""
+    other = any(word in type(model).__name__ for word in ("Classification", "QuestionAnswering"))
+    if other or not getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    written = written_by(inputs, model)
+    labels, shift = written.pop("labels", None), getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return written
+    if labels is not None and shift is not None:
+        return written | {"decoder_input_ids": shift(labels=labels)}
+    raise ValueError(
+        f'labels="predicted" are the answers of {type(model).__name__} to decoder_input_ids, which the batch does not '
+        "have; give them"
+    )
 
 
 def _problem(model: PreTrainedModel) -> str | None:
@@ -192,5 +292,5 @@ def _predicted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, T
             f"classes (logits {tuple(logits.shape)}); give the batches labels"
         )
     answers = logits.argmax(-1)
-    # Position t of a causal language model predicts the label of t + 1.
-    return {"labels": F.pad(answers[:, :-1], (1, 0), value=IGNORED) if _is_causal(model) else answers}
+    is_each = answers.shape == _tokens(inputs) and not _writes(model, answers)
+    return {"labels": F.pad(answers[:, :-1], (1, 0), value=IGNORED) if is_each and _shifts(model) else answers}

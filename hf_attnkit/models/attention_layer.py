@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -9,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_attnkit.models.attention import Attention
 from hf_attnkit.models.rotary_pairs import Rope
+
+# A mask `(batch, other positions)` as one of so many positions.
+OfLength = Callable[[int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class AttentionLayer:
         takes_outputs: whether the output projection takes what the heads put out as it is.
         per_head: parameters next to the projections that have something for each head.
         key_padding: as `padding`, of its keys.
+        of_length: how the model makes a mask of the layer's positions of one of its input's: of frames, of a sound
+            wave's, or of whole windows; `None` where it does not, or that is not known.
     """
 
     index: int
@@ -70,6 +76,7 @@ class AttentionLayer:
     takes_outputs: bool = True
     per_head: tuple[str, ...] = ()
     key_padding: str = "attention_mask"
+    of_length: OfLength | None = field(default=None, repr=False, compare=False)
 
     @property
     def value_head_dim(self) -> int:

@@ -22,6 +22,7 @@ from hf_attnkit.models.without_heads import HEADS_LEFT
 
 REASON = "it never calls Transformers' attention interface"
 _HEADS = re.compile(r"(num_|n_)?(attention_|attn_)?(heads?)|nheads")
+_SIZES = ("attention_head_size", "head_dim")
 _ATTENDING = ("softmax", "scaled_dot_product_attention", "multi_head_attention_forward")
 
 
@@ -49,6 +50,9 @@ def bypassing_attentions(
         if path not in watch.attending or width % number:
             continue
         size = width // number
+        own = next((getattr(module, name) for name in _SIZES if type(getattr(module, name, None)) is int), size)
+        if output is not None and own != size:  # what takes its heads takes something else with them (ConvBERT)
+            size, output = own, None
         found.append(Attention(
             start + len(found), path, module, number, number, size, size, output=output, calls=watch.runs[path],
             calls_interface=False, reason=REASON, inputs=watch.given[path], lengths=(watch.lengths.get(path, 0), 0),
@@ -86,6 +90,8 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._model, self._hooks = model, ExitStack()
         self._running: list[str] = []
+        # What came of a softmax in the module that runs: by address, storages that are kept so that no other gets it.
+        self._attended: dict[int, Any] = {}
         self._waiting: dict[str, Tensor] = {}
         self.order: list[str] = []
         self.attending: set[str] = set()
@@ -97,9 +103,22 @@ class _Watch(TorchFunctionMode):
         self._paths = paths
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._running and getattr(function, "__name__", "") in _ATTENDING:
+        name, given = getattr(function, "__name__", ""), (args, kwargs or {})
+        attends = bool(self._running) and name in _ATTENDING
+        if attends:
             self.attending.add(self._running[-1])
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if self._running and name != "__get__" and (attends or self._is_attended(given)):
+            # Also what is written in place: `x.add_(...)`, `x[...] = ...`
+            written = args[:1] if name.endswith("_") and args else ()
+            for tensor in tensors_in((result, written)):
+                storage = tensor.untyped_storage()
+                self._attended[storage.data_ptr()] = storage
+        return result
+
+    def _is_attended(self, value: Any) -> bool:
+        """Whether something in it came of a softmax in the module that runs."""
+        return any(tensor.untyped_storage().data_ptr() in self._attended for tensor in tensors_in(list(value)))
 
     def __enter__(self) -> _Watch:
         for path in self._paths:
@@ -119,6 +138,7 @@ class _Watch(TorchFunctionMode):
     def _enter(self, path: str) -> Any:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             self._running.append(path)
+            self._attended.clear()
             self.runs[path] = self.runs.get(path, 0) + 1
             if path not in self.given:
                 self.order.append(path)
@@ -142,7 +162,8 @@ class _Watch(TorchFunctionMode):
             taken = args[0]
             if self._running:
                 path = self._running[-1]
-                if linear.startswith(f"{path}.") and path in self.attending:  # the last after the softmax counts
+                # The last that takes what came of the softmax: Longformer's later ones take new inputs.
+                if linear.startswith(f"{path}.") and path in self.attending and self._is_attended([taken]):
                     self._note(path, linear, taken)
                 return
             for path, output in self._waiting.items():

@@ -102,6 +102,16 @@ def require_weights(model: PreTrainedModel) -> None:
                 )
 
 
+def require_gradients(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that PyTorch lets no gradient through."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"{type(model).__name__}: {name} was made in inference mode, and what needs a gradient cannot use it; "
+                "load the model outside of torch.inference_mode()"
+            )
+
+
 def is_spread(parameter: Tensor) -> bool:
     """Whether it is a DTensor, as FSDP2 makes them."""
     return type(parameter).__module__.startswith("torch.distributed")

@@ -6,15 +6,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.models import known
 from hf_attnkit.models.attention import Attention, is_linear
-from hf_attnkit.models.attention_layer import AttentionLayer, weight_of
+from hf_attnkit.models.attention_layer import AttentionLayer, OfLength, weight_of
 from hf_attnkit.models.owners import Ownership
 from hf_attnkit.models.projected import Projected
 from hf_attnkit.models.without_heads import has_no_heads
@@ -169,7 +171,25 @@ def _from(
         attention=attention,
         padding=_fitting(inputs, padding := _padding(model, attention.path), attention.lengths[0]),
         key_padding=_fitting(inputs, _encoder_padding(model) if attention.is_cross else padding, attention.lengths[1]),
+        of_length=_of_length(model, attention.path),
     )
+
+
+def _of_length(model: PreTrainedModel, path: str) -> OfLength | None:
+    """See `AttentionLayer`."""
+    parts = path.split(".")
+    for stop in range(len(parts) - 1, -1, -1):
+        part = model.get_submodule(".".join(parts[:stop]))
+        if hasattr(part, "_pad_to_window_size"):  # Longformer, on the right
+            return lambda length, mask: F.pad(mask, (0, length - mask.shape[1]))
+        reduce = getattr(part, "_get_feature_vector_attention_mask", None)
+        if reduce is None:
+            continue
+        if "adapter" in path or hasattr(part.config, "squeeze_factor"):  # fewer positions than the mask is made for
+            return None
+        before = {"add_adapter": False} if "add_adapter" in inspect.signature(reduce).parameters else {}
+        return partial(reduce, **before)  # Wav2Vec2 and its like: from samples to frames
+    return None
 
 
 def _encoder_padding(model: PreTrainedModel) -> str:

@@ -18,7 +18,9 @@ def num_rows(batch: Batch) -> int:
     sizes = {len(value) for value in tensors.values()}
     # Positions in three axes (text, height, width) have these first.
     stacked = any(name == "position_ids" and value.dim() > 2 for name, value in tensors.items())
-    count = max(sizes, default=1)
+    # Next to one text there may be many patches of its images.
+    texts = [len(tensors[name]) for name in ("input_ids", "inputs_embeds") if name in tensors]
+    count = texts[0] if texts else max(sizes, default=1)
     return 1 if nested or stacked or not sizes <= {1, count} else count
 
 

@@ -176,7 +176,7 @@ def _batch(layer: AttentionLayer, run: Callable[[Walk], Attended], watched: Watc
     dtype, x = present.dtype, seen[0].to(present.dtype)
     if layer.query.bias is not None:
         x = torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2)
-    counts = real_mask(x, watched.inputs, layer.padding).to(dtype)
+    counts = real_mask(x, watched.inputs, layer.padding, layer.of_length).to(dtype)
     if watched.weight is not None:
         counts = counts * watched.weight.to(counts)
     aside = None if watched.aside is None else watched.aside.to(counts)

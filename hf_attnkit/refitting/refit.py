@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from hf_attnkit.common.progress import progress_bar
 from hf_attnkit.editing import projections
+from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer, in_running_order, weight_of
 from hf_attnkit.observing.attention_calls import require_shown
 from hf_attnkit.observing.batches import real_mask, to_device
@@ -94,6 +95,8 @@ def refit_layers(
         )
     layers = fitted
     _require_unshared(model, layers)
+    if options.fits == "descent":
+        require_gradients(model)
     inputs = [to_device(batch, model) for batch in batches]
     aside = set_aside(inputs, options.held_out)
     held_out = [rows_of(batch, rows) for batch, rows in zip(inputs, aside, strict=True) if rows]
@@ -289,7 +292,7 @@ def _real(layer: AttentionLayer, x: Tensor, batch: Mapping[str, Any]) -> Tensor:
     mask = batch.get(layer.padding)
     if isinstance(mask, Tensor) and x.dim() > 2 and len(mask) and len(x) > len(mask.flatten(0, -2)):
         batch = {layer.padding: mask.flatten(0, -2).repeat(len(x) // len(mask.flatten(0, -2)), 1)}
-    return real_mask(x, batch, layer.padding)
+    return real_mask(x, batch, layer.padding, layer.of_length)
 
 
 def _gradient_norms(

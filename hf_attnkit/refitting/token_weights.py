@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode, frozen
+from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import final_outputs, real_outputs
 
@@ -39,8 +40,10 @@ def gradient_norms(
     kept. Calls of one module in one forward pass are one after the other along the first axis.
 
     Raises:
+        ValueError: for a model that was made in inference mode.
         NoGradientError: if the model's forward pass has no gradient, as with tensors that are changed in place.
     """
+    require_gradients(model)
     generator = torch.Generator().manual_seed(0)
     norms: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
     for batch in batches:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import batch, build
 from torch import Tensor
 from transformers.masking_utils import (
     and_masks,
@@ -18,6 +19,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from hf_attnkit import head_importance
 from hf_attnkit.attention.create_mask import create_mask
 from hf_attnkit.attention.mask import Mask
 
@@ -157,3 +159,30 @@ def test_positions_of_another_pass_are_refused() -> None:
     tensor = create_mask(batch_size=1, q_length=2, kv_length=4, q_offset=torch.tensor(2))
     with pytest.raises(ValueError, match="describes 4 keys, but the layer has 6"):
         Mask.receive(tensor, 2, 6, is_causal=True, device=CPU)
+
+
+@pytest.mark.parametrize("number", [-1e4, -1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_hide(number: float, dtype: torch.dtype) -> None:
+    """Of MarkupLM, and of users' own matrices; a row without another key keeps its weights, as Transformers has it."""
+    shown = torch.ones(4, 4, dtype=torch.bool).tril()
+    shown[:, 0] = False
+    matrix = torch.full((1, 1, 4, 4), number, dtype=dtype).masked_fill(shown, 0.0)
+    mask = Mask.receive(matrix, 4, 4, is_causal=True, device=CPU)
+    visible = mask.visible()
+    assert visible is not None and torch.equal(visible[0, 0, 1:], shown[1:])
+    scores = torch.randn(1, 2, 4, 4)
+    want = (scores + matrix.float()).softmax(-1)
+    rows = slice(1, None) if number < -1e8 else slice(None)  # larger numbers leave nothing of a score next to them
+    torch.testing.assert_close(mask.softmax(scores)[:, :, rows], want[:, :, rows], rtol=1e-3, atol=1e-6)
+
+
+def test_entropy_under_a_matrix_of_numbers() -> None:
+    """Padding of a mask of -10,000 counts no more than under the mask that says it in words."""
+    model = build("bert")
+    inputs = batch(model)
+    matrix = (1 - inputs["attention_mask"][:, None, None].float()) * -10_000
+    for method in ("entropy", "confidence"):
+        scores = [head_importance(model, [inputs | {"attention_mask": mask}], method=method)
+                  for mask in (matrix, inputs["attention_mask"])]  # fmt: skip
+        torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)

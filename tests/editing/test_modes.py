@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import build
+from support.unchanged import unchanged
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -84,3 +85,17 @@ def test_the_same_in_any_mode(name: str, mode: str) -> None:
     for one, two in zip(found.parameters(), wanted.parameters(), strict=True):
         assert one.dtype == two.dtype and one.requires_grad and not one.is_inference() and torch.equal(one, two)
     found(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+
+
+@pytest.mark.parametrize("change", ["gradient", "l0", "descent", "token weights"])
+def test_a_model_that_was_made_in_inference_mode(change: str) -> None:
+    """PyTorch lets no gradient through it, and says so in its own words in the middle of the work."""
+    with torch.inference_mode():
+        model = build("llama", "causal", 8, 4)
+    given = hf_attnkit.RefitOptions("output", token_weights="gradient")
+    changes = CHANGES | {
+        "descent": lambda m: hf_attnkit.convert_to_gqa(m, 2, calibration=batches(), refit="descent"),
+        "token weights": lambda m: hf_attnkit.prune_heads(m, {0: [0, 1]}, calibration=batches(), refit=given),
+    }
+    with unchanged(model), pytest.raises(ValueError, match=r"made in inference mode.*load the model outside"):
+        changes[change](model)

@@ -37,6 +37,21 @@ MODEL: dict[str, Bad] = {
         ValueError,
         r"batches is empty; .*\(an iterator is spent",
     ),
+    "importance: ids without tensors": (
+        lambda m: head_importance(m, [{"input_ids": [[1, 2, 3]]}]),
+        ValueError,
+        r"input_ids is a list; it must be a tensor .*return_tensors='pt'",
+    ),
+    "importance: one row without its axis": (
+        lambda m: head_importance(m, [{"input_ids": torch.tensor([1, 2, 3])}]),
+        ValueError,
+        r"input_ids is of shape \(3,\); it must be a tensor \(batch, tokens\)",
+    ),
+    "importance: a batch of nothing": (
+        lambda m: head_importance(m, [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}]),
+        ValueError,
+        r"input_ids is of shape \(2, 0\); .* not empty",
+    ),
     "importance: tensor": (
         lambda m: head_importance(m, [torch.ones(1, 3)]),
         ValueError,

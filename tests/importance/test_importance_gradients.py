@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.every_type import small_model
+from support.every_type import small_config, small_model
 from support.models import batch, build
 from support.subprocesses import run_code, together
 from support.unchanged import unchanged
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_attnkit import head_gradients, head_importance, prune_heads, swap_attention
 from hf_attnkit.editing.proof import heads_changed
@@ -340,3 +340,32 @@ def test_a_loss_that_takes_no_labels() -> None:
                     losses.append(model(**inputs, return_loss=True).loss)
             want = float((losses[0] - losses[1]) / 2e-5)
             assert abs(float(gradients[layer, head]) - want) <= 1e-5 * max(abs(want), 1e-2)
+
+
+def test_labels_that_are_of_no_single_example() -> None:
+    """Those of CTC are letters: what each example adds to the batch's loss is not known, so one at a time is asked."""
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(small_config(Wav2Vec2Config)).eval()
+    inputs = {"input_values": torch.randn(2, 3200), "labels": torch.tensor([[3, 4, 5], [6, 7, -100]])}
+    with unchanged(model), pytest.raises(ValueError, match=r"\(2, 3\) are neither .* give batches of one example"):
+        head_importance(model, [inputs], method="gradient")
+    alone = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
+    assert head_importance(model, alone, method="gradient").min() > 0
+
+
+def test_labels_of_other_types() -> None:
+    model, inputs = problem("bert", "sequence", None)
+    expected = head_importance(model, [inputs], method="gradient")
+    short = inputs | {"labels": inputs["labels"].int(), "input_ids": inputs["input_ids"].int()}
+    assert torch.equal(head_importance(model, [short], method="gradient"), expected)
+    with unchanged(model), pytest.raises(ValueError, match="labels is a list; it must be a tensor"):
+        head_importance(model, [inputs | {"labels": [0, 1, 1]}], method="gradient")
+
+
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_labels_that_are_no_token(wrong: int) -> None:
+    model, inputs = problem("bert", "masked", None)
+    inputs["labels"] = inputs["labels"].clone()
+    inputs["labels"][0, 1] = wrong
+    with unchanged(model), pytest.raises(ValueError, match=rf"label {wrong} is none of the 99 tokens .*0 to 98"):
+        head_importance(model, [inputs], method="gradient")

@@ -107,3 +107,10 @@ def test_bad_input() -> None:
         swap_attention(model, "linear")
     with pytest.raises(ValueError, match="linear attention, which has no window"):
         head_importance(model, [batch(model)], method="reach", window=2)
+
+
+def test_heads_whose_outputs_no_matrix_takes() -> None:
+    model = small_model("jetmoe")
+    ids = torch.randint(3, 60, (2, 9))
+    with pytest.raises(ValueError, match=r"no matrix product takes its heads' outputs.*take a score of attention"):
+        head_importance(model, [{"input_ids": ids}], method="reach")

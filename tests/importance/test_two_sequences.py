@@ -10,7 +10,7 @@ from support.every_type import small_model
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel
 
-from hf_attnkit import head_importance
+from hf_attnkit import head_gradients, head_importance
 
 LOSSES = ("gradient", "taylor", "fisher")
 
@@ -72,3 +72,42 @@ def test_labels_are_the_decoder_s(length: int) -> None:
     torch.testing.assert_close(scores[0].double(), by_definition(model, batch), rtol=1e-5, atol=0)
     for method in LOSSES:
         assert head_importance(model, [batch], method=method).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["entropy", "contribution"])
+@pytest.mark.parametrize("model_type", ["bart", "t5", "whisper"])
+def test_a_decoder_reads_labels(model_type: str, method: str) -> None:
+    """As collators give them: of different lengths, no other inputs of the decoder, and no mask of its padding."""
+    model = small_model(model_type)
+    start = model.config.decoder_start_token_id = 1
+    labels = torch.randint(3, 60, (3, 7))
+    labels[0, 4:] = labels[1, 5:] = -100
+    takes_sound = model_type == "whisper"
+    given = {"input_features": torch.randn(3, 16, 32)} if takes_sound else {"input_ids": torch.randint(3, 60, (3, 9))}
+    name = next(iter(given))
+    alone = []
+    for row, own in enumerate(labels):
+        decoder = torch.cat([torch.tensor([start]), own[own != -100][:-1]])
+        alone.append({name: given[name][row : row + 1], "decoder_input_ids": decoder[None]})
+    found = head_importance(model, [given | {"labels": labels}], method=method)
+    torch.testing.assert_close(
+        found, head_importance(model, alone, method=method), rtol=1e-4, atol=1e-6, equal_nan=True
+    )
+
+
+def test_answers_of_a_decoder() -> None:
+    """To what it reads by its labels, and none at its padding."""
+    model = small_model("bart")
+    start = model.config.decoder_start_token_id
+    ids, labels = torch.randint(3, 60, (3, 9)), torch.randint(3, 60, (3, 7))
+    labels[0, 4:] = -100
+    read = torch.cat([torch.full((3, 1), start), labels[:, :-1]], 1)
+    alone = [
+        {"input_ids": ids[row : row + 1], "decoder_input_ids": read[row : row + 1, : (labels[row] != -100).sum()]}
+        for row in range(3)
+    ]
+    found = head_gradients(model, [{"input_ids": ids, "labels": labels}], labels="predicted")
+    torch.testing.assert_close(found, head_gradients(model, alone, labels="predicted"), rtol=1e-4, atol=1e-8)
+    whisper = small_model("whisper")
+    with pytest.raises(ValueError, match=r"answers of WhisperForConditionalGeneration to decoder_input_ids"):
+        head_gradients(whisper, [{"input_features": torch.randn(2, 16, 32), "labels": labels}], labels="predicted")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.every_type import small_model
+from support.every_type import small_config, small_model
 from support.unchanged import unchanged
 from torch import nn
 from transformers import (
@@ -17,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
 )
 
 from hf_attnkit import convert_to_gqa, prune_heads, swap_attention
@@ -161,3 +163,12 @@ def test_a_classifier_without_a_padding_token() -> None:
     assert [each.num_heads for each in discover(model).attentions] == [4, 4]
     convert_to_gqa(prune_heads(swap_attention(model, "flash"), {0: [0, 1]}), 1)
     assert [each.num_heads for each in discover(model).attentions] == [2, 4]
+
+
+def test_what_takes_the_heads_of_attention_that_calls_no_interface() -> None:
+    """Longformer's ends with a product of new inputs (global tokens); ConvBERT's heads have others beside them."""
+    torch.manual_seed(0)
+    model = LongformerForSequenceClassification(small_config(LongformerConfig)).eval()
+    found = discover(model).attentions
+    assert [each.output for each in found] == [f"longformer.encoder.layer.{n}.attention.output.dense" for n in (0, 1)]
+    assert {(each.output, each.head_dim) for each in discover(small_model("convbert")).attentions} == {(None, 8)}

@@ -34,13 +34,13 @@ EXPECTED: dict[str, str] = {
     """,
     # a norm over all heads together, a bias made elsewhere, heads that are recombined
     "mixed heads": """
-        big_bird bitnet bloom deepseek_v4 diffllama esmc flex_olmo jetmoe minimax_m2
+        big_bird bitnet bloom convbert deepseek_v4 diffllama esmc flex_olmo jetmoe minimax_m2
         nemotron3_5_transcribe_asr_audio nemotron3_diarization_audio olmo2 olmo3 olmo_hybrid olmoe prophetnet
         wavlm
     """,
     # the forward fixes the width, or numbers of heads that it takes from elsewhere
     "not with fewer heads": """
-        blip blip-2 codegen convbert doge fsmt groupvit led longformer mgp-str mpt timesformer
+        blip blip-2 codegen doge fsmt groupvit led longformer mgp-str mpt timesformer
         trocr
     """,
     # tied attention

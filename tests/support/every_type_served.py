@@ -19,7 +19,7 @@ SERVED: dict[str, str] = {
         visual_bert vitdet xglm xlm
     """,
     "contribution": """
-        big_bird blip bloom codegen convbert doge fsmt groupvit led longformer mgp-str mpt prophetnet
+        big_bird blip bloom codegen doge fsmt groupvit led longformer mgp-str mpt prophetnet
         timesformer trocr
     """,
     "swap window entropy contribution": """
@@ -62,6 +62,6 @@ SERVED: dict[str, str] = {
         t5gemma2
     """,
     "": """
-        wavlm
+        convbert wavlm
     """,
 }

@@ -36,7 +36,7 @@ class Contribution(Score):
         def hook(layer: AttentionLayer, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 heads = (
-                    real_tokens(args[0], inputs, layer.padding)
+                    real_tokens(args[0], inputs, layer.padding, layer.of_length)
                     .unflatten(-1, (layer.num_heads, layer.value_head_dim))
                     .double()
                 )

@@ -22,7 +22,7 @@ from hf_attnkit.common.checks import integer
 from hf_attnkit.common.options import store
 from hf_attnkit.importance.processes import over_processes
 from hf_attnkit.importance.score import Batches, Score
-from hf_attnkit.models.layers import AttentionLayer
+from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
 from hf_attnkit.observing.batches import run_batches
 
@@ -52,6 +52,8 @@ class Reach(Score):
         )
 
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
+        for layer in layers:
+            output_of(layer)  # refuses one without before the batches run
         differences = _Differences(layers, SlidingWindowAttention(self.window, self.num_sink_tokens))
         with visible_attention(model, only=layers), observe(differences):
             for batch, run in run_batches(model, batches, description="reach"):

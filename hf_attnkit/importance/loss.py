@@ -23,7 +23,7 @@ from hf_attnkit.attention.packing import starts
 from hf_attnkit.common.state import replace_state
 from hf_attnkit.models.discovery import quiet, require_gradients
 from hf_attnkit.models.known import known
-from hf_attnkit.observing.batches import IGNORED, written_by
+from hf_attnkit.observing.batches import IGNORED, known_options, written_by
 
 LABELS = ("given", "predicted")
 
@@ -88,10 +88,13 @@ def with_labels(model: PreTrainedModel, inputs: Mapping[str, Any], labels: str) 
 def batch_loss(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Tensor:
     """The loss of a batch from `with_labels`; as the model computes it, a scalar.
 
+    Without that of a router of experts: it belongs to no example.
+
     Raises:
         ValueError: if it is not finite.
     """
-    loss: Tensor = model(**inputs, return_dict=True).loss
+    options = {"return_dict": True} | known_options(model, {"output_router_logits": False})
+    loss: Tensor = model(**{**inputs, **options}).loss
     if not loss.isfinite():
         raise ValueError(
             f"the loss of a batch is {loss.item()}: activations contain NaN or infinity; run the model in bfloat16 or "

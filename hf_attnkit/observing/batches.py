@@ -63,10 +63,10 @@ def on_device(
 
 def spare_options(model: PreTrainedModel) -> dict[str, Any]:
     """Keywords of the model's forward that turn off what is not needed: the cache, and logits before the last token."""
-    return _known(model, {"logits_to_keep": 1, "use_cache": False})
+    return known_options(model, {"logits_to_keep": 1, "use_cache": False})
 
 
-def _known(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
+def known_options(model: PreTrainedModel, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the model's forward takes."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in options.items() if name in known}
@@ -142,7 +142,7 @@ def to_device(batch: Mapping[str, Any], model: PreTrainedModel, *, labels: bool 
         for name, value in (dict(batch) | written).items()
         if labels or name not in LABELS or name in written
     }
-    return inputs | _known(model, {"use_cache": False})
+    return inputs | known_options(model, {"use_cache": False})
 
 
 def _require_a_tensor(ids: Any) -> None:

@@ -369,3 +369,13 @@ def test_labels_that_are_no_token(wrong: int) -> None:
     inputs["labels"][0, 1] = wrong
     with unchanged(model), pytest.raises(ValueError, match=rf"label {wrong} is none of the 99 tokens .*0 to 98"):
         head_importance(model, [inputs], method="gradient")
+
+
+def test_the_loss_of_a_router_belongs_to_no_example() -> None:
+    model = small_model("mixtral")
+    ids = torch.arange(12).view(2, 6) % model.config.vocab_size
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    inputs["labels"][0, 3:] = -100
+    scores = head_importance(model, [inputs], method="gradient")
+    model.config.output_router_logits, model.router_aux_loss_coef = True, 10.0
+    assert torch.equal(head_importance(model, [inputs], method="gradient"), scores)

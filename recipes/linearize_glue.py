@@ -33,6 +33,7 @@ from hf_attnkit.experiment.training.lora import LoraArguments
 
 @dataclass
 class GlueLinearizeArguments(LinearizeArguments):
+    transfer_learning_rate: float = field(default=2e-2, metadata={"help": "Adam's, at the start of these passes."})
     distill_epochs: float = field(
         default=1.0, metadata={"help": "Passes over the training data towards the untouched model; 0 for none."}
     )

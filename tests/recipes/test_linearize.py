@@ -63,11 +63,11 @@ def test_every_stage_is_measured(whole) -> None:
     title = "linear attention in 1 of 2 layers"
     assert results["change"] == {
         "kind": "linearization", "title": title,
-        "facts": {"attention": attention, "attention_options": {"feature_map": "taylor_exponential", "window": 4,
+        "facts": {"attention": attention, "attention_options": {"feature_map": "exponential", "window": 4,
                                                                 "gate": "learned"}},
     }  # fmt: skip
     assert results["distill_weight"] == 0.5 and results["distill_epochs"] == 1 and results["choose"] == "kl"
-    assert (results["transfer_epochs"], results["transfer_learning_rate"]) == (2, 0.01)
+    assert (results["transfer_epochs"], results["transfer_learning_rate"]) == (2, 0.02)
     steps = [json.loads((output / f"trainer_state_{n}.json").read_text())["global_step"] for n in (1, 2, 3)]
     assert steps == [8, 4, 4]
     assert json.loads((output / "control_state.json").read_text())["global_step"] == 8  # as distilled and recovered

@@ -21,7 +21,7 @@ from hf_attnkit.experiment.training.distill import DistillationArguments
 from hf_attnkit.experiment.training.lora import LoraArguments
 from hf_attnkit.models.layers import attention_layers
 
-FEATURE_MAP = "taylor_exponential"
+FEATURE_MAP = "exponential"
 CHOICES = ("kl", "uniform")
 REFITS = ("output", "scale", "none")
 

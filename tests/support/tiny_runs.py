@@ -160,6 +160,7 @@ def run_main(command: Command, arguments: Sequence[str]) -> None:
 def help_of(parser: str) -> str:
     """What `--help` prints."""
     target, *subcommand = parser.split()
+    subcommand += ["run"] if subcommand == ["lm_eval"] else []  # the harness's own subcommand, which may be left out
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         run_main(Command(target, ()), [*subcommand, "--help"])
     return printed.getvalue()

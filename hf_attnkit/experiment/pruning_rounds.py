@@ -59,6 +59,8 @@ class PruningArguments(SelectionArguments, ChangeArguments):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"--{name} {value} must be above 0 and below 1")
+        if self.prune_steps < 1:
+            raise ValueError(f"--prune_steps {self.prune_steps} must be at least 1")
         self.scoring = Scoring(
             self.importance, parse_options(self.importance_options, "--importance_options"), self.rearrange
         )
@@ -69,6 +71,7 @@ class PruningArguments(SelectionArguments, ChangeArguments):
 
         Args:
             score, refit: the names of the arguments that say how much data each looks at.
+            refit_default: the size for a refit that none is given for, in the same units.
 
         Raises:
             ValueError: a number below 1, or a size for a refit that there is none of.
@@ -77,7 +80,7 @@ class PruningArguments(SelectionArguments, ChangeArguments):
             raise ValueError(f"--{refit} {getattr(self, refit)} has no effect with --refit none; leave it out")
         if self.refit != "none" and getattr(self, refit) is None:
             setattr(self, refit, refit_default)
-        for name in (score, refit, "prune_steps"):
+        for name in (score, refit):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 

@@ -25,10 +25,10 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def show(table: Table) -> None:
+def show(table: Table, width: int = 120) -> None:
     """Print a table in full also where the output is no terminal (rich then assumes 80 columns)."""
     console = Console()
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, width)).print(table)
 
 
 def read_texts(path: Path, number: int) -> list[str]:

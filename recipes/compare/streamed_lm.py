@@ -7,11 +7,11 @@
 The held-out blocks make one text, which is read `--chunk_size` tokens at a time. A variant is `untouched`, a kind of
 attention with its options, heads that stream as a share of all (those with the least reach on training text), or
 `fresh`: the untouched model without a cache, which reads again the `--fresh_tokens` before each piece of as many, and
-only the end of the text. That is what to compare with where a text is longer than any that the model was trained on:
+only the last `--last_tokens` of the text. That is what to compare with where a text is longer than any that the model was trained on:
 
     python recipes/compare/streamed_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --block_size 1024 \\
-        --max_eval_samples 100 --chunk_size 256 \\
-        --variants sliding_window:window=1024,num_sink_tokens=4,renumber=true fresh --output_dir outputs/smollm2-endless
+        --max_eval_samples 100 --chunk_size 256 --last_tokens 10000 \\
+        --variants fresh sliding_window:window=1024,num_sink_tokens=4,renumber=true --output_dir outputs/smollm2-endless
 
 Writes results.json and reading.png; saves no model.
 """
@@ -51,15 +51,16 @@ class ReadingArguments:
         },
     )
     chunk_size: int = field(default=512, metadata={"help": "Tokens that are read at once."})
-    last_tokens: int = field(
-        default=10000, metadata={"help": "The end of the text that is also measured by itself, up to a chunk more."}
+    last_tokens: int | None = field(
+        default=None,
+        metadata={"help": "The end of the text that is also measured by itself, up to a chunk more; by default all."},
     )
     fresh_tokens: int = field(default=1024, metadata={"help": f"Tokens that {FRESH} reads again, and reads on from."})
     score_tokens: int = field(default=3072, metadata={"help": "Training tokens to choose heads that stream on."})
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "last_tokens", "fresh_tokens", "score_tokens"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if len(set(self.variants)) < len(self.variants):
             raise ValueError(f"--variants {self.variants} names one more than once")
@@ -82,9 +83,10 @@ class ReadingRun(LanguageModelRun):
     def __init__(self, arguments: ModelArguments, text: TextArguments, training: Any, reading: ReadingArguments):
         super().__init__(arguments, text, training, reading)
         self.reading, self.text = reading, self.eval_data.tokens.flatten().long()
-        if reading.last_tokens > len(self.text):
-            raise ValueError(f"--last_tokens {reading.last_tokens} is more than the text's {len(self.text)} tokens")
-        self.end = (len(self.text) - reading.last_tokens) // reading.chunk_size * reading.chunk_size
+        last = len(self.text) if reading.last_tokens is None else reading.last_tokens
+        if last > len(self.text):
+            raise ValueError(f"--last_tokens {last} is more than the text's {len(self.text)} tokens")
+        self.end = (len(self.text) - last) // reading.chunk_size * reading.chunk_size
 
     def measure(self, trainer: Trainer) -> dict[str, Any]:
         fresh = self.variant == FRESH
@@ -136,7 +138,7 @@ def main() -> None:
 
 
 def print_readings(results: Mapping[str, Any], title: str) -> None:
-    """One row per variant. Ratios are to the first; of memory the second half of the text counts for the change."""
+    """One row per variant. Ratios are to the first; of memory the least and the most in the second half of the text."""
     table = Table(title=title)
     table.add_column("variant", overflow="fold")
     for heading in (

@@ -62,6 +62,8 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--softmax_layers": ("0",),  # the tiny models have one layer
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
+    "--last_tokens": ("16",),
+    "--first_token_repeats": ("1",),
     "--prune_fractions": ("0.5",),
     "--prune_steps": ("2",),
     "--torch_compile": ("false",),  # test_recipes_training.py compiles

@@ -29,13 +29,17 @@ NO_LABELS = "no example of the batches has a label that counts; labels of -100 a
 
 @contextmanager
 def gated(
-    layers: Sequence[AttentionLayer], inputs: Mapping[str, Any], gate: Callable[[int, Tensor], Tensor]
+    layers: Sequence[AttentionLayer],
+    inputs: Mapping[str, Any],
+    gate: Callable[[int, Tensor], Tensor],
+    part: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the context, the heads' outputs at real tokens are multiplied by gates.
 
     Args:
         gate: called with the place of a layer and its heads' outputs `(B, T, H, D)`, gives their factors,
             broadcastable to `(B, T, H)`.
+        part: called with the same, gives what of these outputs is multiplied, of their shape; by default all.
     """
 
     def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -44,7 +48,11 @@ def gated(
             real = real_mask(args[0], inputs, layer.padding, layer.of_length)
             factors = torch.where(real[..., None], gate(place, heads), 1.0)
             # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
-            return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
+            if part is None:
+                outputs = heads * factors[..., None]
+            else:
+                outputs = heads + part(place, heads) * (factors[..., None] - 1)
+            return (outputs.to(args[0].dtype).flatten(-2), *args[1:])
 
         return multiply
 
@@ -52,6 +60,36 @@ def gated(
         for place, layer in enumerate(layers):
             stack.callback(output_of(layer).register_forward_pre_hook(hook(place, layer)).remove)
         yield
+
+
+class OpenGates:
+    """Gates of 1 for each row of each call, as `gated` asks for them: ALBERT calls one module in all of its layers."""
+
+    def __init__(self, number: int, per_token: bool) -> None:
+        self._gates: list[list[Tensor]] = [[] for _ in range(number)]
+        self._per_token = per_token
+
+    def __call__(self, place: int, heads: Tensor) -> Tensor:
+        # Patches of images are all in one row, which has no axis of its own (Qwen2-VL).
+        rows, tokens, number, _ = heads.shape if heads.dim() == 4 else (1, *heads.shape)
+        dtype = torch.promote_types(heads.dtype, torch.float32)
+        gate = torch.ones(
+            rows, tokens if self._per_token else 1, number, dtype=dtype, device=heads.device, requires_grad=True
+        )
+        self._gates[place].append(gate)
+        return gate if heads.dim() == 4 else gate[0]
+
+    def gradients(self, scalar: Tensor, layers: Sequence[AttentionLayer]) -> list[list[Tensor]]:
+        """Of each layer's calls, `(rows, T, num_heads)`, T = 1 unless `per_token`.
+
+        Raises:
+            ValueError: for a layer that was not called.
+        """
+        idle = [layer.name for layer, own in zip(layers, self._gates, strict=True) if not own]
+        if idle:
+            raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
+        found = iter(torch.autograd.grad(scalar, [gate for own in self._gates for gate in own]))
+        return [[next(found) for _ in own] for own in self._gates]
 
 
 def example_gradients(
@@ -73,42 +111,36 @@ def example_gradients(
 
     Yields:
         Per layer `(examples, rows, T, num_heads)`, T = 1 unless `per_token`; 0 at padding. An example has several rows
-        where the model folds its texts into the batch (multiple choice), otherwise one.
+        where the model folds its texts into the batch (multiple choice), otherwise one. A module that is called several
+        times (ALBERT) has the gates of all its calls along T.
     """
     for batch in on_device(model, batches, description=description, labels=True):
-        gates: dict[int, Tensor] = {}
-
-        def ones(place: int, heads: Tensor) -> Tensor:
-            # Patches of images are all in one row, which has no axis of its own (Qwen2-VL).
-            rows, tokens, number, _ = heads.shape if heads.dim() == 4 else (1, *heads.shape)
-            dtype = torch.promote_types(heads.dtype, torch.float32)
-            gates[place] = torch.ones(  # noqa: B023 - used while this batch runs
-                rows, tokens if per_token else 1, number, dtype=dtype, device=heads.device, requires_grad=True
-            )
-            return gates[place] if heads.dim() == 4 else gates[place][0]  # noqa: B023
-
+        gates = OpenGates(len(layers), per_token)
         with torch.enable_grad(), evaluation_mode(model), same_config(model):
             inputs, terms = with_labels(model, batch, labels)
             if not terms.any():
                 continue
-            with gated(layers, inputs, ones):
+            with gated(layers, inputs, gates):
                 loss = batch_loss(model, inputs)
-            idle = [layer.name for place, layer in enumerate(layers) if place not in gates]
-            if idle:
-                raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
-            found = torch.autograd.grad(loss, [gates[place] for place in range(len(layers))])
-        for layer, gradient in zip(layers, found, strict=True):
-            if len(gradient) % len(terms):
-                raise ValueError(
-                    f"{layer.name} attends to {len(terms)} examples in {len(gradient)} rows, so what belongs to which "
-                    "cannot be told; give batches of one example"
-                )
+            gradients = gates.gradients(loss, layers)
         seen = (terms > 0) & _has_tokens(inputs, terms)
         scale = terms.sum() / terms[seen]
-        yield [
-            gradient.unflatten(0, (len(terms), -1))[seen.to(gradient.device)] * scale.to(gradient)[:, None, None, None]
-            for gradient in found
-        ]
+        found = []
+        for layer, own in zip(layers, gradients, strict=True):
+            calls = [_by_example(each, layer, len(terms)) for each in own]
+            gradient = calls[0] if len(calls) == 1 else torch.cat([each.flatten(1, 2)[:, None] for each in calls], 2)
+            found.append(gradient[seen.to(gradient.device)] * scale.to(gradient)[:, None, None, None])
+        yield found
+
+
+def _by_example(gradient: Tensor, layer: AttentionLayer, number: int) -> Tensor:
+    """`(rows, T, num_heads)` to `(number, rows of an example, T, num_heads)`."""
+    if len(gradient) % number:
+        raise ValueError(
+            f"{layer.name} attends to {number} examples in {len(gradient)} rows, so what belongs to which "
+            "cannot be told; give batches of one example"
+        )
+    return gradient.unflatten(0, (number, -1))
 
 
 def _has_tokens(inputs: Mapping[str, Any], terms: Tensor) -> Tensor:

@@ -46,6 +46,20 @@ def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor
     return found.flatten(0, -2) if found.dim() > 1 else found[:, None]
 
 
+def mixed(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """r . z, a scalar on the CPU: z all real outputs, r random signs.
+
+    Its gradient by anything that each sequence has its own of, J^T r with J = dz / dx, tells J without a pass for each
+    output: E |J^T r|^2 = |J|_F^2, and E (r . J v)^2 = |J v|^2.
+    """
+    total = torch.zeros(())
+    for name, output in outputs.items():
+        real = real_outputs(name, output, inputs)
+        signs = torch.randint(0, 2, real.shape, generator=generator, dtype=torch.int8).to(real.device)
+        total = total + (real.float() * (2 * signs - 1)).sum().cpu()
+    return total
+
+
 def sequences_of(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """`(positions,)`, the sequence of the batch that each of `real_outputs` belongs to."""
     width = output.shape[-1:] if output.dim() == 1 or name in BY_TOKEN else (1,)

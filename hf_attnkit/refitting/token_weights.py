@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.common.state import evaluation_mode, frozen
 from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer
-from hf_attnkit.observing.outputs import final_outputs, real_outputs
+from hf_attnkit.observing.outputs import final_outputs, mixed
 
 TOKEN_WEIGHTS = ("gradient", "uniform")
 
@@ -55,7 +55,7 @@ def gradient_norms(
             for layer in layers:
                 stack.callback(_watch(layer.output, found[layer.index]).remove)
             outputs = final_outputs(model(**batch))
-            total = sum((_mixed(real_outputs(*each, batch), generator) for each in outputs.items()), torch.zeros(()))
+            total = mixed(outputs, batch, generator)
             try:
                 total.backward()
             except torch.OutOfMemoryError:
@@ -79,11 +79,6 @@ def weights_of(norms: Sequence[Tensor], real: Sequence[Tensor]) -> list[Tensor]:
     if not 0 < mean < float("inf"):  # nothing of this layer is seen, or it is beyond float32: no token is told apart
         return [mask.float() for mask in real]
     return [norm / mean * mask for norm, mask in zip(norms, real, strict=True)]
-
-
-def _mixed(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.int8).to(outputs.device)
-    return (outputs.float() * (2 * signs - 1)).sum().cpu()
 
 
 def _watch(linear: nn.Module, found: list[Tensor]) -> Any:

@@ -6,7 +6,8 @@ By perplexity, and by whether something random that was hidden in a long text is
         --block_size 3072 --windows 256 --shares 0.25 0.5 0.67 0.8 --find passkey --find_lengths 1024 \\
         --output_dir outputs/smollm2-streaming
 
-Of the key/value heads a share streams: those with the least reach, or random ones. Next to them a window for all heads
+Of the key/value heads a share streams: those with the least reach, in the residual stream or in the outputs, or random
+ones. Next to them a window for all heads
 whose cache is as large. Scores and refit look at training text only. Writes results.json; saves no model.
 """
 
@@ -29,7 +30,8 @@ from hf_attnkit.experiment.text.data import TextArguments
 from hf_attnkit.experiment.text.run import LanguageModelRun, ModelArguments
 from hf_attnkit.models.layers import attention_layers
 
-VARIANTS = ("reach", "reach+refit", "random", "random+refit", "window")
+OUTPUTS = "reach:measure=outputs"
+VARIANTS = ("reach", "reach+refit", OUTPUTS, f"{OUTPUTS}+refit", "random", "random+refit", "window")
 
 
 @dataclass
@@ -42,7 +44,10 @@ class StreamingArguments:
     num_sink_tokens: int = field(default=4, metadata={"help": "First tokens that they see as well."})
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS),
-        metadata={"help": f"Any of {', '.join(VARIANTS)}; window: of all heads, with a cache as large."},
+        metadata={
+            "help": f"Any of {', '.join(VARIANTS)}: what the heads that stream have the least of; window: of all heads, "
+            "with a cache as large."
+        },
     )
     random_draws: int = field(default=3, metadata={"help": "How often random heads are drawn."})
     score_tokens: int = field(default=3072, metadata={"help": "Training tokens to score on."})
@@ -113,9 +118,11 @@ def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments,
     options: dict[str, Any] = {"window": window, "num_sink_tokens": arguments.num_sink_tokens}
     draws = range(arguments.random_draws)
     scores = {}
-    if any(variant.startswith("reach") for variant in arguments.variants):
-        batches = run.calibration_batches(arguments.score_tokens)
-        scores["reach"] = [hf_attnkit.head_importance(original, batches, method="reach", **options)]
+    for name in dict.fromkeys(variant.partition("+")[0] for variant in arguments.variants):
+        if name.startswith("reach"):
+            batches = run.calibration_batches(arguments.score_tokens)
+            measured = {"measure": "outputs"} if name == OUTPUTS else {}
+            scores[name] = [hf_attnkit.head_importance(original, batches, method="reach", **options, **measured)]
     scores["random"] = [hf_attnkit.head_importance(original, method="random", seed=seed) for seed in draws]
     for share in arguments.shares:
         for variant in arguments.variants:
@@ -124,7 +131,10 @@ def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments,
                 measure_window(run, original, arguments, window, share)
                 continue
             for draw, score in enumerate(scores[method] if share < 1 else scores[method][:1]):
-                if share == 1 and (method == "random" and f"reach{'+' if refit else ''}{refit}" in arguments.variants):
+                if share == 1 and any(
+                    other.partition("+")[2] == refit and other != "window"
+                    for other in arguments.variants[: arguments.variants.index(variant)]
+                ):
                     continue  # all heads, whatever the score
                 kinds = hf_attnkit.streaming_kinds(chosen(original, score, share), original, **options)
                 run.model = copy.deepcopy(original)

@@ -17,28 +17,40 @@ from hf_attnkit.models.layers import attention_layers, projected_layers
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 
 
+def what_is_lost(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
+    """Of one sequence without padding `(length,)`, per layer a_h - b_h `(num_heads, length, head_dim)`: from eager
+    attention matrices and values of a model in float64."""
+    layers = projected_layers(model)
+    values: dict[int, Tensor] = {}
+    handles = [
+        layer.value.register_forward_hook(lambda module, args, out, index=layer.index: values.update({index: out[0]}))
+        for layer in layers
+    ]
+    matrices = model(ids[None], output_attentions=True).attentions
+    for handle in handles:
+        handle.remove()
+    i, j = torch.arange(len(ids))[:, None], torch.arange(len(ids))
+    near = ((i - j).abs() < WINDOW) | (j < SINKS)
+    found = []
+    for layer, matrix in zip(layers, matrices, strict=True):
+        value = values[layer.index].unflatten(-1, (layer.num_key_value_heads, -1)).transpose(0, 1)
+        value = value.repeat_interleave(layer.num_heads // layer.num_key_value_heads, 0)
+        windowed = matrix[0] * near
+        found.append(((matrix[0] - windowed / windowed.sum(-1, keepdim=True)) @ value).detach())
+    return found
+
+
 def by_definition(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """From eager attention matrices and values in float64, each sequence by itself: no padding."""
+    """In float64, each sequence by itself: no padding."""
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
     layers = projected_layers(model)
-    values: dict[int, Tensor] = {}
-    for layer in layers:
-        layer.value.register_forward_hook(lambda module, args, out, index=layer.index: values.update({index: out[0]}))
     total, count = torch.zeros(len(layers), layers[0].num_heads, dtype=torch.float64), 0
     for row, mask in enumerate(inputs["attention_mask"].bool()):
-        matrices = model(inputs["input_ids"][row][mask][None], output_attentions=True).attentions
-        length = int(mask.sum())
-        i, j = torch.arange(length)[:, None], torch.arange(length)
-        near = ((i - j).abs() < WINDOW) | (j < SINKS)
-        for layer, matrix in zip(layers, matrices, strict=True):
-            value = values[layer.index].unflatten(-1, (layer.num_key_value_heads, -1)).transpose(0, 1)
-            value = value.repeat_interleave(layer.num_heads // layer.num_key_value_heads, 0)
-            windowed = matrix[0] * near
-            lost = (matrix[0] - windowed / windowed.sum(-1, keepdim=True)) @ value
+        for layer, lost in zip(layers, what_is_lost(model, inputs["input_ids"][row][mask]), strict=True):
             weight = layer.output.weight.unflatten(1, (layer.num_heads, -1))
             total[layer.index] += torch.einsum("hqd,ehd->hqe", lost, weight).square().sum((1, 2)).detach()
-        count += length
+        count += int(mask.sum())
     return total / count
 
 
@@ -52,6 +64,54 @@ def test_against_the_definition(family: str) -> None:
     assert reads_both_ways(model) == (family == "bert")
     # float32 attention of 13 keys and 8 values a head; differences of outputs cancel some of their bits.
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def in_outputs(model: PreTrainedModel, inputs: dict[str, Tensor], signs: list[Tensor] | None) -> Tensor:
+    """The mean over queries of (r . dz/da (a - b))^2 in float64, each sequence by itself; of a single output z that is
+    |dz/da (a - b)|^2, whatever the sign."""
+    model = copy.deepcopy(model).double()
+    model.set_attn_implementation("eager")
+    layers = projected_layers(model)
+    total, count = torch.zeros(len(layers), layers[0].num_heads, dtype=torch.float64), 0
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        ids = inputs["input_ids"][row][mask]
+        for layer, lost in zip(layers, what_is_lost(model, ids), strict=True):
+            moved = torch.zeros_like(lost.transpose(0, 1), requires_grad=True)
+            handle = layer.output.register_forward_pre_hook(
+                lambda module, args, moved=moved: (args[0] + moved.flatten(-2),)
+            )
+            outputs = model(ids[None]).logits[0]
+            handle.remove()
+            total_output = (outputs * (1 if signs is None else signs[row])).sum()
+            gradient = torch.autograd.grad(total_output, moved)[0]
+            total[layer.index] += torch.einsum("thd,htd->ht", gradient, lost).square().sum(1)
+        count += int(mask.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["bert", "grouped"])
+def test_in_the_outputs(family: str) -> None:
+    if family == "bert":
+        model = build("bert", "sequence", num_labels=1)
+    else:
+        model = build("llama", "causal", 4, 2, num_hidden_layers=1)
+    inputs = batch(model, (6, 4))
+    real, signs = inputs["attention_mask"].bool(), None
+    if family == "grouped":
+        # As they are drawn: for each batch's real positions, one row after the other.
+        shape = (int(real.sum()), model.config.vocab_size)
+        drawn = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        signs = list((2 * drawn.double() - 1).split(real.sum(1).tolist()))
+    options = {"window": WINDOW, "num_sink_tokens": SINKS, "measure": "outputs"}
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    found = head_importance(copy.deepcopy(model).double(), [inputs], method="reach", **options)
+    expected = in_outputs(model, inputs, signs)
+    assert (expected > 0).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7 * float(expected.max()))
+    single = head_importance(model, [inputs], method="reach", **options)
+    torch.testing.assert_close(single.double(), expected, rtol=1e-2, atol=1e-4 * float(expected.max()))
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_batches_count_by_their_tokens_and_a_window_over_all_loses_nothing() -> None:
@@ -96,11 +156,19 @@ def test_cross_attention_has_none() -> None:
     found = head_importance(model, [{"input_ids": ids, "decoder_input_ids": ids}], method="reach", window=2)
     is_cross = torch.tensor([layer.is_cross for layer in attention_layers(model)])
     assert is_cross.any() and found[is_cross].isnan().all() and found[~is_cross].isfinite().all()
+    again = head_importance(
+        model, [{"input_ids": ids, "decoder_input_ids": ids}], method="reach", window=2, measure="outputs"
+    )
+    assert again[is_cross].isnan().all() and (again[~is_cross] > 0).all()
 
 
 def test_bad_input() -> None:
     model = build("llama")
-    for options, message in (({"window": 0}, "window=0 must be"), ({"num_sink_tokens": -1}, "num_sink_tokens=-1 must")):
+    for options, message in (
+        ({"window": 0}, "window=0 must be"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens=-1 must"),
+        ({"measure": "loss"}, "measure='loss' must be one of"),
+    ):
         with pytest.raises(ValueError, match=message):
             head_importance(model, [batch(model)], method="reach", **options)
     with pytest.warns(UserWarning, match="another function"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from compare import long_context_lm
+from compare.long_context_lm import OUTPUTS
 from transformers import AutoModelForCausalLM
 
 import hf_attnkit
@@ -32,7 +33,8 @@ def test_every_variant(text_checkpoint, text, tmp_path, monkeypatch, capsys) -> 
     baseline, *others = results["stages"]
     found = [(stage["share"], stage["variant"]) for stage in others]
     assert [variant for share, variant in found if share == 0.5] == [
-        "reach", "reach+refit", "random", "random", "random+refit", "random+refit", "window",
+        "reach", "reach+refit", OUTPUTS, f"{OUTPUTS}+refit",
+        "random", "random", "random+refit", "random+refit", "window",
     ]  # fmt: skip
     assert [variant for share, variant in found if share == 1] == ["reach", "reach+refit", "window"]  # all, whatever
     kept = (SINKS + WINDOW - 1) / BLOCK

@@ -6,7 +6,7 @@ and reads near has a low reach.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,33 +18,50 @@ from hf_attnkit.attention.dispatch import observe
 from hf_attnkit.attention.kernels import backends, capped
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
-from hf_attnkit.common.checks import integer
+from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.options import store
+from hf_attnkit.common.state import evaluation_mode, frozen
+from hf_attnkit.importance.gates import OpenGates, gated
 from hf_attnkit.importance.processes import over_processes
 from hf_attnkit.importance.score import Batches, Score
+from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
-from hf_attnkit.observing.batches import run_batches
+from hf_attnkit.observing.batches import known_options, on_device, run_batches
+from hf_attnkit.observing.outputs import final_outputs, mixed
+
+MEASURES = ("stream", "outputs")
 
 
 @dataclass(frozen=True)
 class Reach(Score):
-    """mean over real queries of |W_oh (a_h - b_h)|^2, in squared units of the residual stream; at least 0.
+    """What is lost when the head sees only the first tokens and a window, a mean over real queries; at least 0.
 
-    a_h is the head's output, b_h its output from the first tokens and the window alone, W_oh the columns of the output
-    projection that belong to the head. No labels, no gradient; memory is linear in the length. NaN for cross-attention.
+    a_h is the head's output, b_h its output from the first tokens and the window alone, for the same query. NaN for
+    cross-attention. No labels; memory is linear in the length.
+
+    "stream": |W_oh (a_h - b_h)|^2 in squared units of the residual stream, W_oh the columns of the output projection
+    that belong to the head. A forward pass.
+
+    "outputs": |dz/da_h (a_h - b_h)|^2 in squared units of z, all real outputs of the model (logits, or last hidden
+    states): to first order what that query's loss in this head does to them. Estimated with one draw of random signs
+    for each batch, by a forward and a backward pass, which takes the memory of a training step without gradients of
+    parameters.
 
     Attributes:
         window: number of keys on each side of a query, its own included.
         num_sink_tokens: how many of the first tokens (after left padding) are seen as well.
+        measure: where the loss counts, "stream" or "outputs".
     """
 
     name = "reach"
 
     window: int = 256
     num_sink_tokens: int = 4
+    measure: str = "stream"
 
     def __post_init__(self) -> None:
+        choice(self.measure, "measure", MEASURES)
         store(
             self,
             window=integer(self.window, "window", minimum=1, why="the number of keys, the own one included"),
@@ -54,30 +71,111 @@ class Reach(Score):
     def score(self, model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches) -> list[Tensor]:
         for layer in layers:
             output_of(layer)  # refuses one without before the batches run
-        differences = _Differences(layers, SlidingWindowAttention(self.window, self.num_sink_tokens))
-        with visible_attention(model, only=layers), observe(differences):
-            for batch, run in run_batches(model, batches, description="reach"):
-                differences.inputs = batch
-                run()
-        scores = []
-        for layer, total in zip(layers, over_processes(layers, differences.sums, "the heads' reach"), strict=True):
-            weight = layer.output_weight.to("cpu", torch.float64).unflatten(1, (-1, layer.value_head_dim))
-            lost = torch.einsum("mhi,hij,mhj->h", weight, total[:, :-1, :-1], weight).clamp(min=0)
-            scores.append((lost / total[:, -1, -1]).float())
+        window = SlidingWindowAttention(self.window, self.num_sink_tokens)
+        with visible_attention(model, only=layers):
+            sums = (
+                _in_stream(model, layers, batches, window)
+                if self.measure == "stream"
+                else _in_outputs(model, layers, batches, window)
+            )
+        added = over_processes(layers, sums, "the heads' reach")
+        scores = [(total[:-1] / total[-1]).float() for total in added]
         if not any(score.isfinite().any() for score in scores):
             raise ValueError("no self-attention of the batches was called with a real token; give text")
         return scores
 
 
-class _Differences:
-    """Per layer and head sum_t (a - b) (a - b)^T over real queries, and in the last place their number."""
+def _in_stream(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches, window: SlidingWindowAttention
+) -> list[Tensor]:
+    """Per layer the heads' sums over real queries, and the queries' number: `(num_heads + 1,)`, float64."""
+    # sum (a - b) (a - b)^T of each head
+    moments = [
+        torch.zeros(layer.num_heads, layer.value_head_dim, layer.value_head_dim, dtype=torch.float64)
+        for layer in layers
+    ]
+    counts = torch.zeros(len(layers), dtype=torch.float64)
 
-    def __init__(self, layers: Sequence[AttentionLayer], window: SlidingWindowAttention) -> None:
+    def add(place: int, lost: Tensor, number: int) -> None:
+        lost = lost.double()
+        moments[place] += torch.einsum("bhqi,bhqj->hij", lost, lost).cpu()
+        counts[place] += number
+
+    differences = _Differences(layers, window, add)
+    with observe(differences):
+        for batch, run in run_batches(model, batches, description="reach"):
+            differences.inputs = batch
+            run()
+    sums = []
+    for layer, moment, count in zip(layers, moments, counts, strict=True):
+        weight = layer.output_weight.to("cpu", torch.float64).unflatten(1, (-1, layer.value_head_dim))
+        lost = torch.einsum("mhi,hij,mhj->h", weight, moment, weight).clamp(min=0)
+        sums.append(torch.cat([lost, count[None]]))
+    return sums
+
+
+def _in_outputs(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], batches: Batches, window: SlidingWindowAttention
+) -> list[Tensor]:
+    """The same of what the loss does to the model's outputs.
+
+    A gate on a_h - b_h of each query and head has the gradient r . dz/da_h (a_h - b_h), r the random signs.
+    """
+    require_gradients(model)
+    generator = torch.Generator().manual_seed(0)
+    own = [layer for layer in layers if not layer.is_cross]
+    sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in own]
+    last: dict[int, Tensor] = {}
+
+    def note(place: int, lost: Tensor, number: int) -> None:
+        last[place] = lost.transpose(1, 2)
+        sums[place][-1] += number
+
+    def part(place: int, heads: Tensor) -> Tensor:
+        lost = last.pop(place)
+        if lost.numel() != heads.numel():
+            raise ValueError(
+                f"{own[place].name} attends in rows of {tuple(lost.shape[:2])} tokens and puts out "
+                f"{tuple(heads.shape[:-2])}, so what a query loses cannot be told in the outputs; give measure='stream'"
+            )
+        return lost.reshape(heads.shape)
+
+    differences = _Differences(own, window, note)
+    options = known_options(model, {"use_cache": False})
+    for batch in on_device(model, batches, description="reach"):
+        differences.inputs = batch
+        gates = OpenGates(len(own), per_token=True)
+        with torch.enable_grad(), evaluation_mode(model), frozen(model), observe(differences):
+            with gated(own, batch, gates, part):
+                outputs = final_outputs(model(**(batch | options)))
+            gradients = gates.gradients(mixed(outputs, batch, generator), own)
+        for total, calls in zip(sums, gradients, strict=True):
+            for gradient in calls:
+                total[:-1] += gradient.double().square().sum((0, 1)).cpu()
+    found = iter(sums)
+    nothing = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
+    return [zero if layer.is_cross else next(found) for layer, zero in zip(layers, nothing, strict=True)]
+
+
+class _Differences:
+    """Gives `add` for each attention call: the layer's place, a - b `(B, num_heads, Q, value_head_dim)` with 0 for
+    padding, and the number of real queries.
+
+    Attributes:
+        inputs: the batch that runs.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AttentionLayer],
+        window: SlidingWindowAttention,
+        add: Callable[[int, Tensor, int], None],
+    ) -> None:
         self.layers, self.window = {id(layer.module): (place, layer) for place, layer in enumerate(layers)}, window
-        sizes = [(layer.num_heads, layer.value_head_dim + 1, layer.value_head_dim + 1) for layer in layers]
-        self.sums = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+        self.add = add
         self.inputs: Mapping[str, Any] = {}
 
+    @torch.no_grad()
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float
     ) -> None:
@@ -90,12 +188,11 @@ class _Differences:
                 "before the swap, or call hf_attnkit.restore_attention(model)"
             )
         real = real_queries(layer, mask, self.inputs)
-        lost = self._attend(query, key, value, mask, scaling).double()
+        lost = self._attend(query, key, value, mask, scaling)
         if real is not None:
             lost = lost * real.expand(query.shape[0], -1)[:, None, :, None]
         count = query.shape[0] * query.shape[2] if real is None else int(real.expand(query.shape[0], -1).sum())
-        self.sums[place][:, :-1, :-1] += torch.einsum("bhqi,bhqj->hij", lost, lost).cpu()
-        self.sums[place][:, -1, -1] += count
+        self.add(place, lost, count)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scaling: float) -> Tensor:
         """What each query loses in each head, `(B, num_heads, Q, value_head_dim)`."""

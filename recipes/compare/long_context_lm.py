@@ -7,8 +7,8 @@ By perplexity, and by whether something random that was hidden in a long text is
         --output_dir outputs/smollm2-streaming
 
 Of the key/value heads a share streams: those with the least reach, in the residual stream or in the outputs, or random
-ones. Next to them a window for all heads
-whose cache is as large. Scores and refit look at training text only. Writes results.json; saves no model.
+ones. Next to them a window for all heads whose cache is as large. Scores and refit look at training text only. Writes
+results.json; saves no model.
 """
 
 from __future__ import annotations

@@ -66,6 +66,20 @@ def test_state_and_one_expression_give_the_same(name: str) -> None:
 
 
 @every
+def test_the_same_where_no_gradient_is_taken(name: str) -> None:
+    """There memory is written over: the features', never that of what was given."""
+    phi_query, phi_key, _ = made(name)
+    query, key, _ = inputs(4, 2, 30, 40)
+    for phi, given in ((phi_query, query), (phi_key, key)):
+        for x in (given, given.to(torch.bfloat16), given.transpose(2, 3).contiguous().transpose(2, 3)):
+            before, with_gradient = x.clone(), phi(x.clone().requires_grad_())
+            with torch.no_grad():
+                assert torch.equal(phi(x), with_gradient) and torch.equal(x, before)
+            with torch.inference_mode():
+                assert torch.equal(phi(x), with_gradient)
+
+
+@every
 def test_slopes_hold_at_zero(name: str) -> None:
     """Keys of zeros are what a padded or freshly made projection gives; a one-sided slope there would not train."""
     phi_query, phi_key, _ = made(name)

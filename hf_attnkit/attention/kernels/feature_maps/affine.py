@@ -29,4 +29,8 @@ class Affine(nn.Module):
                 f"the feature map was made for {made[0]} heads of size {made[1]} and got {x.shape[1]} heads of size "
                 f"{x.shape[3]}; make a new one for the layer as it is now"
             )
-        return torch.einsum("bhnd,hed->bhne", x, self.weight.to(x.dtype)) + self.bias.to(x.dtype)[:, None]
+        product = torch.einsum("bhnd,hed->bhne", x, self.weight.to(x.dtype))
+        bias = self.bias.to(x.dtype)[:, None]
+        if torch.is_grad_enabled() and (product.requires_grad or bias.requires_grad):
+            return product + bias
+        return product.add_(bias)

@@ -12,8 +12,21 @@ MOST_OF_A_KEY = 12.0
 
 
 def bounded_exp(x: Tensor, most: float) -> Tensor:
-    """e^x, with x led smoothly to at most `most` and at least `-most`, so that a gradient is left everywhere."""
-    return (most * (x / most).tanh()).exp()
+    """e^x, with x led smoothly to at most `most` and at least `-most`, so that a gradient is left everywhere.
+
+    Args:
+        x: overwritten where no gradient is taken: memory for features takes as long as computing them.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return (most * (x / most).tanh()).exp()
+    return x.div_(most).tanh_().mul_(most).exp_()
+
+
+def weighted(features: Tensor, weights: Tensor) -> Tensor:
+    """The product, in the memory of the features where no gradient is taken."""
+    if torch.is_grad_enabled() and (features.requires_grad or weights.requires_grad):
+        return features * weights
+    return features.mul_(weights)
 
 
 def key_weights(x: Tensor, weigh: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attnkit.attention.kernels.feature_maps.affine import Affine
-from hf_attnkit.attention.kernels.feature_maps.bounded import bounded_exp, key_weights
+from hf_attnkit.attention.kernels.feature_maps.bounded import bounded_exp, key_weights, weighted
 from hf_attnkit.attention.kernels.feature_maps.wide import wide
 
 TIMES = 8  # features of each entry of a head
@@ -48,7 +48,7 @@ class WeightedKeyMap(ExponentialMap):
         self.weigh = nn.Parameter(torch.zeros(num_heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * key_weights(x, self.weigh)
+        return weighted(super().forward(x), key_weights(x, self.weigh))
 
 
 class Exponential(nn.Module):

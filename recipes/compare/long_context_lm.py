@@ -45,8 +45,8 @@ class StreamingArguments:
     variants: list[str] = field(
         default_factory=lambda: list(VARIANTS),
         metadata={
-            "help": f"Any of {', '.join(VARIANTS)}: what the heads that stream have the least of; window: of all heads, "
-            "with a cache as large."
+            "help": f"Any of {', '.join(VARIANTS)}: what the heads that stream have the least of; window: of all "
+            "heads, with a cache as large."
         },
     )
     random_draws: int = field(default=3, metadata={"help": "How often random heads are drawn."})

@@ -48,6 +48,23 @@ def observe(observer: Observer) -> Iterator[None]:
         _observers.remove(observer)
 
 
+Editor = Callable[[nn.Module, Tensor], Tensor]
+
+
+_editors: list[Editor] = []
+
+
+@contextmanager
+def edit(editor: Editor) -> Iterator[None]:
+    """Let `editor(module, output)` replace what each attention call of a model under `NAME` gives, `(batch, queries,
+    num_heads, head_dim)`, before the model does anything with it."""
+    _editors.append(editor)
+    try:
+        yield
+    finally:
+        _editors.remove(editor)
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -88,6 +105,8 @@ def attention_forward(
         query, key, value = (t.to(dtype) if t.dtype in floats else t for t in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
         output, weights = _run(kind, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+    for editor in _editors:
+        output = editor(module, output)
     wanted = kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)
     if weights is None and wanted:
         # Transformers would leave this layer out of the tuple, and the others would take its place.

@@ -32,14 +32,12 @@ def gated(
     layers: Sequence[AttentionLayer],
     inputs: Mapping[str, Any],
     gate: Callable[[int, Tensor], Tensor],
-    part: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the context, the heads' outputs at real tokens are multiplied by gates.
 
     Args:
         gate: called with the place of a layer and its heads' outputs `(B, T, H, D)`, gives their factors,
             broadcastable to `(B, T, H)`.
-        part: called with the same, gives what of these outputs is multiplied, of their shape; by default all.
     """
 
     def hook(place: int, layer: AttentionLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -48,11 +46,7 @@ def gated(
             real = real_mask(args[0], inputs, layer.padding, layer.of_length)
             factors = torch.where(real[..., None], gate(place, heads), 1.0)
             # Factors are float32 or better, so the gradient's sum over tokens and features is, too.
-            if part is None:
-                outputs = heads * factors[..., None]
-            else:
-                outputs = heads + part(place, heads) * (factors[..., None] - 1)
-            return (outputs.to(args[0].dtype).flatten(-2), *args[1:])
+            return ((heads * factors[..., None]).to(args[0].dtype).flatten(-2), *args[1:])
 
         return multiply
 
@@ -88,7 +82,9 @@ class OpenGates:
         idle = [layer.name for layer, own in zip(layers, self._gates, strict=True) if not own]
         if idle:
             raise ValueError(f"a batch does not reach {', '.join(idle)}; give all inputs that the model takes")
-        found = iter(torch.autograd.grad(scalar, [gate for own in self._gates for gate in own]))
+        gates = [gate for own in self._gates for gate in own]
+        # A call may do nothing to the result: HRM's early cycles are outside the graph.
+        found = iter(torch.autograd.grad(scalar, gates, allow_unused=True, materialize_grads=True))
         return [[next(found) for _ in own] for own in self._gates]
 
 

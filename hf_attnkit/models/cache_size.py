@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,5 +41,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+        elif isinstance(value, Mapping):  # states of Mamba's layers
+            yield from _tensors(value.values())
         elif isinstance(value, CacheLayerMixin):
             yield from _tensors(vars(value).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,10 +12,13 @@ from transformers import PreTrainedModel
 
 from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.models.tensors import tensors_in
+from hf_attnkit.observing.batches import known_options
 from hf_attnkit.observing.rows import num_rows
 
 # Numbers of the untouched model's outputs that are kept: 64 MiB in float32.
 KEPT = 2**24
+# Of fewer sequences stretches are compared, about so many in all.
+FEW, STRETCHES = 8, 16
 # Outputs `(batch, tokens)` that have no features.
 BY_TOKEN = ("start_logits", "end_logits")
 
@@ -35,9 +39,30 @@ def final_outputs(output: Any) -> dict[str, Tensor]:
     return named or {str(number): tensor for number, tensor in enumerate(tensors_in(output))}
 
 
+def run_whole(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
+    """`final_outputs` of a batch, whatever the config says of tuples.
+
+    Args:
+        options: of the model's forward, where it has them.
+    """
+    return final_outputs(model(**{**batch, **known_options(model, {"return_dict": True, **options})}))
+
+
+def batch_generator(batch: Mapping[str, Any]) -> torch.Generator:
+    """Random numbers that depend on the batch's numbers alone: the same in whichever process and order it is run."""
+    digest = 0
+    for name in sorted(batch):
+        if isinstance(value := batch[name], Tensor):
+            digest = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest)
+    return torch.Generator().manual_seed(digest)
+
+
 def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """The same `(positions, features)` without those of padding, where there is one position for each token."""
-    masks = [inputs.get(mask) for mask in ("decoder_attention_mask", "attention_mask")]
+    names = ["decoder_attention_mask"]
+    if not any(inputs.get(given) is not None for given in ("decoder_input_ids", "decoder_inputs_embeds")):
+        names.append("attention_mask")  # otherwise that of another text
+    masks = [inputs.get(mask) for mask in names]
     is_each = output.dim() > 2 or name in BY_TOKEN
     found = output if output.dim() > 2 or not is_each else output[..., None]
     for mask in masks if is_each else ():
@@ -68,13 +93,24 @@ def sequences_of(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor
     return real_outputs(name, numbers, inputs)[:, 0]
 
 
+def _stretches(numbers: Tensor, pieces: int) -> Tensor:
+    """Of positions in order, which of so many stretches of its sequence each is in; `numbers` are the sequences'."""
+    counts = numbers.bincount()
+    place = torch.arange(len(numbers)) - (counts.cumsum(0) - counts)[numbers]
+    return place * pieces // counts[numbers]
+
+
 class OutputDistance:
     """How far a model's outputs on some batches are from what they were when this was made.
 
     Of long outputs (logits over a vocabulary) every n-th position counts, so that memory stays bounded.
 
+    A part is a sequence. Of fewer than `FEW` sequences with an output for each token it is a stretch of one, so that
+    there are some differences to tell a spread from.
+
     Attributes:
-        counts: `(sequences,)`, how many positions of each count, float64.
+        num_sequences: how many there are.
+        counts: `(parts,)`, how many positions of each count, float64.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -90,6 +126,13 @@ class OutputDistance:
             self._wanted.append([tensor[:: self._stride].clone() for tensor in found])
             self._sequences.append(torch.cat([number[:: self._stride] for number in numbers]) + sequences)
             sequences += num_rows(batch)
+        self.num_sequences = sequences
+        if 0 < sequences < FEW:
+            pieces = -(-STRETCHES // sequences)
+            self._sequences = [number * pieces + _stretches(number, pieces) for number in self._sequences]
+            parts = torch.cat(self._sequences).unique(return_inverse=True)[1]
+            self._sequences = list(parts.split([len(number) for number in self._sequences]))
+            sequences = int(parts.max()) + 1
         self.counts = torch.bincount(torch.cat(self._sequences), minlength=sequences).double()
         self._energy = sum(
             ((torch.cat(parts) - torch.cat(parts).mean(0)).square().sum() for parts in zip(*self._wanted, strict=True)),
@@ -97,7 +140,7 @@ class OutputDistance:
         )
 
     def now(self, model: PreTrainedModel | None = None) -> Tensor:
-        """`(sequences,)` squared differences, summed over each one's positions, float64 on the CPU; 0 is equal.
+        """`(parts,)` squared differences, summed over each one's positions, float64 on the CPU; 0 is equal.
 
         They are relative to the mean variance of the outputs as they were. Their sum over that of `counts` is the
         distance.
@@ -118,7 +161,7 @@ class OutputDistance:
         """Of each output the real positions, and which sequence of the batch each is of."""
         model = self._model if model is None else model
         with torch.no_grad(), evaluation_mode(model):
-            outputs = final_outputs(model(**batch))
+            outputs = run_whole(model, batch)
         return (
             [real_outputs(name, value, batch).float() for name, value in outputs.items()],
             [sequences_of(name, value, batch) for name, value in outputs.items()],

@@ -62,18 +62,18 @@ class Guard:
         _apply(fitted[1] if kept == fits else self._outputs)
         counts = self._distance.counts
         errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}
-        return HeldOut(len(counts), errors, kept)
+        return HeldOut(self._distance.num_sequences, errors, kept)
 
 
 def is_worse(errors: Tensor, others: Tensor, counts: Tensor) -> bool:
     """Whether errors are larger, by more than the standard error of the difference of their means.
 
     A few sequences in which an answer flips make up most of a distance, so that means over few say little. The error
-    is over sequences, since positions of one are alike: that of a ratio of sums over clusters.
+    is over sequences, or stretches of few, since positions of one are alike: that of a ratio of sums over clusters.
 
     Args:
-        errors, others: `(sequences,)`, each a sum over its positions.
-        counts: `(sequences,)`, how many these are.
+        errors, others: `(parts,)`, each a sum over its positions.
+        counts: `(parts,)`, how many these are.
     """
     number, difference = len(counts), errors - others
     mean = difference.sum() / counts.sum()

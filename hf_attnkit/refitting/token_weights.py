@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from hf_attnkit.common.state import evaluation_mode, frozen
 from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer
-from hf_attnkit.observing.outputs import final_outputs, mixed
+from hf_attnkit.observing.outputs import mixed, run_whole
 
 TOKEN_WEIGHTS = ("gradient", "uniform")
 
@@ -54,7 +54,7 @@ def gradient_norms(
             stack.enter_context(torch.enable_grad())
             for layer in layers:
                 stack.callback(_watch(layer.output, found[layer.index]).remove)
-            outputs = final_outputs(model(**batch))
+            outputs = run_whole(model, batch)
             total = mixed(outputs, batch, generator)
             try:
                 total.backward()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.models.layers import attention_layers, projected_layers
+from hf_attnkit.observing.outputs import batch_generator, real_outputs
 
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 
@@ -100,7 +101,7 @@ def test_in_the_outputs(family: str) -> None:
     if family == "grouped":
         # As they are drawn: for each batch's real positions, one row after the other.
         shape = (int(real.sum()), model.config.vocab_size)
-        drawn = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+        drawn = torch.randint(0, 2, shape, generator=batch_generator(inputs), dtype=torch.int8)
         signs = list((2 * drawn.double() - 1).split(real.sum(1).tolist()))
     options = {"window": WINDOW, "num_sink_tokens": SINKS, "measure": "outputs"}
     before = [parameter.requires_grad for parameter in model.parameters()]

@@ -114,6 +114,28 @@ def test_distances_by_definition(family: str, head: str, monkeypatch: pytest.Mon
     assert float(half.now().sum() / half.counts.sum()) == pytest.approx(expected, rel=1)
 
 
+def test_few_long_sequences_are_compared_by_stretches() -> None:
+    """Of one text a single position, such as the first, can be off by more than all others are better."""
+    original = build("llama", "causal")
+    changed = prune_heads(copy.deepcopy(original), {0: [0, 1, 2, 3]})
+    inputs = batch(original, (40, 24))
+    found = OutputDistance(original, [inputs])
+    assert found.num_sequences == 2 and found.counts.tolist() == [5.0] * 8 + [3.0] * 8
+    found._model = changed
+    with torch.no_grad():
+        lost = (changed(**inputs).logits - original(**inputs).logits).square().sum(-1)
+    real = inputs["attention_mask"].bool()
+    by_stretch = [each.sum() for row, mask in zip(lost, real, strict=True) for each in row[mask].chunk(8)]
+    shares = found.now() / found.now().sum()
+    torch.testing.assert_close(shares, torch.stack(by_stretch).double() / sum(by_stretch), rtol=1e-4, atol=0)
+    better = torch.full((16,), 1.0, dtype=torch.float64)
+    worse = torch.tensor([20.0] + [0.5] * 15, dtype=torch.float64)  # a mean of 1.7, by the first stretch alone
+    assert not is_worse(worse, better, torch.ones(16)) and is_worse(better + 0.1, better, torch.ones(16))
+    assert is_worse(worse.sum()[None], better.sum()[None], torch.tensor([16.0]))  # what a single number says
+    short = OutputDistance(build("bert", "sequence"), [batch(original, (9, 5))])
+    assert short.counts.tolist() == [1.0, 1.0]  # one answer each, which nothing can cut
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 def test_a_refit_that_harms_is_not_kept(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """Two sequences, no ridge: what fits them is far off on a third. The model is bit for bit that without a refit."""

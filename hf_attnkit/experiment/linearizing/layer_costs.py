@@ -20,7 +20,7 @@ from hf_attnkit.common.state import evaluation_mode
 from hf_attnkit.experiment.linearizing.running import running
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.batches import to_device
-from hf_attnkit.observing.outputs import final_outputs, real_outputs
+from hf_attnkit.observing.outputs import real_outputs, run_whole
 
 # Log-probabilities of a large vocabulary at a time: 128 MiB in float64.
 CHUNK = 2**24
@@ -80,5 +80,5 @@ def uniform(layers: Sequence[int], number: int) -> list[int]:
 
 def _outputs(model: PreTrainedModel, batch: Mapping[str, Any], kinds: Mapping[Any, Kind]) -> Tensor:
     with running(kinds):
-        [(name, output), *_] = final_outputs(model(**batch)).items()
+        [(name, output), *_] = run_whole(model, batch).items()
     return real_outputs(name, output, batch)

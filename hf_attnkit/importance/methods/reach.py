@@ -14,21 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_attnkit.attention.dispatch import observe
+from hf_attnkit.attention.dispatch import edit, observe
 from hf_attnkit.attention.kernels import backends, capped
 from hf_attnkit.attention.kinds.sliding_window import SlidingWindowAttention
 from hf_attnkit.attention.mask import Mask
 from hf_attnkit.common.checks import choice, integer
 from hf_attnkit.common.options import store
 from hf_attnkit.common.state import evaluation_mode, frozen
-from hf_attnkit.importance.gates import OpenGates, gated
 from hf_attnkit.importance.processes import over_processes
 from hf_attnkit.importance.score import Batches, Score
 from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
-from hf_attnkit.observing.batches import known_options, on_device, run_batches
-from hf_attnkit.observing.outputs import final_outputs, mixed
+from hf_attnkit.observing.batches import on_device, run_batches
+from hf_attnkit.observing.outputs import batch_generator, mixed, run_whole
 
 MEASURES = ("stream", "outputs")
 
@@ -41,7 +40,8 @@ class Reach(Score):
     cross-attention. No labels; memory is linear in the length.
 
     "stream": |W_oh (a_h - b_h)|^2 in squared units of the residual stream, W_oh the columns of the output projection
-    that belong to the head. A forward pass.
+    that belong to the head. A forward pass. Gates and norms between heads and projection (Qwen3-Next, BitNet) are left
+    out, which "outputs" has.
 
     "outputs": |dz/da_h (a_h - b_h)|^2 in squared units of z, all real outputs of the model (logits, or last hidden
     states): to first order what that query's loss in this head does to them. Estimated with one draw of random signs
@@ -122,39 +122,38 @@ def _in_outputs(
     A gate on a_h - b_h of each query and head has the gradient r . dz/da_h (a_h - b_h), r the random signs.
     """
     require_gradients(model)
-    generator = torch.Generator().manual_seed(0)
-    own = [layer for layer in layers if not layer.is_cross]
-    sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in own]
-    last: dict[int, Tensor] = {}
+    sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
+    lost: list[tuple[int, Tensor]] = []  # of the call that is about to attend
+    gates: list[tuple[int, Tensor]] = []
 
-    def note(place: int, lost: Tensor, number: int) -> None:
-        last[place] = lost.transpose(1, 2)
+    def note(place: int, difference: Tensor, number: int) -> None:
+        lost.append((place, difference.transpose(1, 2)))
         sums[place][-1] += number
 
-    def part(place: int, heads: Tensor) -> Tensor:
-        lost = last.pop(place)
-        if lost.numel() != heads.numel():
-            raise ValueError(
-                f"{own[place].name} attends in rows of {tuple(lost.shape[:2])} tokens and puts out "
-                f"{tuple(heads.shape[:-2])}, so what a query loses cannot be told in the outputs; give measure='stream'"
-            )
-        return lost.reshape(heads.shape)
+    def open_gates(module: nn.Module, output: Tensor) -> Tensor:
+        if not lost:  # a layer that is not looked at
+            return output
+        place, difference = lost.pop()
+        gate = torch.zeros(difference.shape[:-1], dtype=difference.dtype, device=output.device, requires_grad=True)
+        gates.append((place, gate))
+        return output + (gate[..., None] * difference).to(output.dtype)
 
-    differences = _Differences(own, window, note)
-    options = known_options(model, {"use_cache": False})
+    differences = _Differences(layers, window, note)
     for batch in on_device(model, batches, description="reach"):
         differences.inputs = batch
-        gates = OpenGates(len(own), per_token=True)
-        with torch.enable_grad(), evaluation_mode(model), frozen(model), observe(differences):
-            with gated(own, batch, gates, part):
-                outputs = final_outputs(model(**(batch | options)))
-            gradients = gates.gradients(mixed(outputs, batch, generator), own)
-        for total, calls in zip(sums, gradients, strict=True):
-            for gradient in calls:
-                total[:-1] += gradient.double().square().sum((0, 1)).cpu()
-    found = iter(sums)
-    nothing = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
-    return [zero if layer.is_cross else next(found) for layer, zero in zip(layers, nothing, strict=True)]
+        with torch.enable_grad(), evaluation_mode(model), frozen(model), observe(differences), edit(open_gates):
+            outputs = run_whole(model, batch, use_cache=False)
+            if not gates:
+                continue
+            changed = mixed(outputs, batch, batch_generator(batch))
+            # Not all that is computed is put out: LLaVA takes the features of an earlier layer.
+            gradients = torch.autograd.grad(
+                changed, [gate for _, gate in gates], allow_unused=True, materialize_grads=True
+            )
+        for (place, _), gradient in zip(gates, gradients, strict=True):
+            sums[place][:-1] += gradient.double().square().sum((0, 1)).cpu()
+        gates.clear()
+    return sums
 
 
 class _Differences:

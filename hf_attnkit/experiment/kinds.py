@@ -18,6 +18,7 @@ from hf_attnkit.common.checks import choice
 from hf_attnkit.experiment.pruning import parse_options
 
 STREAMING = "streaming_heads"
+OF_STREAMING = ("window", "num_sink_tokens", "cache_dtype")
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ class GivenKind:
             return self.name, self.options
         seen = {name: value for name, value in self.options.items() if name != "cache_dtype"}
         heads = hf_attnkit.select_heads(score(**seen), fraction=self.share, min_heads=0, model=model)
+        if not any(heads.values()):
+            raise ValueError(f"{self.word!r}: a share of {self.share} of the heads is less than one; give a larger one")
         return hf_attnkit.streaming_kinds(heads, model, **self.options)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `ValueError` for options that the kind does not have, or that do not fit the model."""
-        name = self.name if self.share is None else "sliding_window"  # a window with the same options
-        swap.check(model, (name, self.options))
+        if self.share is None:
+            swap.check(model, (self.name, self.options))
+        else:  # a window with the same options
+            swap.check(model, ("sliding_window", {"num_sink_tokens": 4, **self.options}))
 
 
 def parse_kind(text: str, flag: str) -> GivenKind:
@@ -75,6 +80,8 @@ def parse_kind(text: str, flag: str) -> GivenKind:
             f"{flag} {text!r} must say which share of the key/value heads streams, above 0 and below 1, as in "
             f"{STREAMING}:share=0.5,window=256"
         )
+    if unknown := [option for option in options if option not in OF_STREAMING]:
+        raise ValueError(f"{flag} {text!r}: option {unknown[0]!r} must be one of share, {', '.join(OF_STREAMING)}")
     if "window" not in options:
         raise ValueError(f"{flag} {text!r} must say a window, as in {STREAMING}:share=0.5,window=256")
     return GivenKind(text, name, options, float(share))

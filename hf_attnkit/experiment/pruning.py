@@ -87,7 +87,7 @@ def parse_options(pairs: Iterable[str], flag: str) -> dict[str, Any]:
     """`["seed=1", "direction=focused"]` to a dictionary; numbers, true and false are converted.
 
     Raises:
-        ValueError: for an entry that is not name=value.
+        ValueError: for an entry that is not name=value, or a name that is given twice.
     """
     words = {"true": True, "false": False}
     options: dict[str, Any] = {}
@@ -95,6 +95,8 @@ def parse_options(pairs: Iterable[str], flag: str) -> dict[str, Any]:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
             raise ValueError(f"{flag} {pair!r} must have the form name=value, such as seed=1")
+        if name in options:
+            raise ValueError(f"{flag} {pair!r} names {name} once more; leave one out")
         options[name] = words[value] if value in words else _number(value)
     return options
 

@@ -61,7 +61,7 @@ def prompt(model: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, Callable[
 def decode_step(model: PreTrainedModel, cache: DynamicCache) -> Callable[[], object]:
     """One token through the model behind the cached ones; a cache that can be cut back is, so that steps are alike."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    crops = all(getattr(layer, "is_croppable", True) for layer in cache.layers)
+    crops = all(getattr(layer, "is_croppable", True) and not layer.is_sliding for layer in cache.layers)
 
     def step() -> None:
         with torch.no_grad():
@@ -97,6 +97,8 @@ def main() -> None:
         parser.error(f"--first_token_repeats {arguments.first_token_repeats} must be at least 0")
     if not (arguments.num_key_value_heads or arguments.kinds):
         parser.error("nothing to compare with: give --num_key_value_heads or --kinds")
+    if len(set(arguments.kinds)) < len(arguments.kinds):
+        parser.error(f"--kinds {' '.join(arguments.kinds)} names one more than once")
     try:
         kinds = [parse_kind(word, "--kinds") for word in arguments.kinds]
     except ValueError as error:
@@ -104,6 +106,8 @@ def main() -> None:
 
     original = load_causal_model(arguments.model_name_or_path, arguments.gguf_file, dtype=arguments.dtype)
     original = original.eval().to(arguments.device)
+    for kind in kinds:
+        kind.check(original)
     models = changed(original, arguments.num_key_value_heads, kinds)
     rows = []
     samples = (arguments.repeats + 1) + (arguments.first_token_repeats + 1 if arguments.first_token_repeats else 0)

@@ -19,7 +19,6 @@ Writes results.json and reading.png; saves no model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -92,13 +91,21 @@ class ReadingRun(LanguageModelRun):
     def measure(self, trainer: Trainer) -> dict[str, Any]:
         fresh = self.variant == FRESH
         total = len(self.text) - (self.end if fresh else 0)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
         with progress_bar(description=self.variant, unit="token", total=total) as bar:
-            if fresh:
-                points = through_cache.read_fresh(
-                    self.model, self.text, self.end, self.reading.fresh_tokens, bar.update
-                )
-            else:
-                points = through_cache.read(self.model, self.text, self.reading.chunk_size, bar.update)
+            try:
+                if fresh:
+                    context = self.reading.fresh_tokens
+                    points = through_cache.read_fresh(self.model, self.text, self.end, context, bar.update)
+                else:
+                    points = through_cache.read(self.model, self.text, self.reading.chunk_size, bar.update)
+            except IndexError as error:  # learned positions; others go on
+                if positions is None or len(self.text) <= positions:
+                    raise
+                raise ValueError(
+                    f"the text's {len(self.text)} tokens are more than the model's {positions} positions; lower "
+                    f"--max_eval_samples to {positions // self.block_size}"
+                ) from error
         metrics = {"last_perplexity": through_cache.perplexity(points, self.end)}
         if not fresh:
             metrics = {"perplexity": through_cache.perplexity(points)} | metrics
@@ -108,23 +115,17 @@ class ReadingRun(LanguageModelRun):
 def main() -> None:
     arguments, text, reading, training = parse_arguments(ModelArguments, TextArguments, ReadingArguments, trains=False)
     run = ReadingRun(arguments, text, training, reading)
-    original = run.model.to(training.device)
-    for given in reading.kinds.values():
-        given.check(original)
-
-    def reach(**window: Any) -> Tensor:
-        return hf_attnkit.head_importance(
-            original, run.calibration_batches(reading.score_tokens), method="reach", **window
-        )
-
+    wanted = chosen(run, reading)
+    untouched, *_ = run.models()
+    del run.model  # one model at a time, so that what the process holds compares
     for word in reading.variants:
-        run.model, run.variant = original, word
-        if word in reading.kinds:
-            run.model = copy.deepcopy(original)
-            hf_attnkit.swap_attention(run.model, reading.kinds[word].specification(original, reach))
+        run.model, run.variant = untouched().to(training.device), word
+        if word in wanted:
+            hf_attnkit.swap_attention(run.model, wanted[word])
         run.evaluate("changed" if word in reading.kinds else "baseline")
         print(f"{word}: {run.stages[-1]['metrics']}", flush=True)
-    run.model = original
+        del run.model
+    run.model = untouched()
     run.done = Change("comparison", "texts read through a cache compared", {"variants": reading.variants})
     results = run.results(
         variants=reading.variants, chunk_size=reading.chunk_size, tokens=len(run.text),
@@ -136,6 +137,19 @@ def main() -> None:
         title = f"{run.data}, {len(run.text):,} tokens in chunks of {reading.chunk_size}"
         draw(results["stages"], title, run.output / "reading.png")
         print_readings(results, title)
+
+
+def chosen(run: ReadingRun, reading: ReadingArguments) -> dict[str, Any]:
+    """What `swap_attention` takes for each variant that is swapped."""
+    model = run.model.to(run.training.device)
+    for given in reading.kinds.values():
+        given.check(model)
+
+    def reach(**window: Any) -> Tensor:
+        batches = run.calibration_batches(reading.score_tokens)
+        return hf_attnkit.head_importance(model, batches, method="reach", measure="outputs", **window)
+
+    return {word: given.specification(model, reach) for word, given in reading.kinds.items()}
 
 
 def print_readings(results: Mapping[str, Any], title: str) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.models.layers import attention_layers, projected_layers
-from hf_attnkit.observing.outputs import batch_generator, real_outputs
+from hf_attnkit.observing.outputs import batch_generator
 
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 

@@ -71,6 +71,8 @@ def read_fresh(
         for start in range(first, len(text), context):
             ids = text[max(start - context, 0) : start + context].to(device)
             number = min(len(text) - start, context) - (start == 0)
+            if not number:  # nothing is before the first token
+                continue
             logits = model(input_ids=ids[None], use_cache=False).logits[0, -number - 1 : -1]
             loss = F.cross_entropy(logits.float(), ids[-number:], reduction="none").double().sum()
             points.append(Point(min(start + context, len(text)), number, float(loss), 0, held_memory(device)))

@@ -40,12 +40,21 @@ def final_outputs(output: Any) -> dict[str, Tensor]:
 
 
 def run_whole(model: PreTrainedModel, batch: Mapping[str, Any], **options: Any) -> dict[str, Tensor]:
-    """`final_outputs` of a batch, whatever the config says of tuples.
+    """`final_outputs` of a batch, by name also where the batch or the config asks for tuples.
 
     Args:
         options: of the model's forward, where it has them.
     """
-    return final_outputs(model(**{**batch, **known_options(model, {"return_dict": True, **options})}))
+    config: Any = getattr(model, "config", None)
+    gives_tuples = getattr(config, "return_dict", None) is False
+    inputs = {name: value for name, value in batch.items() if name != "return_dict"}
+    try:
+        if gives_tuples:
+            config.return_dict = True
+        return final_outputs(model(**(inputs | known_options(model, options))))
+    finally:
+        if gives_tuples:
+            config.return_dict = False
 
 
 def batch_generator(batch: Mapping[str, Any]) -> torch.Generator:

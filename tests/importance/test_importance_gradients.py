@@ -23,6 +23,7 @@ from hf_attnkit import head_gradients, head_importance, prune_heads, swap_attent
 from hf_attnkit.editing.proof import heads_changed
 from hf_attnkit.importance.methods import l0
 from hf_attnkit.models.discovery import discover
+from hf_attnkit.models.known import known
 from hf_attnkit.models.layers import attention_layers, projected_layers
 
 GRADIENTS = ("gradient", "taylor", "fisher")
@@ -409,3 +410,10 @@ def test_a_module_that_all_layers_call(method: str) -> None:
     }[method]
     found = head_importance(model, [{"input_ids": ids, "labels": labels}], method=method)
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_calls_that_do_nothing_to_the_loss() -> None:
+    """HRM runs its early cycles outside the graph."""
+    model = small_model("hrm_text")
+    found = head_importance(model, [known(model).discovery.inputs], method="taylor")
+    assert found.isfinite().all() and (found > 0).any()

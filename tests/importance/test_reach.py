@@ -10,10 +10,13 @@ from support.every_type import small_model
 from support.models import batch, build, reads_both_ways
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_attnkit import head_importance, swap_attention
+from hf_attnkit.common.state import frozen
+from hf_attnkit.models.known import known
 from hf_attnkit.models.layers import attention_layers, projected_layers
-from hf_attnkit.observing.outputs import batch_generator
+from hf_attnkit.observing.outputs import batch_generator, final_outputs, mixed, real_outputs
 
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 
@@ -149,6 +152,67 @@ def test_a_cap_of_scores_is_applied() -> None:
     expected = torch.einsum("hqd,ehd->hqe", lost, weight).square().sum((1, 2)) / 12
     torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=0)
     assert not torch.allclose(before, found)
+
+
+@pytest.mark.parametrize("name", ["mlcd", "bitnet", "sam3_vision_model"])
+def test_whatever_lies_between_heads_and_projection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order of axes, a norm, rows and columns of an image: by an attention function with gates in it."""
+    model = small_model(name)
+    inputs = known(model).discovery.inputs
+    inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    found = head_importance(model, [inputs], method="reach", window=2, num_sink_tokens=1, measure="outputs")
+    gates: list[Tensor] = []
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **options):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        i, j = torch.arange(query.shape[2])[:, None], torch.arange(query.shape[2])
+        seen = j <= i if module.is_causal else torch.ones_like(j <= i)
+        near = seen & (((i - j).abs() < 2) | (j < 1))
+        far, close = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value for mask in (seen, near))
+        gates.append(torch.zeros(far.shape[:3], requires_grad=True))
+        return (far + gates[-1][..., None] * (far - close).detach()).transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gated", attend)
+    model.set_attn_implementation("gated")
+    with frozen(model):
+        changed = mixed(final_outputs(model(**inputs)), inputs, batch_generator(inputs))
+        gradients = torch.autograd.grad(changed, gates)
+    expected = torch.stack([gradient.square().mean((0, 2)) for gradient in gradients])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_signs_are_of_the_batch() -> None:
+    """So that several processes, or another order, give the same."""
+    model = build("llama")
+    first, second = batch(model, LENGTHS), batch(model, (6, 12), seed=1)
+    options = {"method": "reach", "window": WINDOW, "measure": "outputs"}
+    whole = head_importance(model, [first, second], **options)
+    tokens = [int(each["attention_mask"].sum()) for each in (first, second)]
+    apart = [
+        head_importance(model, [each], **options) * count for each, count in zip((first, second), tokens, strict=True)
+    ]
+    torch.testing.assert_close(whole, sum(apart) / sum(tokens))
+    assert torch.equal(whole, head_importance(model, [first, second], **options))
+
+
+def test_outputs_that_do_not_tell_or_are_of_another_text() -> None:
+    model = build("bert", "question")
+    inputs = batch(model, LENGTHS)
+    options = {"method": "reach", "window": 2, "measure": "outputs"}
+    expected = head_importance(model, [inputs], **options)
+    model.config.return_dict = False
+    assert torch.equal(head_importance(model, [inputs], **options), expected)
+    model = small_model("t5")
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
+    logits = torch.zeros(2, 9, 3)
+    assert len(real_outputs("logits", logits, inputs)) == 18  # the mask is the encoder's
+    assert len(real_outputs("logits", logits, inputs | {"decoder_attention_mask": mask})) == 14
+    assert len(real_outputs("logits", logits, {"input_ids": ids, "attention_mask": mask})) == 14
 
 
 def test_cross_attention_has_none() -> None:

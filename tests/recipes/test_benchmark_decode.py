@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmarks import decode as benchmark_decode
 from benchmarks.decode import decode_step, prompt
+from support.every_type import small_model
 from support.models import build
 from torch import nn
 from transformers import Cache
@@ -85,6 +86,28 @@ def test_kinds_of_attention(
     assert kept <= streaming < kept + 1024  # and positions
 
 
+def test_a_window_of_the_models_own_grows() -> None:
+    """Transformers' cache of it cannot be cropped."""
+    model = build("mistral", "causal", 8, 2, sliding_window=6)
+    cache, fill = prompt(model, torch.arange(20)[None])
+    fill()
+    step = decode_step(model, cache)
+    step()
+    step()
+    assert cache.get_seq_length() == 22
+
+
+def test_bytes_of_every_state() -> None:
+    """Mamba's layers keep theirs in dictionaries."""
+    model = small_model("jamba")
+    cache, fill = prompt(model, torch.arange(12)[None])
+    fill()
+    states = [each for layer in cache.layers for kept in ("conv_states", "recurrent_states")
+              for each in getattr(layer, kept, {}).values()]  # fmt: skip
+    keys = [each for layer in cache.layers if hasattr(layer, "keys") for each in (layer.keys, layer.values)]
+    assert states and held_bytes(cache) == sum(each.nbytes for each in (*states, *keys))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -94,6 +117,9 @@ def test_kinds_of_attention(
         (["--kinds", "streaming_heads:window=4"], "which share of the key/value heads"),
         (["--kinds", "streaming_heads:share=1,window=4"], "which share of the key/value heads"),
         (["--kinds", "streaming_heads:share=0.5"], "must say a window"),
+        (["--kinds", "streaming_heads:share=0.5,window=4,renumber=true"], "'renumber' must be one of share, window"),
+        (["--kinds", "flash", "flash"], "names one more than once"),
+        (["--kinds", "flash:cache_dtype=int8,cache_dtype=int8"], "names cache_dtype once more"),
         (["--kinds", "flash", "--first_token_repeats", "-1"], "must be at least 0"),
     ],
 )

@@ -99,6 +99,7 @@ def test_every_variant(text_checkpoint, text, tmp_path, monkeypatch, capsys) -> 
         (("--variants", "untouched", "flash:speed=9"), "speed"),
         (("--variants", "streaming_heads:share=0.5,window=0"), "window=0"),
         (("--variants", "streaming_heads:share=2,window=4"), "which share of the key/value heads"),
+        (("--variants", "untouched", "streaming_heads:share=0.01,window=4"), "is less than one"),
         (("--chunk_size", "0"), "--chunk_size 0 must be at least 1"),
         (("--last_tokens", "97"), "--last_tokens 97 is more than the text's 96 tokens"),
     ],

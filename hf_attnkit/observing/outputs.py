@@ -80,18 +80,37 @@ def real_outputs(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor
     return found.flatten(0, -2) if found.dim() > 1 else found[:, None]
 
 
-def mixed(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
-    """r . z, a scalar on the CPU: z all real outputs, r random signs.
+def mixed(
+    outputs: Mapping[str, Tensor], inputs: Mapping[str, Any], generator: torch.Generator, vocabulary: int | None = None
+) -> Tensor:
+    """A scalar on the CPU whose gradient by anything that each sequence has its own of is J^T r, J = dz / dx.
 
-    Its gradient by anything that each sequence has its own of, J^T r with J = dz / dx, tells J without a pass for each
-    output: E |J^T r|^2 = |J|_F^2, and E (r . J v)^2 = |J v|^2.
+    It tells J without a pass for each output, z all real ones: E (r . J v)^2 = v^T J^T M J v with M = E r r^T. r are
+    random signs, and M is the identity. Logits over a vocabulary are answered by a word drawn from their own
+    distribution p, so that r is its indicator less p, and M = diag(p) - p p^T: to second order twice the
+    Kullback-Leibler divergence (Fisher's information).
+
+    Args:
+        vocabulary: how many words there are; `None` to take signs for all.
     """
     total = torch.zeros(())
     for name, output in outputs.items():
-        real = real_outputs(name, output, inputs)
-        signs = torch.randint(0, 2, real.shape, generator=generator, dtype=torch.int8).to(real.device)
-        total = total + (real.float() * (2 * signs - 1)).sum().cpu()
+        real = real_outputs(name, output, inputs).float()
+        if vocabulary is not None and real.shape[-1] == vocabulary:
+            logarithms = real.log_softmax(-1)
+            drawn = torch.rand(len(real), 1, generator=generator).to(real.device)
+            words = (logarithms.detach().exp().cumsum(-1) < drawn).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
+            total = total + logarithms.gather(-1, words).sum().cpu()
+        else:
+            signs = torch.randint(0, 2, real.shape, generator=generator, dtype=torch.int8).to(real.device)
+            total = total + (real * (2 * signs - 1)).sum().cpu()
     return total
+
+
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """How many words a language model's logits are over; `None` for other models."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def sequences_of(name: str, output: Tensor, inputs: Mapping[str, Any]) -> Tensor:

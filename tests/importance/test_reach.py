@@ -9,6 +9,7 @@ import torch
 from support.every_type import small_model
 from support.models import batch, build, reads_both_ways
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,7 +17,7 @@ from hf_attnkit import head_importance, swap_attention
 from hf_attnkit.common.state import frozen
 from hf_attnkit.models.known import known
 from hf_attnkit.models.layers import attention_layers, projected_layers
-from hf_attnkit.observing.outputs import batch_generator, final_outputs, mixed, real_outputs
+from hf_attnkit.observing.outputs import batch_generator, final_outputs, mixed, real_outputs, vocabulary_of
 
 LENGTHS, WINDOW, SINKS = (13, 7, 10), 3, 2
 
@@ -72,7 +73,7 @@ def test_against_the_definition(family: str) -> None:
 
 def in_outputs(model: PreTrainedModel, inputs: dict[str, Tensor], signs: list[Tensor] | None) -> Tensor:
     """The mean over queries of (r . dz/da (a - b))^2 in float64, each sequence by itself; of a single output z that is
-    |dz/da (a - b)|^2, whatever the sign."""
+    |dz/da (a - b)|^2, whatever the sign r."""
     model = copy.deepcopy(model).double()
     model.set_attn_implementation("eager")
     layers = projected_layers(model)
@@ -102,10 +103,12 @@ def test_in_the_outputs(family: str) -> None:
     inputs = batch(model, (6, 4))
     real, signs = inputs["attention_mask"].bool(), None
     if family == "grouped":
-        # As they are drawn: for each batch's real positions, one row after the other.
-        shape = (int(real.sum()), model.config.vocab_size)
-        drawn = torch.randint(0, 2, shape, generator=batch_generator(inputs), dtype=torch.int8)
-        signs = list((2 * drawn.double() - 1).split(real.sum(1).tolist()))
+        # The word that is drawn at each position, less what was to be expected.
+        with torch.no_grad():
+            expected = copy.deepcopy(model).double()(**inputs).logits[real].softmax(-1)
+        drawn = torch.rand(len(expected), 1, generator=batch_generator(inputs))
+        words = (expected.float().cumsum(-1) < drawn).sum(-1)
+        signs = list((F.one_hot(words, expected.shape[-1]) - expected).split(real.sum(1).tolist()))
     options = {"window": WINDOW, "num_sink_tokens": SINKS, "measure": "outputs"}
     before = [parameter.requires_grad for parameter in model.parameters()]
     found = head_importance(copy.deepcopy(model).double(), [inputs], method="reach", **options)
@@ -177,10 +180,27 @@ def test_whatever_lies_between_heads_and_projection(name: str, monkeypatch: pyte
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "gated", attend)
     model.set_attn_implementation("gated")
     with frozen(model):
-        changed = mixed(final_outputs(model(**inputs)), inputs, batch_generator(inputs))
+        changed = mixed(final_outputs(model(**inputs)), inputs, batch_generator(inputs), vocabulary_of(model))
         gradients = torch.autograd.grad(changed, gates)
     expected = torch.stack([gradient.square().mean((0, 2)) for gradient in gradients])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+def test_words_are_drawn_from_their_distribution() -> None:
+    """The mean of (r . v)^2 over many draws is that of p, which is twice the divergence to second order."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(7, dtype=torch.float64, generator=generator)
+    v = torch.randn(7, dtype=torch.float64, generator=generator)
+    number = 40_000
+    logits = z.expand(number, 1, 7).clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixed({"logits": logits}, {}, generator, 7), logits)
+    found = (gradient[:, 0] @ v).square()
+    p = z.softmax(-1)
+    expected = (p * v**2).sum() - (p @ v) ** 2
+    assert abs(found.mean() - expected) < 5 * found.std() / number**0.5
+    small = 1e-3 * v
+    divergence = (p * (z.log_softmax(-1) - (z + small).log_softmax(-1))).sum()
+    assert 2 * divergence == pytest.approx(float(expected) * 1e-6, rel=1e-2)
 
 
 def test_signs_are_of_the_batch() -> None:

@@ -27,7 +27,7 @@ from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer, output_of
 from hf_attnkit.observing.attention_calls import has_softmax, real_queries, visible_attention
 from hf_attnkit.observing.batches import on_device, run_batches
-from hf_attnkit.observing.outputs import batch_generator, mixed, run_whole
+from hf_attnkit.observing.outputs import batch_generator, mixed, run_whole, vocabulary_of
 
 MEASURES = ("stream", "outputs")
 
@@ -43,10 +43,10 @@ class Reach(Score):
     that belong to the head. A forward pass. Gates and norms between heads and projection (Qwen3-Next, BitNet) are left
     out, which "outputs" has.
 
-    "outputs": |dz/da_h (a_h - b_h)|^2 in squared units of z, all real outputs of the model (logits, or last hidden
-    states): to first order what that query's loss in this head does to them. Estimated with one draw of random signs
-    for each batch, by a forward and a backward pass, which takes the memory of a training step without gradients of
-    parameters.
+    "outputs": what that query's loss in this head does to the model's outputs z, to first order:
+    |dz/da_h (a_h - b_h)|^2 in squared units of z, summed over all real outputs (logits, or last hidden states). Of a
+    language model twice the Kullback-Leibler divergence of its next words, in nats. Estimated with one draw for each
+    batch, by a forward and a backward pass, which takes the memory of a training step without gradients of parameters.
 
     Attributes:
         window: number of keys on each side of a query, its own included.
@@ -119,7 +119,7 @@ def _in_outputs(
 ) -> list[Tensor]:
     """The same of what the loss does to the model's outputs.
 
-    A gate on a_h - b_h of each query and head has the gradient r . dz/da_h (a_h - b_h), r the random signs.
+    A gate on a_h - b_h of each query and head has the gradient r . dz/da_h (a_h - b_h), r as `mixed` draws it.
     """
     require_gradients(model)
     sums = [torch.zeros(layer.num_heads + 1, dtype=torch.float64) for layer in layers]
@@ -145,7 +145,7 @@ def _in_outputs(
             outputs = run_whole(model, batch, use_cache=False)
             if not gates:
                 continue
-            changed = mixed(outputs, batch, batch_generator(batch))
+            changed = mixed(outputs, batch, batch_generator(batch), vocabulary_of(model))
             # Not all that is computed is put out: LLaVA takes the features of an earlier layer.
             gradients = torch.autograd.grad(
                 changed, [gate for _, gate in gates], allow_unused=True, materialize_grads=True

@@ -134,7 +134,7 @@ def main() -> None:
     if training.should_save:
         write_json(run.output / "results.json", results)
         run.progress.remove()
-        title = f"{run.data}, {len(run.text):,} tokens in chunks of {reading.chunk_size}"
+        title = f"{run.data.name}: {len(run.text):,} tokens in chunks of {reading.chunk_size}"
         draw(results["stages"], title, run.output / "reading.png")
         print_readings(results, title)
 

@@ -29,9 +29,7 @@ NO_LABELS = "no example of the batches has a label that counts; labels of -100 a
 
 @contextmanager
 def gated(
-    layers: Sequence[AttentionLayer],
-    inputs: Mapping[str, Any],
-    gate: Callable[[int, Tensor], Tensor],
+    layers: Sequence[AttentionLayer], inputs: Mapping[str, Any], gate: Callable[[int, Tensor], Tensor]
 ) -> Iterator[None]:
     """Within the context, the heads' outputs at real tokens are multiplied by gates.
 

@@ -5,10 +5,10 @@
         --output_dir outputs/smollm2-cached
 
 The held-out blocks make one text, which is read `--chunk_size` tokens at a time. A variant is `untouched`, a kind of
-attention with its options, heads that stream as a share of all (those with the least reach on training text), or
-`fresh`: the untouched model without a cache, which reads again the `--fresh_tokens` before each piece of as many, and
-only the last `--last_tokens` of the text. That is what to compare with where a text is longer than any that the model
-was trained on:
+attention with its options, heads that stream as a share of all (those with the least reach in the outputs on training
+text), or `fresh`: the untouched model without a cache, which reads again the `--fresh_tokens` before each piece of as
+many, and only the last `--last_tokens` of the text. That is what to compare with where a text is longer than any that
+the model was trained on:
 
     python recipes/compare/streamed_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --block_size 1024 \\
         --max_eval_samples 100 --chunk_size 256 --last_tokens 10000 \\
@@ -74,11 +74,9 @@ class ReadingRun(LanguageModelRun):
 
     Attributes:
         variant: what the model is now.
-        points: what the last reading found.
     """
 
     variant: str
-    points: list[through_cache.Point]
 
     def __init__(self, arguments: ModelArguments, text: TextArguments, training: Any, reading: ReadingArguments):
         super().__init__(arguments, text, training, reading)

@@ -64,3 +64,13 @@ def test_large_scores_of_a_window_do_not_overflow() -> None:
     value = torch.randn(1, 1, 4, 2, dtype=torch.float64)
     wanted = kind.attention(query, query, value, mask, scaling=1.0)[0]
     assert_exact64(kind.of_any_length(query, query, value, mask, scaling=1.0), wanted, terms=4)
+
+
+def test_small_scores_of_a_window_do_not_underflow() -> None:
+    """exp(-80) / 1e30 is below what float32 tells from no key, and the window is all that these queries see."""
+    kind, mask = LinearAttention(window=4), Mask.aligned(4, 4, is_causal=True)
+    query = torch.full((1, 1, 4, 2), 40.0)
+    key, value = -query[:, :, :1].expand_as(query) / 40, torch.randn(1, 1, 4, 2)
+    wanted = kind.attention(*(each.double() for each in (query, key, value)), mask, scaling=1.0)[0]
+    got = kind.of_any_length(query, key, value, mask, scaling=1.0)
+    assert (got - wanted).abs().max() <= 8 * torch.finfo(torch.float32).eps * value.abs().max()

@@ -80,7 +80,9 @@ def test_the_state_has_one_size(window: int | None) -> None:
         _, state = generate(options, [length - 1, 1], None, tensors)
         assert state.sums.shape == (2, 2, 12, 7) and state.sums.dtype == torch.float32
         half = [x.bfloat16() for x in tensors]
-        assert generate(options, [length], None, half)[1].sums.dtype == torch.float32
+        whole = generate(options, [length], None, half)[1].sums
+        assert whole.dtype == torch.float32
+        assert whole.untyped_storage().nbytes() == whole.nbytes  # no view of the states of all chunks
 
 
 @pytest.mark.parametrize("window", [None, 16])

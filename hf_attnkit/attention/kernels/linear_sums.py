@@ -158,7 +158,7 @@ def prefix(query: Tensor, phi: Map, keys: Keys, last: int, state: LinearState, g
             result = result * (keys.document[:, read] == keys.document[:, own])[:, None, :, None]
         yield result
         start, last = stop, last + part.shape[2]
-    state.sums = sums
+    state.sums = sums.clone()  # not a view that keeps the states of all chunks
 
 
 def suffix(query: Tensor, phi: Map, keys: Keys, first: int, gap: int) -> Tensor:

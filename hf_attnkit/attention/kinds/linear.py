@@ -25,6 +25,7 @@ about head_dim / 2 times less than under softmax. The maps can sharpen, up to 2 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -246,20 +247,15 @@ class LinearAttention(Kind):
             return _summed(products.masked_fill(inside, 0.0), values).to(query.dtype)
         seen = mask.visible()
         near_seen = inside if seen is None else inside & seen
-        # Each query's window and its far keys under one normaliser, relative to the window's largest score.
         scores = (query * scaling).unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2)
-        scores = scores.flatten(1, 2).to(products.dtype)
-        if self.gate is not None and self.branches == "both":
-            gate = _learned("gate", Gate, call.parameters)(query.shape[1])
-            scores = scores + gate.to(products.dtype)
-        scores = scores.masked_fill(~near_seen, torch.finfo(products.dtype).min)
+        scores = scores.flatten(1, 2).to(products.dtype).masked_fill(~near_seen, torch.finfo(products.dtype).min)
+        total = scores.logsumexp(-1).masked_fill(~near_seen.any(-1), -math.inf)
+        near = _sums(scores.softmax(-1).masked_fill(~near_seen, 0.0), values)[..., :-1], total
         if self.branches == "window":
-            weights = scores.softmax(-1).masked_fill(~near_seen, 0.0)
-            return _summed(weights, values).to(query.dtype)
-        largest = scores.amax(-1, keepdim=True).clamp(min=0.0)
-        near = (scores - largest).exp().masked_fill(~near_seen, 0.0)
-        terms = torch.where(inside, near, products * (-largest).exp())
-        return _summed(terms, values).to(query.dtype)
+            return Branches(None, near, None).output().to(query.dtype)
+        gate = None if self.gate is None else _learned("gate", Gate, call.parameters)(query.shape[1])
+        far = _normalise(_sums(products.masked_fill(inside, 0.0), values))
+        return Branches(far, near, gate).output().to(query.dtype)
 
     def _products(self, query: Tensor, keys: Keys, mask: Mask, parameters: nn.Module | None) -> Tensor:
         """phi(q) . phi(k) as a matrix, `(B, H, Q, K)`, decayed, and 0 where the mask shows nothing."""

@@ -7,7 +7,8 @@ found by running may lie anywhere in it, or in GPT-2's Conv1D, whose weight is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +97,19 @@ def apply(edit: Edit) -> None:
 def present(linear: nn.Linear) -> Edit:
     """The edit that brings the module's present parameters back."""
     return Edit(linear, linear.weight, linear.bias)
+
+
+@contextmanager
+def applied(edits: Sequence[Edit]) -> Iterator[None]:
+    """Within the context the modules have these parameters."""
+    before = [present(edit.linear) for edit in edits]
+    try:
+        for edit in edits:
+            apply(edit)
+        yield
+    finally:
+        for edit in before:
+            apply(edit)
 
 
 def _parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:

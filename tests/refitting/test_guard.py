@@ -190,36 +190,24 @@ def test_what_is_kept_is_fitted_to_everything(family: str, monkeypatch: pytest.M
             assert now.error_after == pytest.approx(was.error_after, rel=1e-9)
 
 
+@pytest.mark.parametrize("how", ["pruned", "merged"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_what_is_compared_is_not_fitted_to_what_is_held_out(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences that are held out may be anything: the lowest layer that is compared stays the same, though not the one
-    that is kept. (What the layers above get is of layers below that are fitted to everything.)"""
-    original = build(family, "sequence" if family == "bert" else "causal").double()
-    batches = many(original, 20)
-    aside = set_aside(batches, 0.1)
-    compared: list[dict[str, Tensor]] = []
-    real_now = OutputDistance.now
+def test_what_is_compared_is_the_refit_without_what_is_held_out(family: str, how: str) -> None:
+    """As if the others were all there is, in all layers: also where a layer makes up for what those below it lost."""
 
-    def now(self: OutputDistance) -> Tensor:
-        compared.append(state(self._model))
-        return real_now(self)
+    def fitted(batches: list[dict[str, Tensor]], held_out: float) -> Any:
+        model, options = copy.deepcopy(original), RefitOptions("output", ridge=0.1, held_out=held_out)
+        if how == "pruned":
+            return prune_heads(model, {0: [0, 3], 1: [1], 2: [2]}, calibration=batches, refit=options)
+        return convert_to_gqa(model, 2, method="mean", calibration=batches, refit=options)
 
-    monkeypatch.setattr(OutputDistance, "now", now)
-    monkeypatch.setattr(guard_module, "is_worse", lambda *_: False)
-    for seed in (0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        given = [{name: tensor.clone() for name, tensor in each.items()} for each in batches]
-        for each, rows in zip(given, aside, strict=True):
-            for row in rows:
-                each["input_ids"][row] = torch.randint(5, 60, each["input_ids"][row].shape, generator=generator)
-        options = RefitOptions("output", ridge=0.1)
-        kept = convert_to_gqa(copy.deepcopy(original), 2, method="mean", calibration=given, refit=options)
-        compared.append(state(kept))
-    names = [name for name, old in compared[0].items() if ".0." in name and not torch.equal(old, compared[1][name])]
-    assert names, "nothing was fitted"
-    for name in names:
-        torch.testing.assert_close(compared[1][name], compared[4][name], rtol=1e-9, atol=1e-9)
-        assert not torch.allclose(compared[2][name], compared[5][name], rtol=1e-4)
+    original = build(family, "sequence" if family == "bert" else "causal", num_hidden_layers=3).double()
+    batches = many(original, 5)
+    stay, held = parts(batches)
+    report = last_change(fitted(batches, 0.1)).refit  # type: ignore[union-attr]
+    wanted = distance(fitted(stay, 0.0), original, held)
+    assert report.held_out.errors["output"] == pytest.approx(wanted, rel=1e-4)
+    assert wanted != pytest.approx(distance(fitted(batches, 0.0), original, held), rel=1e-2), "nothing to tell apart"
 
 
 def test_what_is_worse_by_no_more_than_chance_is_kept() -> None:

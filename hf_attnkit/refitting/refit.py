@@ -235,7 +235,7 @@ def _fit_output(
     """Give the layer its new output projection, or leave it.
 
     Args:
-        others: the sums over what is not aside, of the model that is not fitted to what is; `None` for those of `folds`.
+        others: the sums over what is not aside, of the model that is not fitted to what is; `None`: `folds`.
 
     Returns:
         What it reached, and what the projection would be that is not fitted to what is aside.

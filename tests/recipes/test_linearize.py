@@ -182,6 +182,19 @@ def test_stages_that_are_not_asked_for_are_left_out(more, wanted, layers, checkp
 
 
 @only_bert
+@pytest.mark.parametrize(("more", "trainings"), [((), 2), (("--no_distill",), 1), (("--num_train_epochs", "0"), 1)])
+def test_a_control_of_few_steps_is_trained_as_long(more, trainings, checkpoint, tmp_path, monkeypatch) -> None:
+    """`--max_steps` bounds each training, and the control is as long as all that are trained on all weights."""
+    given = (*SHORT, "--max_steps", "3", "--control", "--feature_map", "elu", "--refit", "none",
+             "--calibration_samples", "0", *more)  # fmt: skip
+    run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *given))
+    states = sorted((tmp_path / "out").glob("trainer_state_*.json"))
+    steps = [json.loads(state.read_text())["global_step"] for state in states]
+    assert steps == [3] * trainings
+    assert json.loads((tmp_path / "out" / "control_state.json").read_text())["global_step"] == sum(steps)
+
+
+@only_bert
 def test_the_window_alone_is_trained_for_comparison(checkpoint, tmp_path, monkeypatch) -> None:
     results = run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *SHORT, "--window_alone",
                                                      "--window", "3", "--softmax_layers", "1"))  # fmt: skip

@@ -209,8 +209,13 @@ class Linearization:
         swap_quietly(model, self.arguments.kind, layers, **fitting)
 
 
-def longer(training: TrainingArguments, epochs: float) -> TrainingArguments:
-    """The same arguments with so many more epochs; `max_steps`, where it is given, bounds each training alike."""
+def longer(training: TrainingArguments, epochs: float, *, trainings: int = 1) -> TrainingArguments:
+    """The same arguments with so many more epochs.
+
+    Args:
+        trainings: how many it is as long as; `max_steps`, where it is given, bounds each of them alike.
+    """
     made = copy.copy(training)
     made.num_train_epochs += epochs
+    made.max_steps *= trainings  # -1 stays below 0, where the epochs count
     return made

@@ -15,6 +15,7 @@ Writes the model, which `hf_attnkit.load_pretrained` loads, results.json and rep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -43,9 +44,10 @@ class GlueLinearizeArguments(LinearizeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("distill_epochs", "calibration_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+        if not (self.distill_epochs >= 0 and math.isfinite(self.distill_epochs)):
+            raise ValueError(f"--distill_epochs {self.distill_epochs} must be at least 0 and finite; 0 leaves it out")
+        if self.calibration_samples < 0:
+            raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 0")
 
     @property
     def reads_training_data(self) -> bool:

@@ -69,8 +69,8 @@ class LinearizeArguments(ChangeArguments):
         choice(self.refit, "--refit", REFITS)
         if self.softmax_layers < 0:
             raise ValueError(f"--softmax_layers {self.softmax_layers} must be at least 0")
-        if self.transfer_epochs < 0:
-            raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0, which leaves it out")
+        if not (self.transfer_epochs >= 0 and math.isfinite(self.transfer_epochs)):
+            raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0 and finite; 0 leaves it out")
         if not (self.transfer_learning_rate > 0 and math.isfinite(self.transfer_learning_rate)):
             raise ValueError(
                 f"--transfer_learning_rate {self.transfer_learning_rate} must be a finite number above 0; "
@@ -158,6 +158,10 @@ def check(
     Raises:
         ValueError: see the messages.
     """
+    if not (training.num_train_epochs >= 0 and math.isfinite(training.num_train_epochs)):
+        raise ValueError(
+            f"--num_train_epochs {training.num_train_epochs} must be at least 0 and finite; 0 leaves this training out"
+        )
     if training.do_train:
         distillation.check(training)
     lora.check(training)

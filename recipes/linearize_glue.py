@@ -74,7 +74,10 @@ def linearize(
     if distillation.distill and not linearizing.distill_epochs and distillation != LinearizeDistillationArguments():
         raise ValueError("the --distill_... options have no effect with --distill_epochs 0; leave them out")
     epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
-    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs)
+    check(
+        linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs,
+        longest=("max_length", arguments.max_length),
+    )  # fmt: skip
     run = GlueRun(arguments, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_samples, len(run.train_data))
     found = candidates(run.model, linearizing)

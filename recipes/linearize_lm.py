@@ -53,7 +53,10 @@ def main() -> None:
         ModelArguments, TextArguments, TextLinearizeArguments, LinearizeDistillationArguments, LoraArguments
     )
     epochs = training.num_train_epochs
-    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_tokens, epochs=epochs)
+    check(
+        linearizing, distillation, lora, training, calibration=linearizing.calibration_tokens, epochs=epochs,
+        longest=("block_size", text.block_size),
+    )  # fmt: skip
     run = LanguageModelRun(arguments, text, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_tokens, run.train_data.tokens.numel())
     found = candidates(run.model, linearizing)

@@ -259,6 +259,7 @@ BAD = [
     (("--lora", "--do_eval"), "--lora has no effect without training"),
     (("--layers", "9"), "9"),
     (("--window", "0"), "window=0"),
+    (("--window", "24"), "--window 24 covers every row of --max_length 24, .* give at most 23"),
     (("--transfer_epochs", "-1"), "--transfer_epochs -1.0 must be at least 0"),
     (("--transfer_epochs", "nan"), "--transfer_epochs nan must be at least 0 and finite"),
     (("--distill_epochs", "inf"), "--distill_epochs inf must be at least 0 and finite"),
@@ -291,6 +292,21 @@ def test_bad_input_is_named_before_anything_is_measured(wrong, message, checkpoi
     monkeypatch.setattr(Run, "evaluate", never(Run.evaluate, "measured before"))
     with pytest.raises(ValueError, match=message):
         run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *wrong))
+    assert not (tmp_path / "out").exists()
+
+
+BAD_TEXT = [
+    (("--window", "32"), "--window 32 covers every row of --block_size 32, .* give at most 31"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_TEXT)
+def test_bad_input_of_text_is_named_before_anything_is_measured(
+    wrong, message, text_checkpoint, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Run, "evaluate", never(Run.evaluate, "measured before"))
+    with pytest.raises(ValueError, match=message):
+        run_text(monkeypatch, text_flags(text_checkpoint, tmp_path / "out", text, *wrong))
     assert not (tmp_path / "out").exists()
 
 

@@ -148,12 +148,14 @@ def check(
     *,
     calibration: int,
     epochs: float,
+    longest: tuple[str, int],
 ) -> None:
     """Refuse arguments that have no effect together.
 
     Args:
         calibration: how many sentences or tokens the KL and the refit look at.
         epochs: of all trainings but the features'.
+        longest: the option that bounds a row, and its tokens.
 
     Raises:
         ValueError: see the messages.
@@ -161,6 +163,11 @@ def check(
     if not (training.num_train_epochs >= 0 and math.isfinite(training.num_train_epochs)):
         raise ValueError(
             f"--num_train_epochs {training.num_train_epochs} must be at least 0 and finite; 0 leaves this training out"
+        )
+    if arguments.window is not None and arguments.window >= longest[1]:
+        raise ValueError(
+            f"--window {arguments.window} covers every row of --{longest[0]} {longest[1]}, which is softmax attention: "
+            f"linear attention would never run; give at most {longest[1] - 1}, or a longer --{longest[0]}"
         )
     if training.do_train:
         distillation.check(training)

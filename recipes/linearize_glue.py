@@ -73,6 +73,8 @@ def linearize(
         )
     if distillation.distill and not linearizing.distill_epochs and distillation != LinearizeDistillationArguments():
         raise ValueError("the --distill_... options have no effect with --distill_epochs 0; leave them out")
+    if not training.do_train and linearizing.distill_epochs:
+        linearizing.refuse_given("without training; add --do_train, or leave it out", "distill_epochs")
     epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
     check(
         linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs,

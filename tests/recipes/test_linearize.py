@@ -164,7 +164,7 @@ def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_pat
          ["baseline", "changed", "transferred", "refitted", "recovered"], [1]),
         (("--softmax_layers", "1", "--choose", "uniform", "--refit", "none", "--calibration_samples", "0", "--decay",
           "--transfer_epochs", "0", "--num_train_epochs", "0"), ["baseline", "changed", "chosen", "distilled"], [0]),
-        (("--feature_map", "elu", "--do_eval"), ["baseline", "changed", "refitted"], [0, 1]),
+        (("--do_eval",), ["baseline", "changed", "refitted"], [0, 1]),
     ],
     ids=["adapters", "no teacher", "uniform", "nothing trained"],
 )  # fmt: skip
@@ -176,6 +176,8 @@ def test_stages_that_are_not_asked_for_are_left_out(more, wanted, layers, checkp
     if "--lora" in more:
         assert recovered["trained_parameters"] < recovered["parameters"] and results["lora_r"] == 4
         assert not list((tmp_path / "out").glob("adapter*"))
+    has_learned = "transferred" in wanted
+    assert has_learned == ("transfer_epochs" in results) == ("transfer_learning_rate" in results)
     assert ("distill_weight" in results) == ("--no_distill" not in more and "--do_eval" not in more)
     model = hf_attnkit.load_pretrained(tmp_path / "out")
     assert len(model.config.hf_attnkit["layers"]) == len(layers)
@@ -201,7 +203,7 @@ def test_the_window_alone_is_trained_for_comparison(checkpoint, tmp_path, monkey
     assert stages(results) == ["baseline", "changed", "chosen", "refitted", "distilled", "recovered"]
     (linear,) = results["linear_layers"]
     assert results["stages"][-1]["attention"][linear] == "sliding_window"
-    assert results["branches"] == {} and results["transfer_epochs"] == 0 and len(results["layer_costs"]) == 2
+    assert results["branches"] == {} and "transfer_epochs" not in results and len(results["layer_costs"]) == 2
     assert results["change"]["title"] == "sliding_window attention in 1 of 2 layers"
 
 
@@ -282,6 +284,11 @@ BAD = [
     (("--distill_epochs", "0", "--distill_weight", "0.4"), "options have no effect with --distill_epochs 0"),
     (("--lora_r", "4"), "--lora_r 4 has no effect without --lora"),
     (("--control", "--do_eval"), "--control trains and measures"),
+    (("--control", "--distill_epochs", "0", "--num_train_epochs", "0"), "--control has no effect: with 0 epochs"),
+    (("--do_eval", "--transfer_epochs", "1"), "--transfer_epochs has no effect without training"),
+    (("--do_eval", "--transfer_learning_rate", "1"), "--transfer_learning_rate has no effect without training"),
+    (("--do_eval", "--distill_epochs", "2"), "--distill_epochs has no effect without training"),
+    (("--do_eval", "--distill_weight", "1"), "--distill_weight has no effect: nothing is trained"),
     (("--fsdp", "full_shard"), "features are not learned on a sharded model; leave FSDP and DeepSpeed out"),
 ]  # fmt: skip
 
@@ -296,6 +303,9 @@ def test_bad_input_is_named_before_anything_is_measured(wrong, message, checkpoi
 
 
 BAD_TEXT = [
+    (("--num_train_epochs", "0", "--distill_weight", "1"), "--distill_weight has no effect: with 0 epochs the"),
+    (("--num_train_epochs", "0", "--max_steps", "3"), "--max_steps has no effect: with 0 epochs the features alone"),
+    (("--num_train_epochs", "0", "--control"), "--control has no effect: with 0 epochs"),
     (("--window", "32"), "--window 32 covers every row of --block_size 32, .* give at most 31"),
 ]
 

@@ -79,17 +79,18 @@ class LinearizeArguments(ChangeArguments):
         if self.choose != "kl" and not self.softmax_layers:
             raise ValueError(f"--choose {self.choose} has no effect without --softmax_layers, how many it chooses")
         if self.window_alone:
-            self._refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
+            self.refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
         learns = self.learns  # which makes the kind, and so checks its options with one another
         if not self.transfer_epochs:
-            self._refuse_given("with --transfer_epochs 0; leave one out", "transfer_learning_rate")
+            self.refuse_given("with --transfer_epochs 0; leave one out", "transfer_learning_rate")
         elif not learns:
             what = "--window_alone" if self.window_alone else f"--feature_map {self.feature_map}"
-            self._refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
+            self.refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
 
-    def _refuse_given(self, why: str, *names: str) -> None:
+    def refuse_given(self, why: str, *names: str) -> None:
+        """Raise `ValueError` for the first of these options that is not at its default."""
         for name in names:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"--{name} has no effect {why}")
@@ -172,8 +173,7 @@ def check(
     if training.do_train:
         distillation.check(training)
     lora.check(training)
-    if lora.lora and not epochs:
-        raise ValueError("--lora has no effect: with 0 epochs the features alone are trained; leave it out")
+    _refuse_untrained(arguments, distillation, lora, training, epochs)
     needs = [
         flag
         for flag, asked in (
@@ -184,3 +184,26 @@ def check(
     ]
     if needs and not calibration:
         raise ValueError(f"{' and '.join(needs)} look at training data, and there is none for calibration; give some")
+
+
+def _refuse_untrained(
+    arguments: LinearizeArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+    epochs: float,
+) -> None:
+    """Refuse what only a training that is left out would read."""
+    if not training.do_train:  # 0 epochs say what is so
+        given = [name for name in ("transfer_epochs", "transfer_learning_rate") if getattr(arguments, name)]
+        arguments.refuse_given("without training; add --do_train, or leave it out", *given)
+    elif epochs:
+        return
+    why = "with 0 epochs the features alone are trained" if training.do_train else "nothing is trained"
+    default = vars(LinearizeDistillationArguments())
+    asked = {name: distillation.distill and value != default[name] for name, value in vars(distillation).items()}
+    if training.do_train:
+        asked |= {"lora": lora.lora, "control": arguments.control, "max_steps": training.max_steps > 0}
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"--{name} has no effect: {why}; leave it out")

@@ -88,6 +88,10 @@ class Linearization:
         )
         training.max_steps, training.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
         training.gradient_checkpointing = False
+        self._settings |= {
+            "transfer_epochs": arguments.transfer_epochs,
+            "transfer_learning_rate": arguments.transfer_learning_rate,
+        }
         facts = self.run.train(TransferTrainer, args=training, callbacks=[])
         self.run.evaluate("transferred", **facts)
 
@@ -142,8 +146,6 @@ class Linearization:
             "layer_costs": self.costs,
             "branches": self._branches(),
             self._called: self._size,
-            "transfer_epochs": arguments.transfer_epochs if arguments.learns else 0,
-            "transfer_learning_rate": arguments.transfer_learning_rate if arguments.learns else None,
             "refit": arguments.refit,
             **self._settings,
             **facts,

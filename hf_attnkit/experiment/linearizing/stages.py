@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import hf_attnkit
 from hf_attnkit.attention.kind import ATTRIBUTE
@@ -37,6 +38,8 @@ from hf_attnkit.experiment.training.uptrain import recover
 from hf_attnkit.models.layers import attention_layers
 
 KIND = "linearization"
+ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH_XLA,
+        OptimizerNames.ADAMW_TORCH_NPU_FUSED)  # fmt: skip
 ORDER = ("changed", "transferred", "chosen", "refitted", "distilled", "recovered")
 
 
@@ -81,13 +84,7 @@ class Linearization:
         arguments = self.arguments
         if not (self.run.training.do_train and arguments.transfer_epochs and arguments.learns):
             return
-        training = copy.copy(self.run.training)
-        training.learning_rate, training.num_train_epochs = (
-            arguments.transfer_learning_rate,
-            arguments.transfer_epochs,
-        )
-        training.max_steps, training.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
-        training.gradient_checkpointing = False
+        training = of_features(self.run.training, arguments.transfer_epochs, arguments.transfer_learning_rate)
         self._settings |= {
             "transfer_epochs": arguments.transfer_epochs,
             "transfer_learning_rate": arguments.transfer_learning_rate,
@@ -209,6 +206,18 @@ class Linearization:
         if refit:
             fitting = {"calibration": list(self.run.calibration_batches(self._size)), "refit": self.arguments.refit}
         swap_quietly(model, self.arguments.kind, layers, **fitting)
+
+
+def of_features(training: TrainingArguments, epochs: float, learning_rate: float) -> TrainingArguments:
+    """The model's arguments with what trains features: Adam at this rate from the first step, without decay."""
+    made = copy.copy(training)
+    made.learning_rate, made.num_train_epochs = learning_rate, epochs
+    made.max_steps, made.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
+    made.weight_decay, made.warmup_steps = 0.0, 0
+    if made.optim not in ADAM:
+        made.optim, made.optim_args = TrainingArguments.optim, None
+    made.gradient_checkpointing = False
+    return made
 
 
 def longer(training: TrainingArguments, epochs: float, *, trainings: int = 1) -> TrainingArguments:

@@ -77,7 +77,7 @@ def linearize(
         linearizing.refuse_given("without training; add --do_train, or leave it out", "distill_epochs")
     epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
     check(
-        linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs,
+        linearizing, distillation, lora, training, calibration="calibration_samples", epochs=epochs,
         longest=("max_length", arguments.max_length),
     )  # fmt: skip
     run = GlueRun(arguments, training, linearizing, distillation, lora)

@@ -54,11 +54,11 @@ def main() -> None:
     )
     epochs = training.num_train_epochs
     check(
-        linearizing, distillation, lora, training, calibration=linearizing.calibration_tokens, epochs=epochs,
+        linearizing, distillation, lora, training, calibration="calibration_tokens", epochs=epochs,
         longest=("block_size", text.block_size),
     )  # fmt: skip
     run = LanguageModelRun(arguments, text, training, linearizing, distillation, lora)
-    used = min(linearizing.calibration_tokens, run.train_data.tokens.numel())
+    used = run.calibration_size(linearizing.calibration_tokens)
     found = candidates(run.model, linearizing)
     stages = Linearization(run, linearizing, found, ("calibration_tokens", used))
     if training.do_train and distillation.distill:

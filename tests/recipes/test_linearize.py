@@ -143,7 +143,7 @@ def test_a_killed_run_ends_as_one_that_was_not(number, whole, checkpoint, tmp_pa
 def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_path, monkeypatch) -> None:
     """In the second training of adapters, after four steps of the features and four of the first."""
     more = (*SHORT, "--lora", "--transfer_epochs", "1", "--layers", "1", "--refit", "none", "--save_strategy", "steps",
-            "--save_steps", "2")  # fmt: skip
+            "--save_steps", "2", "--calibration_samples", "0")  # fmt: skip
     whole = run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "whole", *more))
     arguments = flags(checkpoint, tmp_path / "out", *more)
     with monkeypatch.context() as patched:
@@ -176,6 +176,7 @@ def test_stages_that_are_not_asked_for_are_left_out(more, wanted, layers, checkp
     if "--lora" in more:
         assert recovered["trained_parameters"] < recovered["parameters"] and results["lora_r"] == 4
         assert not list((tmp_path / "out").glob("adapter*"))
+    assert ("calibration_samples" in results) == ("refitted" in wanted)
     has_learned = "transferred" in wanted
     assert has_learned == ("transfer_epochs" in results) == ("transfer_learning_rate" in results)
     assert ("distill_weight" in results) == ("--no_distill" not in more and "--do_eval" not in more)
@@ -233,6 +234,7 @@ def test_a_language_model(text_checkpoint, text, tmp_path, monkeypatch) -> None:
     assert stages(results) == [name for name in STAGES if name != "distilled"]
     measured = {stage["stage"]: stage["metrics"]["perplexity"] for stage in results["stages"]}
     assert len(set(measured.values())) == len(measured)
+    assert results["calibration_tokens"] == 512  # 500 asked for are 16 blocks of 32
     branches = results["branches"]
     assert branches["metric"] == "perplexity" and branches["both"] == pytest.approx(measured["recovered"], rel=1e-5)
     assert branches["window"] != branches["both"] != branches["linear"]
@@ -268,6 +270,7 @@ BAD = [
     (("--num_train_epochs", "nan"), "--num_train_epochs nan must be at least 0 and finite"),
     (("--distill_epochs", "-1"), "--distill_epochs -1.0 must be at least 0"),
     (("--calibration_samples", "-1"), "--calibration_samples -1 must be at least 0"),
+    (("--calibration_samples", "9", "--refit", "none"), "--calibration_samples has no effect without a refit"),
     (("--calibration_samples", "0"), "--refit output look at training data"),
     (("--calibration_samples", "0", "--refit", "none", "--softmax_layers", "1"), "--choose kl look at training data"),
     (("--window_alone",), "--window_alone needs --window"),

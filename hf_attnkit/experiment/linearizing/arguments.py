@@ -104,6 +104,17 @@ class LinearizeArguments(ChangeArguments):
         return LinearAttention(self.feature_map, self.window, decay=decay, gate=gate)
 
     @property
+    def has_branches(self) -> bool:
+        """Whether the kind has both a window and what is beyond it."""
+        return self.window is not None and not self.window_alone
+
+    @property
+    def calibrated(self) -> list[str]:
+        """The options that look at training data and cannot do without."""
+        chosen = ["--choose kl"] if self.softmax_layers > 0 and self.choose == "kl" else []
+        return ([] if self.refit == "none" else [f"--refit {self.refit}"]) + chosen
+
+    @property
     def learns(self) -> bool:
         """Whether the kind has features to learn."""
         return self.kind.create_parameters(1, 1, 2) is not None
@@ -147,14 +158,14 @@ def check(
     lora: LoraArguments,
     training: TrainingArguments,
     *,
-    calibration: int,
+    calibration: str,
     epochs: float,
     longest: tuple[str, int],
 ) -> None:
     """Refuse arguments that have no effect together.
 
     Args:
-        calibration: how many sentences or tokens the KL and the refit look at.
+        calibration: the option that says how many sentences or tokens the KL, the refit and the branches look at.
         epochs: of all trainings but the features'.
         longest: the option that bounds a row, and its tokens.
 
@@ -174,16 +185,15 @@ def check(
         distillation.check(training)
     lora.check(training)
     _refuse_untrained(arguments, distillation, lora, training, epochs)
-    needs = [
-        flag
-        for flag, asked in (
-            (f"--refit {arguments.refit}", arguments.refit != "none"),
-            ("--choose kl", arguments.softmax_layers > 0 and arguments.choose == "kl"),
+    size = getattr(arguments, calibration)
+    if arguments.calibrated and not size:
+        raise ValueError(
+            f"{' and '.join(arguments.calibrated)} look at training data, and there is none for calibration; give some"
         )
-        if asked
-    ]
-    if needs and not calibration:
-        raise ValueError(f"{' and '.join(needs)} look at training data, and there is none for calibration; give some")
+    if size and not (arguments.calibrated or (arguments.has_branches and training.do_eval)):
+        arguments.refuse_given(
+            "without a refit, layers chosen by KL, or branches to measure; leave it out", calibration
+        )
 
 
 def _refuse_untrained(

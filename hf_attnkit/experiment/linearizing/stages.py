@@ -137,13 +137,14 @@ class Linearization:
             facts: the recipe's own settings.
         """
         run, arguments = self.run, self.arguments
+        looked = arguments.calibrated or (arguments.has_branches and run.stages)
         facts = {
             "linear_layers": self.linear,
             "choose": arguments.choose if arguments.softmax_layers else None,
             "layer_costs": self.costs,
             "branches": self._branches(),
-            self._called: self._size,
             "refit": arguments.refit,
+            **({self._called: self._size} if looked else {}),
             **self._settings,
             **facts,
         }
@@ -160,7 +161,7 @@ class Linearization:
 
     def _branches(self) -> dict[str, Any]:
         run = self.run
-        if not run.stages or self.arguments.window is None or self.arguments.window_alone:
+        if not (run.stages and self.arguments.has_branches):
             return {}
         metric = next(iter(run.stages[0]["metrics"]))
         scores = branch_scores(run.model, lambda: float(run.measure(run.trainer())["metrics"][metric]))

@@ -33,7 +33,7 @@ from hf_attnkit.experiment.training.lora import LoraArguments
 
 @dataclass
 class TextLinearizeArguments(LinearizeArguments):
-    # Its state is as large as 65 tokens of keys and values, that of degree two as 1,138.
+    # Its state is as large as 65 tokens of keys and values, those of degree two as 1,106 and 1,138.
     feature_map: str = field(
         default="hedgehog_weighted",
         metadata={"help": "What replaces the exponential.", "choices": list(FEATURE_MAPS)},

@@ -8,6 +8,7 @@ from hf_attnkit.analysis.describe_attention import describe_attention
 from hf_attnkit.analysis.entropy_callback import AttentionEntropyCallback
 from hf_attnkit.analysis.head_statistics import HeadStatistics, head_statistics
 from hf_attnkit.attention.attention_backends import attention_backends
+from hf_attnkit.attention.cache_bytes import cache_bytes_per_token
 from hf_attnkit.attention.dispatch import register
 from hf_attnkit.attention.streaming import streaming_kinds
 from hf_attnkit.attention.swap import restore_attention
@@ -17,7 +18,6 @@ from hf_attnkit.conversion import convert_to_gqa, convert_to_mqa, plan_gqa
 from hf_attnkit.editing.last_change import last_change
 from hf_attnkit.importance import attention_entropy, head_gradients, head_importance
 from hf_attnkit.loading import load_pretrained
-from hf_attnkit.models.cache_size import cache_bytes_per_token
 from hf_attnkit.models.known import set_probe
 from hf_attnkit.pruning.mask_search import rearrange_heads
 from hf_attnkit.pruning.prune import prune_heads

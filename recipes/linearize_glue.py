@@ -15,6 +15,7 @@ Writes the model, which `hf_attnkit.load_pretrained` loads, results.json and rep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -43,9 +44,10 @@ class GlueLinearizeArguments(LinearizeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("distill_epochs", "calibration_samples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 0")
+        if not (self.distill_epochs >= 0 and math.isfinite(self.distill_epochs)):
+            raise ValueError(f"--distill_epochs {self.distill_epochs} must be at least 0 and finite; 0 leaves it out")
+        if self.calibration_samples < 0:
+            raise ValueError(f"--calibration_samples {self.calibration_samples} must be at least 0")
 
     @property
     def reads_training_data(self) -> bool:
@@ -71,8 +73,13 @@ def linearize(
         )
     if distillation.distill and not linearizing.distill_epochs and distillation != LinearizeDistillationArguments():
         raise ValueError("the --distill_... options have no effect with --distill_epochs 0; leave them out")
+    if not training.do_train and linearizing.distill_epochs:
+        linearizing.refuse_given("without training; add --do_train, or leave it out", "distill_epochs")
     epochs = training.num_train_epochs + (linearizing.distill_epochs if distillation.distill else 0)
-    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_samples, epochs=epochs)
+    check(
+        linearizing, distillation, lora, training, calibration="calibration_samples", epochs=epochs,
+        longest=("max_length", arguments.max_length),
+    )  # fmt: skip
     run = GlueRun(arguments, training, linearizing, distillation, lora)
     used = min(linearizing.calibration_samples, len(run.train_data))
     found = candidates(run.model, linearizing)
@@ -82,7 +89,8 @@ def linearize(
         stages.keep_teacher()
     run.model.to(training.device)
     run.evaluate("baseline")
-    run.control(lambda: run.train(args=longer(training, linearizing.distill_epochs if distils else 0)))
+    more, trainings = linearizing.distill_epochs if distils else 0, distils + (training.num_train_epochs > 0)
+    run.control(lambda: run.train(args=longer(training, more, trainings=trainings)))
     stages.swap()
     stages.transfer()
     stages.choose()

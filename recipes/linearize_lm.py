@@ -33,7 +33,7 @@ from hf_attnkit.experiment.training.lora import LoraArguments
 
 @dataclass
 class TextLinearizeArguments(LinearizeArguments):
-    # Its state is as large as 65 tokens of keys and values, that of degree two as 1,138.
+    # Its state is as large as 65 tokens of keys and values, those of degree two as 1,106 and 1,138.
     feature_map: str = field(
         default="hedgehog_weighted",
         metadata={"help": "What replaces the exponential.", "choices": list(FEATURE_MAPS)},
@@ -53,9 +53,12 @@ def main() -> None:
         ModelArguments, TextArguments, TextLinearizeArguments, LinearizeDistillationArguments, LoraArguments
     )
     epochs = training.num_train_epochs
-    check(linearizing, distillation, lora, training, calibration=linearizing.calibration_tokens, epochs=epochs)
+    check(
+        linearizing, distillation, lora, training, calibration="calibration_tokens", epochs=epochs,
+        longest=("block_size", text.block_size),
+    )  # fmt: skip
     run = LanguageModelRun(arguments, text, training, linearizing, distillation, lora)
-    used = min(linearizing.calibration_tokens, run.train_data.tokens.numel())
+    used = run.calibration_size(linearizing.calibration_tokens)
     found = candidates(run.model, linearizing)
     stages = Linearization(run, linearizing, found, ("calibration_tokens", used))
     if training.do_train and distillation.distill:

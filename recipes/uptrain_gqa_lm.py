@@ -44,7 +44,7 @@ def main() -> None:
     distillation.check(training)
     lora.check(training)
     run = LanguageModelRun(arguments, text, training, conversion, distillation, lora)
-    used = min(conversion.calibration_tokens, run.train_data.tokens.numel())
+    used = run.calibration_size(conversion.calibration_tokens)
     uptrain(run, conversion, distillation, lora, calibration=("calibration_tokens", used))
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_attnkit.analysis.trials import Trials
+from hf_attnkit.attention.cache_bytes import bytes_of_attention
 from hf_attnkit.attention.consistency import bases
 from hf_attnkit.attention.kind import ATTRIBUTE, Kind
 from hf_attnkit.common.text_table import text_table
@@ -77,7 +78,7 @@ class AttentionReport:
         rows: one for each attention, numbered as `swap_attention`, `head_importance` and `prune_heads` do.
         kinds: what can be swapped into all of those that can be swapped, with its options.
         key_value_heads: numbers that all attentions can be converted to.
-        bytes_per_token: keys and values of a token in all layers, in this dtype, before a window is full.
+        bytes_per_token: what a token adds to the cache in all layers, see `cache_bytes_per_token`.
         not_run: paths of models inside that the inputs did not reach, of which nothing is known.
     """
 
@@ -172,15 +173,22 @@ def _described(model: PreTrainedModel, probe: Mapping[str, Any] | None) -> Atten
             swap=outcome["swap"], score=trials.score or _opaque(attention), prune=outcome["prune"],
             convert=outcome["convert"], alike=trials.alike(attention),
         ))  # fmt: skip
+    numbers = zip(found.attentions, rows, strict=True)
+    size = sum(bytes_of_attention(each, _counted(row), model.dtype) for each, row in numbers)
     return AttentionReport(
         type(model).__name__, str(model.dtype).removeprefix("torch."), tuple(rows), trials.kinds(), _targets(rows),
-        cache_bytes(rows, model.dtype), found.not_run,
+        size, found.not_run,
     )  # fmt: skip
 
 
 def cache_bytes(rows: Sequence[AttentionRow], dtype: torch.dtype) -> int:
-    """Bytes of keys and values per token; where no head is left, of its stand-in."""
-    return sum(max(1, row.num_key_value_heads) * (row.head_dim + row.value_head_dim) for row in rows) * dtype.itemsize
+    """Bytes of keys and values per token, of a model that runs what it was made with."""
+    return sum(_counted(row) * (row.head_dim + row.value_head_dim) for row in rows) * dtype.itemsize
+
+
+def _counted(row: AttentionRow) -> int:
+    """Heads whose keys and values are computed; where none is left, its stand-in."""
+    return max(1, row.num_key_value_heads)
 
 
 def _opaque(attention: Attention) -> str:

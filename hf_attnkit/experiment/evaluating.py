@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer
 
 from hf_attnkit.analysis.entropy_callback import core_model
+from hf_attnkit.attention.cache_bytes import bytes_of_layers
 from hf_attnkit.attention.swap import saved_kind
 from hf_attnkit.experiment.costs import Laps
-from hf_attnkit.models.cache_size import cache_bytes
 from hf_attnkit.models.layers import attention_layers
 
 
@@ -37,16 +37,15 @@ def measure_stage(trainer: Trainer, measure: Callable[[Trainer], dict[str, Any]]
 def describe(model: PreTrainedModel) -> dict[str, Any]:
     """What a model consists of: its parameters, and of each layer the heads and the attention.
 
-    `key_value_bytes_per_token` is `None` for an encoder, which keeps no keys and values.
+    `key_value_bytes_per_token`, as `cache_bytes_per_token`, is `None` for an encoder, which keeps no keys and values.
     """
     layers = attention_layers(model, adapters=True)
-    heads = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
     is_decoder = all(getattr(layer.module, "is_causal", True) for layer in layers)
     return {
         "parameters": model.num_parameters(),  # unlike numel(), of numbers that are packed into bytes too
         "num_heads": [len(layer.heads) for layer in layers],
         "num_key_value_heads": [layer.num_key_value_heads for layer in layers],
-        "key_value_bytes_per_token": cache_bytes(heads, model.dtype) if is_decoder else None,
+        "key_value_bytes_per_token": bytes_of_layers(layers, model.dtype) if is_decoder else None,
         "attention": [saved_kind(model, layer.index) for layer in layers],
     }
 

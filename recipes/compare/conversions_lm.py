@@ -26,7 +26,7 @@ def main() -> None:
         ModelArguments, TextArguments, TextComparisonArguments, trains=False
     )
     run = LanguageModelRun(arguments, text, training, comparison)
-    tokens = min(comparison.calibration_tokens, run.train_data.tokens.numel())
+    tokens = run.calibration_size(comparison.calibration_tokens)
     compare(run, comparison, ("calibration_tokens", tokens))
 
 

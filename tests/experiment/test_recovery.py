@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.unchanged import unchanged
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
-from hf_attnkit import convert_to_gqa, load_pretrained
+from hf_attnkit import convert_to_gqa, load_pretrained, prune_heads
 from hf_attnkit.experiment.training import distill as distill_module
 from hf_attnkit.experiment.training.distill import (
     DistillationArguments,
@@ -146,6 +147,20 @@ def test_sixteen_bit_logits_are_compared_in_float32() -> None:
     assert low.dtype == torch.float32
     torch.testing.assert_close(low.double(), high, rtol=1e-5, atol=1e-6)
     assert relative_error(student, teacher, {}).dtype == torch.float32
+
+
+def test_a_layer_that_adds_nothing_is_nothing_to_distil(tmp_path) -> None:
+    """As one without heads: its error is 0, and not 0 / 0 for the whole model."""
+    teacher = prune_heads(build("llama", "causal"), {0: range(8)})
+    before = copy.deepcopy(teacher.state_dict())
+    student, data = copy.deepcopy(teacher), labelled(teacher)
+    trained = trainer(student, teacher, tmp_path, data=rows(student, data), max_steps=2, learning_rate=0.1)
+    assert math.isfinite(trained.train().training_loss)
+    after = trained.model.state_dict()
+    assert all(weights.isfinite().all() for weights in after.values())
+    assert any(not torch.equal(weights, before[name]) for name, weights in after.items())
+    nothing, something = torch.zeros(1, 3, 4), torch.full((1, 3, 4), 3.0)
+    assert relative_error(nothing, nothing, {}) == 0 and relative_error(something, nothing, {}) == 9
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:

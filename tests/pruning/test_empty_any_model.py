@@ -26,7 +26,7 @@ from hf_attnkit import (
     select_heads,
     swap_attention,
 )
-from hf_attnkit.models.cache_size import cache_bytes_per_token
+from hf_attnkit.attention.cache_bytes import cache_bytes_per_token
 from hf_attnkit.models.discovery import discover, run_outputs
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.models.ownership import ownerships

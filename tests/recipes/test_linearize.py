@@ -143,7 +143,7 @@ def test_a_killed_run_ends_as_one_that_was_not(number, whole, checkpoint, tmp_pa
 def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_path, monkeypatch) -> None:
     """In the second training of adapters, after four steps of the features and four of the first."""
     more = (*SHORT, "--lora", "--transfer_epochs", "1", "--layers", "1", "--refit", "none", "--save_strategy", "steps",
-            "--save_steps", "2")  # fmt: skip
+            "--save_steps", "2", "--calibration_samples", "0")  # fmt: skip
     whole = run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "whole", *more))
     arguments = flags(checkpoint, tmp_path / "out", *more)
     with monkeypatch.context() as patched:
@@ -164,7 +164,7 @@ def test_a_killed_run_with_adapters_ends_as_one_that_was_not(checkpoint, tmp_pat
          ["baseline", "changed", "transferred", "refitted", "recovered"], [1]),
         (("--softmax_layers", "1", "--choose", "uniform", "--refit", "none", "--calibration_samples", "0", "--decay",
           "--transfer_epochs", "0", "--num_train_epochs", "0"), ["baseline", "changed", "chosen", "distilled"], [0]),
-        (("--feature_map", "elu", "--do_eval"), ["baseline", "changed", "refitted"], [0, 1]),
+        (("--do_eval",), ["baseline", "changed", "refitted"], [0, 1]),
     ],
     ids=["adapters", "no teacher", "uniform", "nothing trained"],
 )  # fmt: skip
@@ -176,9 +176,25 @@ def test_stages_that_are_not_asked_for_are_left_out(more, wanted, layers, checkp
     if "--lora" in more:
         assert recovered["trained_parameters"] < recovered["parameters"] and results["lora_r"] == 4
         assert not list((tmp_path / "out").glob("adapter*"))
+    assert ("calibration_samples" in results) == ("refitted" in wanted)
+    has_learned = "transferred" in wanted
+    assert has_learned == ("transfer_epochs" in results) == ("transfer_learning_rate" in results)
     assert ("distill_weight" in results) == ("--no_distill" not in more and "--do_eval" not in more)
     model = hf_attnkit.load_pretrained(tmp_path / "out")
     assert len(model.config.hf_attnkit["layers"]) == len(layers)
+
+
+@only_bert
+@pytest.mark.parametrize(("more", "trainings"), [((), 2), (("--no_distill",), 1), (("--num_train_epochs", "0"), 1)])
+def test_a_control_of_few_steps_is_trained_as_long(more, trainings, checkpoint, tmp_path, monkeypatch) -> None:
+    """`--max_steps` bounds each training, and the control is as long as all that are trained on all weights."""
+    given = (*SHORT, "--max_steps", "3", "--control", "--feature_map", "elu", "--refit", "none",
+             "--calibration_samples", "0", *more)  # fmt: skip
+    run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *given))
+    states = sorted((tmp_path / "out").glob("trainer_state_*.json"))
+    steps = [json.loads(state.read_text())["global_step"] for state in states]
+    assert steps == [3] * trainings
+    assert json.loads((tmp_path / "out" / "control_state.json").read_text())["global_step"] == sum(steps)
 
 
 @only_bert
@@ -188,7 +204,7 @@ def test_the_window_alone_is_trained_for_comparison(checkpoint, tmp_path, monkey
     assert stages(results) == ["baseline", "changed", "chosen", "refitted", "distilled", "recovered"]
     (linear,) = results["linear_layers"]
     assert results["stages"][-1]["attention"][linear] == "sliding_window"
-    assert results["branches"] == {} and results["transfer_epochs"] == 0 and len(results["layer_costs"]) == 2
+    assert results["branches"] == {} and "transfer_epochs" not in results and len(results["layer_costs"]) == 2
     assert results["change"]["title"] == "sliding_window attention in 1 of 2 layers"
 
 
@@ -218,6 +234,7 @@ def test_a_language_model(text_checkpoint, text, tmp_path, monkeypatch) -> None:
     assert stages(results) == [name for name in STAGES if name != "distilled"]
     measured = {stage["stage"]: stage["metrics"]["perplexity"] for stage in results["stages"]}
     assert len(set(measured.values())) == len(measured)
+    assert results["calibration_tokens"] == 512  # 500 asked for are 16 blocks of 32
     branches = results["branches"]
     assert branches["metric"] == "perplexity" and branches["both"] == pytest.approx(measured["recovered"], rel=1e-5)
     assert branches["window"] != branches["both"] != branches["linear"]
@@ -246,9 +263,14 @@ BAD = [
     (("--lora", "--do_eval"), "--lora has no effect without training"),
     (("--layers", "9"), "9"),
     (("--window", "0"), "window=0"),
+    (("--window", "24"), "--window 24 covers every row of --max_length 24, .* give at most 23"),
     (("--transfer_epochs", "-1"), "--transfer_epochs -1.0 must be at least 0"),
+    (("--transfer_epochs", "nan"), "--transfer_epochs nan must be at least 0 and finite"),
+    (("--distill_epochs", "inf"), "--distill_epochs inf must be at least 0 and finite"),
+    (("--num_train_epochs", "nan"), "--num_train_epochs nan must be at least 0 and finite"),
     (("--distill_epochs", "-1"), "--distill_epochs -1.0 must be at least 0"),
     (("--calibration_samples", "-1"), "--calibration_samples -1 must be at least 0"),
+    (("--calibration_samples", "9", "--refit", "none"), "--calibration_samples has no effect without a refit"),
     (("--calibration_samples", "0"), "--refit output look at training data"),
     (("--calibration_samples", "0", "--refit", "none", "--softmax_layers", "1"), "--choose kl look at training data"),
     (("--window_alone",), "--window_alone needs --window"),
@@ -265,6 +287,11 @@ BAD = [
     (("--distill_epochs", "0", "--distill_weight", "0.4"), "options have no effect with --distill_epochs 0"),
     (("--lora_r", "4"), "--lora_r 4 has no effect without --lora"),
     (("--control", "--do_eval"), "--control trains and measures"),
+    (("--control", "--distill_epochs", "0", "--num_train_epochs", "0"), "--control has no effect: with 0 epochs"),
+    (("--do_eval", "--transfer_epochs", "1"), "--transfer_epochs has no effect without training"),
+    (("--do_eval", "--transfer_learning_rate", "1"), "--transfer_learning_rate has no effect without training"),
+    (("--do_eval", "--distill_epochs", "2"), "--distill_epochs has no effect without training"),
+    (("--do_eval", "--distill_weight", "1"), "--distill_weight has no effect: nothing is trained"),
     (("--fsdp", "full_shard"), "features are not learned on a sharded model; leave FSDP and DeepSpeed out"),
 ]  # fmt: skip
 
@@ -275,6 +302,24 @@ def test_bad_input_is_named_before_anything_is_measured(wrong, message, checkpoi
     monkeypatch.setattr(Run, "evaluate", never(Run.evaluate, "measured before"))
     with pytest.raises(ValueError, match=message):
         run(linearize_glue, monkeypatch, flags(checkpoint, tmp_path / "out", *wrong))
+    assert not (tmp_path / "out").exists()
+
+
+BAD_TEXT = [
+    (("--num_train_epochs", "0", "--distill_weight", "1"), "--distill_weight has no effect: with 0 epochs the"),
+    (("--num_train_epochs", "0", "--max_steps", "3"), "--max_steps has no effect: with 0 epochs the features alone"),
+    (("--num_train_epochs", "0", "--control"), "--control has no effect: with 0 epochs"),
+    (("--window", "32"), "--window 32 covers every row of --block_size 32, .* give at most 31"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_TEXT)
+def test_bad_input_of_text_is_named_before_anything_is_measured(
+    wrong, message, text_checkpoint, text, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Run, "evaluate", never(Run.evaluate, "measured before"))
+    with pytest.raises(ValueError, match=message):
+        run_text(monkeypatch, text_flags(text_checkpoint, tmp_path / "out", text, *wrong))
     assert not (tmp_path / "out").exists()
 
 

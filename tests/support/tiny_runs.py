@@ -63,6 +63,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--last_tokens": ("16",),
+    "--window": ("4",),
     "--first_token_repeats": ("1",),
     "--prune_fractions": ("0.5",),
     "--prune_steps": ("2",),

@@ -69,8 +69,8 @@ class LinearizeArguments(ChangeArguments):
         choice(self.refit, "--refit", REFITS)
         if self.softmax_layers < 0:
             raise ValueError(f"--softmax_layers {self.softmax_layers} must be at least 0")
-        if self.transfer_epochs < 0:
-            raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0, which leaves it out")
+        if not (self.transfer_epochs >= 0 and math.isfinite(self.transfer_epochs)):
+            raise ValueError(f"--transfer_epochs {self.transfer_epochs} must be at least 0 and finite; 0 leaves it out")
         if not (self.transfer_learning_rate > 0 and math.isfinite(self.transfer_learning_rate)):
             raise ValueError(
                 f"--transfer_learning_rate {self.transfer_learning_rate} must be a finite number above 0; "
@@ -79,17 +79,18 @@ class LinearizeArguments(ChangeArguments):
         if self.choose != "kl" and not self.softmax_layers:
             raise ValueError(f"--choose {self.choose} has no effect without --softmax_layers, how many it chooses")
         if self.window_alone:
-            self._refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
+            self.refuse_given("with --window_alone, which has no features", "feature_map", "gate", "decay")
             if self.window is None:
                 raise ValueError("--window_alone needs --window, the number of keys that it leaves a query")
         learns = self.learns  # which makes the kind, and so checks its options with one another
         if not self.transfer_epochs:
-            self._refuse_given("with --transfer_epochs 0; leave one out", "transfer_learning_rate")
+            self.refuse_given("with --transfer_epochs 0; leave one out", "transfer_learning_rate")
         elif not learns:
             what = "--window_alone" if self.window_alone else f"--feature_map {self.feature_map}"
-            self._refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
+            self.refuse_given(f"with {what}, which has nothing to learn", "transfer_epochs", "transfer_learning_rate")
 
-    def _refuse_given(self, why: str, *names: str) -> None:
+    def refuse_given(self, why: str, *names: str) -> None:
+        """Raise `ValueError` for the first of these options that is not at its default."""
         for name in names:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"--{name} has no effect {why}")
@@ -101,6 +102,17 @@ class LinearizeArguments(ChangeArguments):
             return SlidingWindowAttention(window=self.window)  # type: ignore[arg-type] # checked
         gate, decay = ("learned" if asked else None for asked in (self.gate, self.decay))
         return LinearAttention(self.feature_map, self.window, decay=decay, gate=gate)
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the kind has both a window and what is beyond it."""
+        return self.window is not None and not self.window_alone
+
+    @property
+    def calibrated(self) -> list[str]:
+        """The options that look at training data and cannot do without."""
+        chosen = ["--choose kl"] if self.softmax_layers > 0 and self.choose == "kl" else []
+        return ([] if self.refit == "none" else [f"--refit {self.refit}"]) + chosen
 
     @property
     def learns(self) -> bool:
@@ -146,30 +158,62 @@ def check(
     lora: LoraArguments,
     training: TrainingArguments,
     *,
-    calibration: int,
+    calibration: str,
     epochs: float,
+    longest: tuple[str, int],
 ) -> None:
     """Refuse arguments that have no effect together.
 
     Args:
-        calibration: how many sentences or tokens the KL and the refit look at.
+        calibration: the option that says how many sentences or tokens the KL, the refit and the branches look at.
         epochs: of all trainings but the features'.
+        longest: the option that bounds a row, and its tokens.
 
     Raises:
         ValueError: see the messages.
     """
+    if not (training.num_train_epochs >= 0 and math.isfinite(training.num_train_epochs)):
+        raise ValueError(
+            f"--num_train_epochs {training.num_train_epochs} must be at least 0 and finite; 0 leaves this training out"
+        )
+    if arguments.window is not None and arguments.window >= longest[1]:
+        raise ValueError(
+            f"--window {arguments.window} covers every row of --{longest[0]} {longest[1]}, which is softmax attention: "
+            f"linear attention would never run; give at most {longest[1] - 1}, or a longer --{longest[0]}"
+        )
     if training.do_train:
         distillation.check(training)
     lora.check(training)
-    if lora.lora and not epochs:
-        raise ValueError("--lora has no effect: with 0 epochs the features alone are trained; leave it out")
-    needs = [
-        flag
-        for flag, asked in (
-            (f"--refit {arguments.refit}", arguments.refit != "none"),
-            ("--choose kl", arguments.softmax_layers > 0 and arguments.choose == "kl"),
+    _refuse_untrained(arguments, distillation, lora, training, epochs)
+    size = getattr(arguments, calibration)
+    if arguments.calibrated and not size:
+        raise ValueError(
+            f"{' and '.join(arguments.calibrated)} look at training data, and there is none for calibration; give some"
         )
-        if asked
-    ]
-    if needs and not calibration:
-        raise ValueError(f"{' and '.join(needs)} look at training data, and there is none for calibration; give some")
+    if size and not (arguments.calibrated or (arguments.has_branches and training.do_eval)):
+        arguments.refuse_given(
+            "without a refit, layers chosen by KL, or branches to measure; leave it out", calibration
+        )
+
+
+def _refuse_untrained(
+    arguments: LinearizeArguments,
+    distillation: DistillationArguments,
+    lora: LoraArguments,
+    training: TrainingArguments,
+    epochs: float,
+) -> None:
+    """Refuse what only a training that is left out would read."""
+    if not training.do_train:  # 0 epochs say what is so
+        given = [name for name in ("transfer_epochs", "transfer_learning_rate") if getattr(arguments, name)]
+        arguments.refuse_given("without training; add --do_train, or leave it out", *given)
+    elif epochs:
+        return
+    why = "with 0 epochs the features alone are trained" if training.do_train else "nothing is trained"
+    default = vars(LinearizeDistillationArguments())
+    asked = {name: distillation.distill and value != default[name] for name, value in vars(distillation).items()}
+    if training.do_train:
+        asked |= {"lora": lora.lora, "control": arguments.control, "max_steps": training.max_steps > 0}
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"--{name} has no effect: {why}; leave it out")

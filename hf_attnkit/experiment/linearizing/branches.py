@@ -42,7 +42,8 @@ def branch_scores(model: PreTrainedModel, measure: Callable[[], float]) -> dict[
 def linear_shares(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """For each layer with both branches the linear one's share of the output's energy, 0 to 1.
 
-    |far|^2 / (|near|^2 + |far|^2), summed over heads and real tokens, of what each adds to the output.
+    |far|^2 / (|near|^2 + |far|^2), summed over heads and real tokens, of what each adds to the output; 0 where neither
+    adds anything, as in a layer without heads.
     """
     energies: dict[int, Tensor] = {}
     kinds = {}
@@ -55,7 +56,7 @@ def linear_shares(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     with torch.no_grad(), evaluation_mode(model), running(kinds):
         for batch in batches:
             model(**to_device(batch, model))
-    return {index: float(far / (near + far)) for index, (near, far) in energies.items()}
+    return {index: float(far / (near + far)) if near + far else 0.0 for index, (near, far) in energies.items()}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import hf_attnkit
 from hf_attnkit.attention.kind import ATTRIBUTE
@@ -37,6 +38,8 @@ from hf_attnkit.experiment.training.uptrain import recover
 from hf_attnkit.models.layers import attention_layers
 
 KIND = "linearization"
+ADAM = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH_XLA,
+        OptimizerNames.ADAMW_TORCH_NPU_FUSED)  # fmt: skip
 ORDER = ("changed", "transferred", "chosen", "refitted", "distilled", "recovered")
 
 
@@ -81,13 +84,11 @@ class Linearization:
         arguments = self.arguments
         if not (self.run.training.do_train and arguments.transfer_epochs and arguments.learns):
             return
-        training = copy.copy(self.run.training)
-        training.learning_rate, training.num_train_epochs = (
-            arguments.transfer_learning_rate,
-            arguments.transfer_epochs,
-        )
-        training.max_steps, training.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
-        training.gradient_checkpointing = False
+        training = of_features(self.run.training, arguments.transfer_epochs, arguments.transfer_learning_rate)
+        self._settings |= {
+            "transfer_epochs": arguments.transfer_epochs,
+            "transfer_learning_rate": arguments.transfer_learning_rate,
+        }
         facts = self.run.train(TransferTrainer, args=training, callbacks=[])
         self.run.evaluate("transferred", **facts)
 
@@ -136,15 +137,14 @@ class Linearization:
             facts: the recipe's own settings.
         """
         run, arguments = self.run, self.arguments
+        looked = arguments.calibrated or (arguments.has_branches and run.stages)
         facts = {
             "linear_layers": self.linear,
             "choose": arguments.choose if arguments.softmax_layers else None,
             "layer_costs": self.costs,
             "branches": self._branches(),
-            self._called: self._size,
-            "transfer_epochs": arguments.transfer_epochs if arguments.learns else 0,
-            "transfer_learning_rate": arguments.transfer_learning_rate if arguments.learns else None,
             "refit": arguments.refit,
+            **({self._called: self._size} if looked else {}),
             **self._settings,
             **facts,
         }
@@ -161,7 +161,7 @@ class Linearization:
 
     def _branches(self) -> dict[str, Any]:
         run = self.run
-        if not run.stages or self.arguments.window is None or self.arguments.window_alone:
+        if not (run.stages and self.arguments.has_branches):
             return {}
         metric = next(iter(run.stages[0]["metrics"]))
         scores = branch_scores(run.model, lambda: float(run.measure(run.trainer())["metrics"][metric]))
@@ -209,8 +209,25 @@ class Linearization:
         swap_quietly(model, self.arguments.kind, layers, **fitting)
 
 
-def longer(training: TrainingArguments, epochs: float) -> TrainingArguments:
-    """The same arguments with so many more epochs; `max_steps`, where it is given, bounds each training alike."""
+def of_features(training: TrainingArguments, epochs: float, learning_rate: float) -> TrainingArguments:
+    """The model's arguments with what trains features: Adam at this rate from the first step, without decay."""
+    made = copy.copy(training)
+    made.learning_rate, made.num_train_epochs = learning_rate, epochs
+    made.max_steps, made.max_grad_norm = -1, 0.0  # a common bound would tie layers to one another
+    made.weight_decay, made.warmup_steps = 0.0, 0
+    if made.optim not in ADAM:
+        made.optim, made.optim_args = TrainingArguments.optim, None
+    made.gradient_checkpointing = False
+    return made
+
+
+def longer(training: TrainingArguments, epochs: float, *, trainings: int = 1) -> TrainingArguments:
+    """The same arguments with so many more epochs.
+
+    Args:
+        trainings: how many it is as long as; `max_steps`, where it is given, bounds each of them alike.
+    """
     made = copy.copy(training)
     made.num_train_epochs += epochs
+    made.max_steps *= trainings  # -1 stays below 0, where the epochs count
     return made

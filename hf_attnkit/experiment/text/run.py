@@ -101,8 +101,12 @@ class LanguageModelRun(Run):
 
     def calibration_batches(self, size: int) -> Iterable[Mapping[str, Any]]:
         """Batches of the first training blocks, `size` tokens or up to a block more."""
-        blocks = Subset(self.train_data, range(min(math.ceil(size / self.block_size), len(self.train_data))))
+        blocks = Subset(self.train_data, range(self.calibration_size(size) // self.block_size))
         return DataLoader(blocks, self.training.per_device_eval_batch_size)
+
+    def calibration_size(self, size: int) -> int:
+        """How many tokens those batches have: blocks are read whole."""
+        return min(math.ceil(size / self.block_size), len(self.train_data)) * self.block_size
 
     def trainer_options(self) -> dict[str, Any]:
         """Blocks need no padding, and only a number for each leaves the evaluation loop."""

@@ -7,7 +7,7 @@ With the model before the change as teacher t, the model that trains as student 
 The second term is the mean over examples, or over predicted tokens of a causal model; for regression it is the mean
 squared difference of the outputs. s_l and t_l are what layer l's attention adds to the residual stream (matched layer
 by layer as hidden states are in TinyBERT, Jiao et al. 2020, arXiv 1909.10351), padding left out: 0 is equal, 1 is as
-bad as putting out nothing.
+bad as putting out nothing. Where the teacher's layer adds nothing, as one without heads, |s_l|^2 is not divided.
 """
 
 from __future__ import annotations
@@ -197,9 +197,13 @@ def _divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: 
 
 
 def relative_error(student: Tensor, teacher: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Mean squared difference of `(batch, tokens, features)` over real tokens, divided by the teacher's mean square."""
+    """Mean squared difference of `(batch, tokens, features)` over real tokens, divided by the teacher's mean square.
+
+    Where that is 0 it is not divided.
+    """
     student, teacher = (_wide(real_tokens(x, inputs)) for x in (student, teacher))
-    return (student - teacher).square().mean() / teacher.square().mean()
+    energy = teacher.square().mean()
+    return (student - teacher).square().mean() / energy.where(energy > 0, 1.0)
 
 
 def _wide(x: Tensor) -> Tensor:

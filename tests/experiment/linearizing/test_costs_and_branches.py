@@ -13,6 +13,7 @@ from support.swapping import swapped
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_attnkit import prune_heads
 from hf_attnkit.attention.kind import ATTRIBUTE, PARAMETERS, Call
 from hf_attnkit.attention.kinds.linear import LinearAttention
 from hf_attnkit.experiment.linearizing import layer_costs as costs_module
@@ -198,3 +199,10 @@ def test_a_gate_far_open_to_one_side_has_the_share_of_that_side() -> None:
         # Of a query without a key beyond the window the window gives all: 3 of 12.
         assert all(each == pytest.approx(share, abs=1e-6 if share == 0 else 0.7) for each in found.values())
     assert linear_shares(swapped(build("llama"), "linear"), [inputs]) == {}
+
+
+def test_a_layer_without_heads_has_no_share() -> None:
+    """And not 0 / 0, which no results.json holds."""
+    model = swapped(prune_heads(build("bert"), {0: range(8)}), "linear", **HYBRID)
+    found = linear_shares(model, [batch(model)])
+    assert found[0] == 0 and 0 < found[1] < 1

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_attnkit.experiment.glue.run import GlueRun
 from hf_attnkit.experiment.linearizing.arguments import LinearizeArguments
-from hf_attnkit.experiment.linearizing.stages import Linearization
+from hf_attnkit.experiment.linearizing.stages import Linearization, of_features
 from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.training.distill import DistillationArguments, DistillationTrainer
 from hf_attnkit.experiment.training.lora import LoraArguments
@@ -40,6 +40,19 @@ def test_a_stage_after_a_later_one_is_refused() -> None:
         run.keep_teacher()
     with pytest.raises(ValueError, match="call keep_teacher before swap"):
         run.distil(DistillationArguments(distill=True), LoraArguments(), epochs=1.0)
+
+
+def test_features_are_trained_by_adam_whatever_trains_the_model() -> None:
+    own = {"weight_decay": 0.1, "warmup_steps": 7, "max_steps": 5, "learning_rate": 1e-5, "num_train_epochs": 3.0}
+    of_model = TrainingArguments(use_cpu=True, optim="adafactor", optim_args="scale_parameter=False", **own)
+    made = of_features(of_model, 2.0, 1e-2)
+    plain = of_features(TrainingArguments(use_cpu=True), 2.0, 1e-2)
+    for name in (*own, "optim", "optim_args"):
+        assert getattr(made, name) == getattr(plain, name), name
+    assert (made.learning_rate, made.num_train_epochs, made.max_steps) == (1e-2, 2.0, -1)
+    assert (made.weight_decay, made.warmup_steps, of_model.weight_decay) == (0, 0, 0.1)
+    for name in ("adamw_torch", "adamw_torch_fused"):
+        assert of_features(TrainingArguments(use_cpu=True, optim=name), 2.0, 1e-2).optim == name
 
 
 def test_a_teacher_of_another_shape_is_refused() -> None:

@@ -7,8 +7,7 @@ what of it stays: `guard`.
 
 All sequences are fitted, those too on which the guard compares. What it compares is a model of its own, fitted with the
 same ridges to the others, on a walk of its own: a layer makes up for what those below it lost, so one that was solved
-on layers fitted to everything does not go with layers that were not (SmolLM2, half of the heads streaming, four texts:
-a divergence of 0.22 on the one held out, and 0.034 by such a walk; 0.062 without a refit).
+on layers fitted to everything does not go with layers that were not (see docs/conversion.md).
 
 After pruning, as in Kwon et al. 2022 (arXiv 2204.09656), the target is the residual stream: with x_t the stream before
 the attention, y_t what the attention puts out and a prime for the untouched model, the attention should put out

@@ -145,7 +145,7 @@ def compare(run: LanguageModelRun, original: Any, arguments: StreamingArguments,
                 size = cache_share(original, kinds, run.block_size)
                 facts = {"variant": variant, "window": window, "share": share, "draw": draw, "cache_share": size}
                 measure(run, arguments, "changed", **facts)
-                print(f"window {window}, {share:.0%} of heads, {variant}: {run.stages[-1]['metrics']}", flush=True)
+                print(f"window {window}, {share:.0%} of heads, {variant}: {reached(run)}", flush=True)
 
 
 def measure_window(
@@ -157,7 +157,12 @@ def measure_window(
     wide = max(round(size * run.block_size) - sinks + 1, 1)
     run.model = hf_attnkit.swap_attention(copy.deepcopy(original), "sliding_window", window=wide, num_sink_tokens=sinks)
     measure(run, arguments, "changed", variant="window", window=window, share=share, draw=0, cache_share=size)
-    print(f"window {wide} of all heads, for {share:.0%}: {run.stages[-1]['metrics']}", flush=True)
+    print(f"window {wide} of all heads, for {share:.0%}: {reached(run)}", flush=True)
+
+
+def reached(run: LanguageModelRun) -> dict[str, Any]:
+    """What the last stage measured."""
+    return {name: run.stages[-1][name] for name in ("metrics", "found") if name in run.stages[-1]}
 
 
 def chosen(model: Any, scores: torch.Tensor, share: float) -> dict[int, list[int]]:

@@ -144,7 +144,8 @@ def refit_layers(
                 targets = [_seen(walk, layer, stream) for walk in untouched]
         sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
         others: Fold | None = None
-        if held_out and options.fits != "descent":  # whose layers below are those that are compared
+        # The lowest layer has none below it, and those of a descent are the ones that are compared.
+        if held_out and without and options.fits != "descent":
             with projections.applied(without):
                 (others,), _ = _summed(layer, Folds(inputs, 1, aside), compared, targets, inputs, weights, stream)
         fit, edit = _fit_output(layer, sums, rest, others, options, divergences)

@@ -229,5 +229,6 @@ def longer(training: TrainingArguments, epochs: float, *, trainings: int = 1) ->
     """
     made = copy.copy(training)
     made.num_train_epochs += epochs
-    made.max_steps *= trainings  # -1 stays below 0, where the epochs count
+    if made.max_steps > 0:
+        made.max_steps *= trainings
     return made

@@ -131,6 +131,10 @@ def _stretches(numbers: Tensor, pieces: int) -> Tensor:
 class OutputDistance:
     """How far a model's outputs on some batches are from what they were when this was made.
 
+    Logits over a vocabulary are compared by the Kullback-Leibler divergence of the words from what they were, in nats:
+    a shift of all logits, which no probability sees, is most of their squared distance (see docs/conversion.md). Other
+    outputs are compared by squared differences, relative to the mean variance of the outputs as they were.
+
     Of long outputs (logits over a vocabulary) every n-th position counts, so that memory stays bounded.
 
     A part is a sequence. Of fewer than `FEW` sequences with an output for each token it is a stretch of one, so that
@@ -142,7 +146,7 @@ class OutputDistance:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
-        self._model, self._batches = model, list(batches)
+        self._model, self._batches, self._vocabulary = model, list(batches), vocabulary_of(model)
         self._wanted: list[list[Tensor]] = []
         self._sequences: list[Tensor] = []  # which of all sequences each position is of
         self._stride, sequences = 1, 0
@@ -162,16 +166,19 @@ class OutputDistance:
             self._sequences = list(parts.split([len(number) for number in self._sequences]))
             sequences = int(parts.max()) + 1
         self.counts = torch.bincount(torch.cat(self._sequences), minlength=sequences).double()
-        self._energy = sum(
-            ((torch.cat(parts) - torch.cat(parts).mean(0)).square().sum() for parts in zip(*self._wanted, strict=True)),
-            start=torch.zeros((), dtype=torch.float64),
-        )
+        squared = [torch.cat(parts) for parts in zip(*self._wanted, strict=True) if not self._is_words(parts[0])]
+        energy = sum(float((each - each.mean(0)).square().sum()) for each in squared)
+        self._unit = energy / sum(map(len, squared)) if energy > 0 else 1.0
+
+    @property
+    def is_divergence(self) -> bool:
+        """Whether all outputs are compared by their divergence."""
+        return bool(self._wanted) and all(map(self._is_words, self._wanted[0]))
 
     def now(self, model: PreTrainedModel | None = None) -> Tensor:
-        """`(parts,)` squared differences, summed over each one's positions, float64 on the CPU; 0 is equal.
+        """`(parts,)` differences, summed over each one's positions, float64 on the CPU; 0 is equal.
 
-        They are relative to the mean variance of the outputs as they were. Their sum over that of `counts` is the
-        distance.
+        Their sum over that of `counts` is the distance.
 
         Args:
             model: another one of the same outputs; by default the same, as it is now.
@@ -179,11 +186,21 @@ class OutputDistance:
         parts = []
         for batch, wanted in zip(self._batches, self._wanted, strict=True):
             found = zip(self._run(batch, model)[0], wanted, strict=True)
-            parts += [(now[:: self._stride] - was).square().sum(-1) for now, was in found]
+            parts += [self._lost(now[:: self._stride], was) for now, was in found]
         lost = torch.cat(parts).double().cpu()
-        energy = float(self._energy) / len(lost)
-        lost = lost / energy if energy > 0 else lost
         return torch.zeros_like(self.counts).index_add(0, torch.cat(self._sequences), lost)
+
+    def _is_words(self, output: Tensor) -> bool:
+        return self._vocabulary is not None and output.shape[-1] == self._vocabulary
+
+    def _lost(self, now: Tensor, was: Tensor) -> Tensor:
+        """`(positions,)`."""
+        if not self._is_words(was):
+            return (now - was).square().sum(-1) / self._unit
+        before = was.log_softmax(-1)
+        shares = before.exp()
+        # A word that never comes has a logit of -inf, in both.
+        return torch.where(shares > 0, shares * (before - now.log_softmax(-1)), 0).sum(-1)
 
     def _run(self, batch: Mapping[str, Any], model: PreTrainedModel | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Of each output the real positions, and which sequence of the batch each is of."""

@@ -15,21 +15,29 @@ class Folds:
     """The folds of some batches, and one more of the sequences that are set aside."""
 
     def __init__(
-        self, batches: Sequence[Mapping[str, Any]], count: int, aside: Sequence[Sequence[int]] | None = None
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        count: int,
+        aside: Sequence[Sequence[int]] | None = None,
+        spread: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             count: of folds. The number of the one that is set aside is `count`.
             aside: for each batch, the rows that are in it.
+            spread: one of the batches, whose rows go evenly into all folds and do not count among the sequences.
         """
         self.count = count
         rows = [num_rows(batch) for batch in batches]
         out = [set(each) for each in aside] if aside is not None else [set() for _ in batches]
-        self.num_sequences = sum(rows) - sum(map(len, out))
+        self._whole = [batch is spread for batch in batches]
+        others = zip(rows, out, self._whole, strict=True)
+        self.num_sequences = sum(size - len(those) for size, those, whole in others if not whole)
         self._of_row: list[Tensor] = []
         number = 0
-        for size, those in zip(rows, out, strict=True):
+        for size, those, whole in zip(rows, out, self._whole, strict=True):
             own = []
+            number = 0 if whole else number
             for row in range(size):
                 own.append(count if row in those else number % count)
                 number += row not in those
@@ -54,7 +62,7 @@ class Folds:
         # A sequence may be several rows next to each other (windows of an image, choices).
         own = of_row[torch.arange(size) * len(of_row) // max(size, 1)].repeat(calls)
         own = own.view(-1, *(1,) * (len(positions) - 1)).expand(positions)
-        if self.num_sequences >= self.count:
+        if self._whole[number] or self.num_sequences >= self.count:
             return own
         if len(positions) == 1:
             parts = (torch.arange(size) * self.count // max(size, 1)).repeat(calls)

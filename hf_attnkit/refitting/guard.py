@@ -62,7 +62,7 @@ class Guard:
         _apply(fitted[1] if kept == fits else self._outputs)
         counts = self._distance.counts
         errors = {name: float(each.sum() / counts.sum()) for name, each in self._errors.items()}
-        return HeldOut(self._distance.num_sequences, errors, kept)
+        return HeldOut(self._distance.num_sequences, errors, kept, self._distance.is_divergence)
 
 
 def is_worse(errors: Tensor, others: Tensor, counts: Tensor) -> bool:

@@ -37,6 +37,9 @@ class RefitOptions:
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit with which they are further off, by more than the
             standard error of the difference, is not kept. With 0, or a single sequence, there is no such comparison.
+        beginnings: single tokens of the calibration that a decoder is fitted to as texts of their own, so that it is
+            right at the first token of other texts than a few: at most so many with the first tokens of the sequences,
+            and at most a 32nd of the tokens. 0: none.
     """
 
     fits: str
@@ -45,6 +48,7 @@ class RefitOptions:
     descent_passes: int = 6
     token_weights: str = "uniform"
     held_out: float = 0.1
+    beginnings: int = 256
 
     def __post_init__(self) -> None:
         choice(self.fits, "refit", REFITS)
@@ -54,6 +58,7 @@ class RefitOptions:
         integer(self.descent_passes, "descent_passes", minimum=0)
         choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
         number(self.held_out, "held_out", minimum=0, below=1)
+        integer(self.beginnings, "beginnings", minimum=0)
         unread = {
             "none": tuple(field.name for field in fields(self) if field.name != "fits"),
             "full": ("descent_passes",),

@@ -33,6 +33,7 @@ from hf_attnkit.observing.attention_calls import require_shown
 from hf_attnkit.observing.batches import real_mask, to_device
 from hf_attnkit.observing.rows import rows_of, set_aside
 from hf_attnkit.observing.walk import Seen, Walk, can_skip
+from hf_attnkit.refitting.beginnings import beginnings
 from hf_attnkit.refitting.descent import Aim, descend
 from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.guard import Guard
@@ -100,6 +101,10 @@ def refit_layers(
     inputs = [to_device(batch, model) for batch in batches]
     aside = set_aside(inputs, options.held_out)
     held_out = [rows_of(batch, rows) for batch, rows in zip(inputs, aside, strict=True) if rows]
+    further = beginnings(layers, inputs, aside, options.beginnings)
+    if further is not None:
+        inputs.append(further)
+        aside.append([])
     with made.undone():
         guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
@@ -128,7 +133,7 @@ def refit_layers(
         assert made.covers(layer.output), layer.name
         kinds, extra = 1 if weights is None else 2, 2 if held_out else 0
         count = 1 if options.ridge is not None else num_folds(layer.output, kinds, aside=extra)
-        folds = Folds(inputs, count, aside)
+        folds = Folds(inputs, count, aside, further)
         if key_order is not None and layer.index in queried:
             assert made.covers(layer.query), layer.name
             with made.undone(), attention_at(model, layer, stock) as run:
@@ -147,7 +152,9 @@ def refit_layers(
         # The lowest layer has none below it, and those of a descent are the ones that are compared.
         if held_out and without and options.fits != "descent":
             with projections.applied(without):
-                (others,), _ = _summed(layer, Folds(inputs, 1, aside), compared, targets, inputs, weights, stream)
+                (others,), _ = _summed(
+                    layer, Folds(inputs, 1, aside, further), compared, targets, inputs, weights, stream
+                )
         fit, edit = _fit_output(layer, sums, rest, others, options, divergences)
         if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.

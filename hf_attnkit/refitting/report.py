@@ -57,15 +57,18 @@ class HeldOut:
 
     Attributes:
         num_sequences: held out.
-        errors: squared differences from the untouched model's outputs, relative to the variance of these: "none" of the
-            model as the change alone left it, and of each refit that was tried.
+        errors: how far the outputs are from the untouched model's, 0 is equal: "none" of the model as the change alone
+            left it, and of each refit that was tried.
         kept: what the model has now: the refit, unless another was closer by more than the standard error of the
             difference.
+        is_divergence: whether errors are the mean Kullback-Leibler divergence of the words in nats, as of logits over a
+            vocabulary; else squared differences, relative to the variance of the untouched model's outputs.
     """
 
     num_sequences: int
     errors: Mapping[str, float]
     kept: str
+    is_divergence: bool
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def refit_line(report: RefitReport | None) -> str:
         line += f", of about {needed:,} that it can use"
     if report.held_out is not None:
         tried = ", ".join(f"{name} {error:.3g}" for name, error in report.held_out.errors.items())
-        line += f"\nsequences held out: {report.held_out.num_sequences:,}; distance of outputs: {tried}"
+        measure = "divergence of words (nats)" if report.held_out.is_divergence else "distance of outputs"
+        line += f"\nsequences held out: {report.held_out.num_sequences:,}; {measure}: {tried}"
         line += f"; kept: {report.kept}"
     return line + (f"\ntoo little calibration: {report.warning}" if report.warning else "")
 

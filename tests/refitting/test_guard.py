@@ -36,16 +36,20 @@ def same(model: Any, other: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
 
 
+def divergence(now: Tensor, was: Tensor) -> Tensor:
+    """`(..., positions)` in nats, written out."""
+    return (was.softmax(-1) * (was.log_softmax(-1) - now.log_softmax(-1))).sum(-1)
+
+
 def distance(model: Any, original: Any, batches: list[dict[str, Tensor]]) -> float:
     """Written out, for logits of classes or of tokens."""
     with torch.no_grad():
-        parts = []
-        for each in (original, model):
-            logits = [each(**inputs).logits for inputs in batches]
-            if logits[0].dim() == 3:
-                logits = [x[b["attention_mask"].bool()] for x, b in zip(logits, batches, strict=True)]
-            parts.append(torch.cat(logits))
-    was, now = parts
+        now, was = ([each(**inputs).logits for inputs in batches] for each in (model, original))
+    if was[0].dim() == 3:
+        masks = torch.cat([inputs["attention_mask"].flatten() for inputs in batches]).bool()
+        now, was = (torch.cat([x.flatten(0, 1) for x in each])[masks] for each in (now, was))
+        return float(divergence(now, was).mean())
+    now, was = torch.cat(now), torch.cat(was)
     return float((now - was).square().sum() / (was - was.mean(0)).square().sum())
 
 
@@ -95,14 +99,19 @@ def test_distances_by_definition(family: str, head: str, monkeypatch: pytest.Mon
     was, is_now = map(torch.cat, real)
     if head != "sequence":
         assert len(was) == sum(int(b["attention_mask"].sum()) for b in batches)
-    expected = float((is_now - was).square().sum() / (was - was.mean(0)).square().sum())
+    assert found.is_divergence == (head == "causal")
+    variance = float((was - was.mean(0)).square().sum()) / len(was)
+
+    def lost(now: Tensor, was: Tensor) -> Tensor:
+        return divergence(now, was) if head == "causal" else (now - was).square().sum(-1) / variance
+
+    expected = float(lost(is_now, was).mean())
     found._model = changed
     assert float(found.now().sum() / found.counts.sum()) == pytest.approx(expected, rel=1e-5)
     masks = [b["attention_mask"].bool() if head != "sequence" else torch.ones(3).bool() for b in batches]
-    own, variance = [], float((was - was.mean(0)).square().sum()) / len(was)
+    own = []
     for n, w, mask in zip(now, wanted, masks, strict=True):
-        lost = (n[name] - w[name]).square().sum(-1) * mask
-        own += (lost.view(3, -1).sum(1) / variance).tolist()
+        own += (lost(n[name], w[name]) * mask).view(3, -1).sum(1).tolist()
     assert found.now().tolist() == pytest.approx(own, rel=1e-4)
     sizes = [1] * 18 if head == "sequence" else [int(row.sum()) for mask in masks for row in mask]
     assert found.counts.tolist() == sizes
@@ -114,6 +123,20 @@ def test_distances_by_definition(family: str, head: str, monkeypatch: pytest.Mon
     assert float(half.now().sum() / half.counts.sum()) == pytest.approx(expected, rel=1)
 
 
+def test_words_by_their_probabilities() -> None:
+    """A shift of all logits, or of one that no probability has, is no difference; a changed word is."""
+    original = build("llama", "causal")
+    head, inputs = original.lm_head, batch(original)
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        head.bias[7] = -torch.inf
+        found = OutputDistance(original, [inputs])
+        head.bias += 3.0
+        assert float(found.now().sum() / found.counts.sum()) == pytest.approx(0, abs=1e-6)
+        head.bias[5] += 2.0
+        assert float(found.now().sum() / found.counts.sum()) > 1e-3
+
+
 def test_few_long_sequences_are_compared_by_stretches() -> None:
     """Of one text a single position, such as the first, can be off by more than all others are better."""
     original = build("llama", "causal")
@@ -123,7 +146,7 @@ def test_few_long_sequences_are_compared_by_stretches() -> None:
     assert found.num_sequences == 2 and found.counts.tolist() == [5.0] * 8 + [3.0] * 8
     found._model = changed
     with torch.no_grad():
-        lost = (changed(**inputs).logits - original(**inputs).logits).square().sum(-1)
+        lost = divergence(changed(**inputs).logits, original(**inputs).logits)
     real = inputs["attention_mask"].bool()
     by_stretch = [each.sum() for row, mask in zip(lost, real, strict=True) for each in row[mask].chunk(8)]
     shares = found.now() / found.now().sum()

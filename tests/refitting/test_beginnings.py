@@ -1,0 +1,92 @@
+"""Single tokens that a decoder's refit has as further texts, and which fold they are in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.models import build
+from torch import Tensor
+
+from hf_attnkit import last_change, prune_heads
+from hf_attnkit.models.layers import attention_layers
+from hf_attnkit.refitting.beginnings import beginnings
+from hf_attnkit.refitting.folds import Folds
+from hf_attnkit.refitting.options import RefitOptions
+
+LONG = torch.arange(3, 67).repeat(2, 3)  # (2, 192), of 64 different tokens
+LONG[1, 0] = 4
+
+
+def made(batches: list[dict[str, Any]], aside: list[list[int]], most: int = 256, family: str = "llama") -> Any:
+    model = build(family, "causal" if family != "bert" else "base")
+    return beginnings(attention_layers(model), batches, aside, most)
+
+
+def test_which_tokens_begin_a_text() -> None:
+    inputs = {"input_ids": LONG, "use_cache": False}
+    found = made([inputs], [[]])
+    assert found["use_cache"] is False and found["input_ids"].shape == (10, 1)  # a 32nd of 384, less two that there are
+    tokens = set(found["input_ids"].flatten().tolist())
+    assert len(tokens) == 10 and not tokens & {3, 4} and tokens <= set(range(3, 67))
+    assert made([inputs], [[]], 5)["input_ids"].shape == (3, 1)
+    assert torch.equal(made([inputs], [[]])["input_ids"], found["input_ids"])
+    # None of what is held out: its only row of other tokens.
+    other = {"input_ids": torch.arange(67, 90).repeat(1, 8)}
+    assert set(made([inputs, other], [[], [0]])["input_ids"].flatten().tolist()) <= set(range(3, 67))
+    # Padding on the left begins no text.
+    padded, mask = LONG.clone(), torch.ones_like(LONG)
+    for row, size in enumerate((5, 6)):
+        padded[row, :size], mask[row, :size] = 1, 0
+    found = made([{"input_ids": padded, "attention_mask": mask}], [[]])
+    assert len(found["input_ids"]) == 9 and not set(found["input_ids"].flatten().tolist()) & {1, 8, 9}
+
+
+@pytest.mark.parametrize("case", ["none", "encoder", "same", "many", "positions", "embeds", "nested", "mask"])
+def test_where_none_are_made(case: str) -> None:
+    inputs: dict[str, Any] = {"input_ids": LONG}
+    if case == "same":
+        inputs["input_ids"] = torch.cat([torch.full((2, 1), 2), LONG], dim=1)
+    elif case == "many":
+        inputs["input_ids"] = torch.cat([torch.arange(3, 27)[:, None], LONG.view(24, 16)], dim=1)
+    elif case == "positions":
+        inputs["position_ids"] = torch.arange(192).expand(2, -1)
+    elif case == "embeds":
+        inputs = {"inputs_embeds": torch.randn(2, 192, 4)}
+    elif case == "nested":
+        inputs["past_key_values"] = ((LONG, LONG),)
+    elif case == "mask":
+        inputs["attention_mask"] = torch.ones(2, 1, 192, 192)
+    most, family = (0 if case == "none" else 256), "bert" if case == "encoder" else "llama"
+    assert made([inputs], [[]], most, family) is None
+
+
+def test_folds_of_beginnings_are_their_own() -> None:
+    """Two texts are cut into stretches, as without them; single tokens go into all folds evenly."""
+    texts, single = {"input_ids": LONG}, {"input_ids": torch.arange(10)[:, None]}
+    alone, both = Folds([texts], 5), Folds([texts, single], 5, [[], []], single)
+    assert both.num_sequences == 2
+    assert torch.equal(both.of(0, LONG.shape), alone.of(0, LONG.shape))
+    assert both.of(1, torch.Size([10, 1])).flatten().bincount(minlength=5).tolist() == [2] * 5
+
+
+def test_a_refit_has_them() -> None:
+    """One text whose tokens are all others than another's: the refit is nearer at the other's first tokens."""
+    original = build("llama", "causal")
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, 64, (1, 320), generator=generator)
+    reports: dict[int, Any] = {}
+    errors: dict[int, Tensor] = {}
+    first = torch.arange(3, 64)[:, None]
+    with torch.no_grad():
+        wanted = original(first, output_hidden_states=True).hidden_states[1]
+    for count in (0, 256):
+        options = RefitOptions("output", ridge=1e-3, beginnings=count)
+        model = prune_heads(copy.deepcopy(original), {0: [0, 1]}, calibration=[{"input_ids": text}], refit=options)
+        reports[count] = last_change(model).refit  # type: ignore[union-attr]
+        with torch.no_grad():
+            errors[count] = (model(first, output_hidden_states=True).hidden_states[1] - wanted).square().sum()
+    assert reports[0].num_tokens == 320 and reports[256].num_tokens == 320 + 10 - 1
+    assert errors[256] < errors[0]

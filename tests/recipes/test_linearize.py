@@ -233,7 +233,8 @@ def test_a_language_model(text_checkpoint, text, tmp_path, monkeypatch) -> None:
     results = run_text(monkeypatch, text_flags(text_checkpoint, tmp_path / "out", text, *more))
     assert stages(results) == [name for name in STAGES if name != "distilled"]
     measured = {stage["stage"]: stage["metrics"]["perplexity"] for stage in results["stages"]}
-    assert len(set(measured.values())) == len(measured)
+    others = [measured[name] for name in measured if name != "refitted"]  # of a random model the guard may keep none
+    assert len(set(others)) == len(others)
     assert results["calibration_tokens"] == 512  # 500 asked for are 16 blocks of 32
     branches = results["branches"]
     assert branches["metric"] == "perplexity" and branches["both"] == pytest.approx(measured["recovered"], rel=1e-5)

@@ -17,7 +17,7 @@ from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
-from hf_attnkit.refitting.report import RefitReport, RefittedLayer
+from hf_attnkit.refitting.report import HeldOut, RefitReport, RefittedLayer
 from hf_attnkit.refitting.ridge import MEASURED, RIDGES, SHARES, Fold, choose_ridge, num_folds, total
 from hf_attnkit.refitting.token_weights import TOKEN_WEIGHTS
 
@@ -213,12 +213,19 @@ def test_how_many_tokens_a_refit_can_use() -> None:
     report = RefitReport("output", n, "uniform", (layer,), None)
     # 10 % above what any number of tokens reaches is k / n = 0.1.
     assert report.num_tokens_needed == 500
-    assert RefitReport("output", n, "uniform", (RefittedLayer(0, None, None, 1, 1, 1, 1, None, None, k),), None).warning
+    still = RefittedLayer(0, None, None, 1, 1, 1, 1, None, None, k)
+    assert "gains nothing" in RefitReport("output", n, "uniform", (still,), None).warning
+    # What the outputs gain on sequences held out says more than the layers' errors.
+    for error, warned in ((0.5, False), (0.995, True)):
+        held = HeldOut(9, {"none": 1.0, "output": error}, "output", True)
+        assert ("gains nothing" in RefitReport("output", n, "uniform", (still,), held).warning) == warned
     few = RefitReport("output", 40, "uniform", (RefittedLayer(0, None, None, 1, 0.1, 1, 0.5, 1.0, None, k),), None)
     assert "40 tokens were fitted to output projections of 50 inputs" in few.warning
 
 
-@pytest.mark.parametrize("options", [{"ridge": -1}, {"held_out": 1.0}, {"token_weights": "all"}, {"query_steps": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"ridge": -1}, {"held_out": 1.0}, {"token_weights": "all"}, {"query_steps": 0.5}, {"beginnings": -1}]
+)
 def test_options_name_what_is_wrong(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be"):
         RefitOptions("output", **options)

@@ -12,36 +12,42 @@ from hf_attnkit.observing.rows import num_rows
 
 
 class Folds:
-    """The folds of some batches, and one more of the sequences that are set aside."""
+    """The folds of some batches, one more of the sequences that are set aside, and one of further ones."""
 
     def __init__(
         self,
         batches: Sequence[Mapping[str, Any]],
         count: int,
         aside: Sequence[Sequence[int]] | None = None,
-        spread: Mapping[str, Any] | None = None,
+        further: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             count: of folds. The number of the one that is set aside is `count`.
             aside: for each batch, the rows that are in it.
-            spread: one of the batches, whose rows go evenly into all folds and do not count among the sequences.
+            further: one of the batches that is in none of these: its number is `count + 1`.
         """
         self.count = count
         rows = [num_rows(batch) for batch in batches]
         out = [set(each) for each in aside] if aside is not None else [set() for _ in batches]
-        self._whole = [batch is spread for batch in batches]
-        others = zip(rows, out, self._whole, strict=True)
-        self.num_sequences = sum(size - len(those) for size, those, whole in others if not whole)
+        self._is_further = [batch is further for batch in batches]
         self._of_row: list[Tensor] = []
-        number = 0
-        for size, those, whole in zip(rows, out, self._whole, strict=True):
+        self.num_sequences = 0
+        for size, those, is_further in zip(rows, out, self._is_further, strict=True):
             own = []
-            number = 0 if whole else number
             for row in range(size):
-                own.append(count if row in those else number % count)
-                number += row not in those
+                if is_further:
+                    own.append(count + 1)
+                elif row in those:
+                    own.append(count)
+                else:
+                    own.append(self.num_sequences % count)
+                    self.num_sequences += 1
             self._of_row.append(torch.tensor(own))
+
+    @property
+    def has_further(self) -> bool:
+        return any(self._is_further)
 
     @property
     def has_aside(self) -> bool:
@@ -62,7 +68,7 @@ class Folds:
         # A sequence may be several rows next to each other (windows of an image, choices).
         own = of_row[torch.arange(size) * len(of_row) // max(size, 1)].repeat(calls)
         own = own.view(-1, *(1,) * (len(positions) - 1)).expand(positions)
-        if self._whole[number] or self.num_sequences >= self.count:
+        if self._is_further[number] or self.num_sequences >= self.count:
             return own
         if len(positions) == 1:
             parts = (torch.arange(size) * self.count // max(size, 1)).repeat(calls)

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -131,7 +131,7 @@ def refit_layers(
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
         assert made.covers(layer.output), layer.name
-        kinds, extra = 1 if weights is None else 2, 2 if held_out else 0
+        kinds, extra = 1 if weights is None else 2, (2 if held_out else 0) + (further is not None)
         count = 1 if options.ridge is not None else num_folds(layer.output, kinds, aside=extra)
         folds = Folds(inputs, count, aside, further)
         if key_order is not None and layer.index in queried:
@@ -147,15 +147,13 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        sums, rest = _summed(layer, folds, changed, targets, inputs, weights, stream)
-        others: Fold | None = None
+        sums = _summed(layer, folds, changed, targets, inputs, weights, stream)
+        others: Sums | None = None
         # The lowest layer has none below it, and those of a descent are the ones that are compared.
         if held_out and without and options.fits != "descent":
             with projections.applied(without):
-                (others,), _ = _summed(
-                    layer, Folds(inputs, 1, aside, further), compared, targets, inputs, weights, stream
-                )
-        fit, edit = _fit_output(layer, sums, rest, others, options, divergences)
+                others = _summed(layer, Folds(inputs, 1, aside, further), compared, targets, inputs, weights, stream)
+        fit, edit = _fit_output(layer, sums, others, options, divergences)
         if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.
             projections.apply(edit)
@@ -165,12 +163,25 @@ def refit_layers(
             edit = projections.present(layer.output)
         found.append(fit)
         without.append(edit)
-        num_tokens = sum(own.alike.num_tokens for own in (*sums, *([] if rest is None else [rest])))
+        num_tokens = sum(own.alike.num_tokens for own in (*sums.others, *sums.aside))
     held = None if guard is None else guard.keep(options.fits, without)
     report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
     return report
+
+
+class Sums(NamedTuple):
+    """Over each fold of the sequences, over those held out, and over the beginnings; the last two if there are some."""
+
+    folds: list[Fold]
+    aside: list[Fold]
+    further: list[Fold]
+
+    @property
+    def others(self) -> list[Fold]:
+        """All but what is held out."""
+        return [*self.folds, *self.further]
 
 
 def _summed(
@@ -181,15 +192,17 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
-) -> tuple[list[Fold], Fold | None]:
-    """The sums over each fold's tokens: what the changed model's layer gets and gives, and what it should give.
+) -> Sums:
+    """What the changed model's layer gets and gives, and what it should give, summed over tokens."""
 
-    Those of the sequences set aside, where there are some, are the second result.
-    """
-    sums = [
-        Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output))
-        for _ in range(folds.count + folds.has_aside)
-    ]
+    def empty(count: int) -> list[Fold]:
+        return [
+            Fold(OutputSums(layer.output), None if weights is None else OutputSums(layer.output)) for _ in range(count)
+        ]
+
+    sums = Sums(empty(folds.count), empty(folds.has_aside), empty(folds.has_further))
+    numbered = [*enumerate(sums.folds), *((folds.count, own) for own in sums.aside)]
+    numbered += [(folds.count + 1, own) for own in sums.further]
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
         now = _seen(walk, layer, stream)
         wanted = target.output
@@ -197,13 +210,13 @@ def _summed(
             wanted = wanted + target.stream - now.stream
         real = _real(layer, now.taken, inputs[number])
         numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
-        for fold, own in enumerate(sums):
+        for fold, own in numbered:
             those = real & (numbers == fold)
             tokens = now.taken[those], now.output[those], wanted[those]
             own.alike.add(*tokens)
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
-    return sums[: folds.count], sums[-1] if folds.has_aside else None
+    return sums
 
 
 def _projections(layer: AttentionLayer) -> list[nn.Linear]:
@@ -233,21 +246,21 @@ def _aims(
 
 def _fit_output(
     layer: AttentionLayer,
-    folds: Sequence[Fold],
-    aside: Fold | None,
-    others: Fold | None,
+    found: Sums,
+    compared: Sums | None,
     options: RefitOptions,
     divergences: tuple[float | None, float | None],
 ) -> tuple[RefittedLayer, projections.Edit]:
     """Give the layer its new output projection, or leave it.
 
     Args:
-        others: the sums over what is not aside, of the model that is not fitted to what is; `None`: `folds`.
+        compared: of the model that is not fitted to what is held out; `None`: the same.
 
     Returns:
         What it reached, and what the projection would be that is not fitted to what is aside.
     """
-    everything = [*folds, *([] if aside is None else [aside])]
+    folds, others = found.folds, (found if compared is None else compared).others
+    everything = [*found.others, *found.aside]
     sums, linear = total(fold.at(MEASURED) for fold in everything), layer.output
     if not sums.is_finite():
         raise ValueError(
@@ -260,12 +273,14 @@ def _fit_output(
         if scales:
             chosen = choose_scale_ridge([fold.at(MEASURED) for fold in folds], linear, layer.value_head_dim)
         else:
-            chosen = choose_ridge(folds, linear)
+            chosen = choose_ridge(folds, linear, found.further)
     ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)
     without = projections.present(linear)
     if ridge is not None:
-        parts = (folds if others is None else [others], everything)
-        without, edit = (_fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales) for part in parts)
+        without, edit = (
+            _fitted(layer, total(fold.at(share) for fold in part), ridge, scales=scales)
+            for part in (others, everything)
+        )
         projections.apply(edit)
     fit = RefittedLayer(
         layer.index, *divergences, error, sums.error_of(linear),

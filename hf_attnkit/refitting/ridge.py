@@ -89,7 +89,7 @@ def total(folds: Iterable[OutputSums]) -> OutputSums:
     return reduce(OutputSums.plus, folds)
 
 
-def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
+def choose_ridge(folds: Sequence[Fold], linear: nn.Module, further: Sequence[Fold] = ()) -> Ridge:
     """The ridge, and the share, whose fits lose least on the folds that they leave out.
 
     What is lost is always measured with the same share `MEASURED`. A fit in which few tokens count much has few tokens
@@ -98,6 +98,7 @@ def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
     Args:
         folds: sums over the sequences of each.
         linear: the projection as it is.
+        further: sums that are in every fit, and that no fit is tested on.
     """
     old, has_bias = weight_of(linear).double(), linear.bias is not None
     used = [fold for fold in folds if fold.alike.num_tokens]
@@ -108,7 +109,7 @@ def choose_ridge(folds: Sequence[Fold], linear: nn.Module) -> Ridge:
     for share in SHARES if used[0].seen is not None else (MEASURED,):
         if len(used) < 2:
             break
-        everything = total(fold.at(share) for fold in used)
+        everything = total(fold.at(share) for fold in (*used, *further))
         lost = torch.zeros(len(RIDGES), dtype=torch.float64)
         for fold in used:
             others, test = everything.less(fold.at(share)), fold.at(MEASURED)

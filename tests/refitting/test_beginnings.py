@@ -15,6 +15,8 @@ from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.refitting.beginnings import beginnings
 from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.outputs import OutputSums, solve
+from hf_attnkit.refitting.ridge import RIDGES, Fold, choose_ridge, total
 
 LONG = torch.arange(3, 67).repeat(2, 3)  # (2, 192), of 64 different tokens
 LONG[1, 0] = 4
@@ -64,12 +66,40 @@ def test_where_none_are_made(case: str) -> None:
 
 
 def test_folds_of_beginnings_are_their_own() -> None:
-    """Two texts are cut into stretches, as without them; single tokens go into all folds evenly."""
+    """Two texts are cut into stretches, as without them; single tokens are in a fold that is none of these."""
     texts, single = {"input_ids": LONG}, {"input_ids": torch.arange(10)[:, None]}
     alone, both = Folds([texts], 5), Folds([texts, single], 5, [[], []], single)
-    assert both.num_sequences == 2
+    assert both.num_sequences == 2 and both.has_further and not alone.has_further
     assert torch.equal(both.of(0, LONG.shape), alone.of(0, LONG.shape))
-    assert both.of(1, torch.Size([10, 1])).flatten().bincount(minlength=5).tolist() == [2] * 5
+    assert both.of(1, torch.Size([10, 1])).unique().tolist() == [6]
+
+
+def test_a_ridge_is_chosen_on_texts_that_beginnings_are_fitted_with() -> None:
+    """By the definition: each fold left out, the others fitted with what is further, and its error taken."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 4).double()
+
+    common, other = torch.randn(2, 6, 4).double()
+
+    def sums(count: int, shift: Tensor) -> Fold:
+        found = OutputSums(linear)
+        a = torch.randn(count, 6).double()
+        found.add(a, linear(a).detach(), linear(a).detach() + a @ shift + torch.randn(count, 4).double())
+        return Fold(found)
+
+    folds, further = [sums(12, common) for _ in range(3)], sums(12, other)
+    lost = []
+    for ridge in RIDGES:
+        lost.append(0.0)
+        for fold in folds:
+            others = total(each.alike for each in (*folds, further) if each is not fold)
+            weight, bias = solve(others, linear, ridge)
+            lost[-1] += float(fold.alike.lost_by(weight, bias))
+    found = choose_ridge(folds, linear, [further])
+    assert found.ridge == RIDGES[min(range(len(lost)), key=lost.__getitem__)]
+    square = sum(float(fold.alike.yy) for fold in folds)
+    assert found.after == pytest.approx(min(lost) / square, rel=1e-6)
+    assert found.ridge != choose_ridge(folds, linear).ridge, "nothing to tell apart"
 
 
 def test_a_refit_has_them() -> None:

@@ -60,6 +60,7 @@ SMALLER_IF_GIVEN: dict[str, tuple[str, ...]] = {
     "--repeats": ("1",),
     "--seeds": ("0",),
     "--softmax_layers": ("0",),  # the tiny models have one layer
+    "--choose": ("kl",),  # of none
     "--methods": ("mean",),  # each in a process of its own
     "--find_lengths": ("96",),
     "--last_tokens": ("16",),

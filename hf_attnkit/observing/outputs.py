@@ -194,7 +194,7 @@ class OutputDistance:
         return self._vocabulary is not None and output.shape[-1] == self._vocabulary
 
     def _lost(self, now: Tensor, was: Tensor) -> Tensor:
-        """`(positions,)`."""
+        """How far each position is, `(positions,)`: in nats, or relative to the mean variance; 0 is equal."""
         if not self._is_words(was):
             return (now - was).square().sum(-1) / self._unit
         before = was.log_softmax(-1)

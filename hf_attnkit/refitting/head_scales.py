@@ -36,14 +36,16 @@ def scaled(sums: OutputSums, linear: nn.Module, head_dim: int, ridge: float) -> 
     return weight, None if bias is None else bias.detach().clone()
 
 
-def choose_scale_ridge(folds: Sequence[OutputSums], linear: nn.Module, head_dim: int) -> Ridge:
+def choose_scale_ridge(
+    folds: Sequence[OutputSums], linear: nn.Module, head_dim: int, further: Sequence[OutputSums] = ()
+) -> Ridge:
     """As `ridge.choose_ridge`, for factors of heads. One of infinity leaves all as it is."""
-    whole = total(folds)
+    whole, everything = total(folds), total((*folds, *further))
     as_it_is = whole.lost_by(weight_of(linear), linear.bias)  # type: ignore[arg-type]
     lost = torch.zeros(len(RIDGES), dtype=torch.float64)
     used = [fold for fold in folds if fold.num_tokens]
     for fold in used if len(used) > 1 else ():
-        gram, rest = _by_head(whole.less(fold), linear, head_dim)
+        gram, rest = _by_head(everything.less(fold), linear, head_dim)
         test_gram, test_rest = _by_head(fold, linear, head_dim)
         kept = fold.lost_by(weight_of(linear), linear.bias)  # type: ignore[arg-type]
         lost += left_out(gram, rest[None], test_gram, test_rest[None], kept)

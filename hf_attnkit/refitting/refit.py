@@ -271,7 +271,8 @@ def _fit_output(
     chosen: Ridge | None = None
     if options.ridge is None:
         if scales:
-            chosen = choose_scale_ridge([fold.at(MEASURED) for fold in folds], linear, layer.value_head_dim)
+            tested, further = ([fold.at(MEASURED) for fold in part] for part in (folds, found.further))
+            chosen = choose_scale_ridge(tested, linear, layer.value_head_dim, further)
         else:
             chosen = choose_ridge(folds, linear, found.further)
     ridge, share = (options.ridge, MEASURED) if chosen is None else (chosen.ridge, chosen.share)

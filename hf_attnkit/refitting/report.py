@@ -62,7 +62,8 @@ class HeldOut:
         kept: what the model has now: the refit, unless another was closer by more than the standard error of the
             difference.
         is_divergence: whether errors are the mean Kullback-Leibler divergence of the words in nats, as of logits over a
-            vocabulary; else squared differences, relative to the variance of the untouched model's outputs.
+            vocabulary; else squared differences, relative to the variance of the untouched model's outputs, and of a
+            model that has both the sum.
     """
 
     num_sequences: int

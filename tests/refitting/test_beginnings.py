@@ -14,6 +14,7 @@ from hf_attnkit import last_change, prune_heads
 from hf_attnkit.models.layers import attention_layers
 from hf_attnkit.refitting.beginnings import beginnings
 from hf_attnkit.refitting.folds import Folds
+from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.ridge import RIDGES, Fold, choose_ridge, total
@@ -100,6 +101,31 @@ def test_a_ridge_is_chosen_on_texts_that_beginnings_are_fitted_with() -> None:
     square = sum(float(fold.alike.yy) for fold in folds)
     assert found.after == pytest.approx(min(lost) / square, rel=1e-6)
     assert found.ridge != choose_ridge(folds, linear).ridge, "nothing to tell apart"
+
+
+def test_factors_of_heads_are_chosen_so_too() -> None:
+    """By the definition, as above; heads of two inputs each."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 4).double()
+
+    def sums(count: int, factors: list[float]) -> OutputSums:
+        found, a = OutputSums(linear), torch.randn(count, 6).double()
+        found.add(a, linear(a).detach(), linear(a * torch.tensor(factors).repeat_interleave(2)).detach())
+        noise = torch.randn(count, 4).double()
+        found.add(a, linear(a).detach(), linear(a).detach() + noise)
+        return found
+
+    folds, further = [sums(12, [2.0, 0.5, 1.0]) for _ in range(3)], sums(12, [0.2, 3.0, 1.0])
+    lost = []
+    for ridge in RIDGES[:-1]:
+        lost.append(0.0)
+        for fold in folds:
+            others = total(each for each in (*folds, further) if each is not fold)
+            lost[-1] += float(fold.lost_by(*scaled(others, linear, 2, ridge)))
+    found = choose_scale_ridge(folds, linear, 2, [further])
+    assert found.ridge == RIDGES[min(range(len(lost)), key=lost.__getitem__)]
+    assert found.after == pytest.approx(min(lost) / sum(float(fold.yy) for fold in folds), rel=1e-6)
+    assert found.after != choose_scale_ridge(folds, linear, 2).after
 
 
 def test_a_refit_has_them() -> None:

@@ -165,7 +165,8 @@ def refit_layers(
         without.append(edit)
         num_tokens = sum(own.alike.num_tokens for own in (*sums.others, *sums.aside))
     held = None if guard is None else guard.keep(options.fits, without)
-    report = RefitReport(options.fits, num_tokens, counted, tuple(found), held)
+    num_beginnings = 0 if further is None else len(further["input_ids"])
+    report = RefitReport(options.fits, num_tokens, counted, tuple(found), held, num_beginnings)
     if report.warning:
         logger.warning(f"the refit has too little calibration: {report.warning}; give more sequences")
     return report

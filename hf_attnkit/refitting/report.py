@@ -81,6 +81,7 @@ class RefitReport:
         token_weights: "gradient" or "uniform".
         layers: from the bottom up, as they were fitted.
         held_out: `None` where nothing was held out; the refit is then kept.
+        num_beginnings: how many of the tokens are single ones, further beginnings of texts; see `beginnings`.
     """
 
     fits: str
@@ -88,6 +89,7 @@ class RefitReport:
     token_weights: str
     layers: tuple[RefittedLayer, ...]
     held_out: HeldOut | None
+    num_beginnings: int = 0
 
     @property
     def kept(self) -> str:
@@ -150,6 +152,8 @@ def refit_line(report: RefitReport | None) -> str:
     if report is None:
         return "no refit"
     line = f"refit {report.fits} on {report.num_tokens:,} tokens"
+    if report.num_beginnings:
+        line += f" with {report.num_beginnings:,} single ones as beginnings of texts"
     if (needed := report.num_tokens_needed) is not None and needed > report.num_tokens:
         line += f", of about {needed:,} that it can use"
     if report.held_out is not None:

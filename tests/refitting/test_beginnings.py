@@ -17,6 +17,7 @@ from hf_attnkit.refitting.folds import Folds
 from hf_attnkit.refitting.head_scales import choose_scale_ridge, scaled
 from hf_attnkit.refitting.options import RefitOptions
 from hf_attnkit.refitting.outputs import OutputSums, solve
+from hf_attnkit.refitting.report import refit_line
 from hf_attnkit.refitting.ridge import RIDGES, Fold, choose_ridge, total
 
 LONG = torch.arange(3, 67).repeat(2, 3)  # (2, 192), of 64 different tokens
@@ -146,3 +147,6 @@ def test_a_refit_has_them() -> None:
             errors[count] = (model(first, output_hidden_states=True).hidden_states[1] - wanted).square().sum()
     assert reports[0].num_tokens == 320 and reports[256].num_tokens == 320 + 10 - 1
     assert errors[256] < errors[0]
+    assert reports[0].num_beginnings == 0 and "beginnings" not in refit_line(reports[0])
+    assert reports[256].num_beginnings == 9
+    assert refit_line(reports[256]).startswith("refit output on 329 tokens with 9 single ones as beginnings of texts")

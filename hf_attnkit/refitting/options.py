@@ -30,10 +30,13 @@ class RefitOptions:
         query_steps: steps of conjugate gradients for each query projection; at most so many, where sequences held out
             tell when to stop.
         descent_passes: over the calibration, of a "descent"; at most so many count, where sequences held out tell.
-        token_weights: "uniform": all tokens count alike. "gradient": the fit of output projections is measured by what
-            each token's attention does to the outputs of the untouched model, which takes a backward pass on each batch
-            (the memory of a training step without gradients of parameters), and counts tokens so where that loses less
-            unseen; queries are fitted so. A model that has no gradient is fitted with all tokens alike.
+        token_weights: "uniform": all tokens count alike. "relative": each counts by the inverse square of its residual
+            stream, which is what pruning and swaps fit: so the next layer's norm reads an error. "gradient": the fit of
+            output projections is measured by what each token's attention does to the outputs of the untouched model,
+            which takes a backward pass on each batch (the memory of a training step without gradients of parameters),
+            and counts tokens so where that loses less unseen; queries are fitted so. A model that has no gradient is
+            fitted with all tokens alike. By default "relative" in the layers where that can be told and attention is
+            causal, since their first tokens are far larger than all others, and else "uniform".
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit with which they are further off, by more than the
             standard error of the difference, is not kept. With 0, or a single sequence, there is no such comparison.
@@ -46,7 +49,7 @@ class RefitOptions:
     ridge: float | None = None
     query_steps: int = 6
     descent_passes: int = 6
-    token_weights: str = "uniform"
+    token_weights: str | None = None
     held_out: float = 0.1
     beginnings: int = 256
 
@@ -56,7 +59,8 @@ class RefitOptions:
             number(self.ridge, "ridge", minimum=0)
         integer(self.query_steps, "query_steps", minimum=0)
         integer(self.descent_passes, "descent_passes", minimum=0)
-        choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
+        if self.token_weights is not None:
+            choice(self.token_weights, "token_weights", TOKEN_WEIGHTS)
         number(self.held_out, "held_out", minimum=0, below=1)
         integer(self.beginnings, "beginnings", minimum=0)
         unread = {

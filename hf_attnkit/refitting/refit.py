@@ -43,7 +43,7 @@ from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
-from hf_attnkit.refitting.token_weights import NoGradientError, gradient_norms, weights_of
+from hf_attnkit.refitting.token_weights import NoGradientError, gradient_norms, relative_weights, weights_of
 
 logger = logging.get_logger(__name__)
 
@@ -108,9 +108,13 @@ def refit_layers(
     with made.undone():
         guard = Guard(model, held_out) if held_out else None
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
-    counted = "uniform" if norms is None else "gradient"
     full = options.fits in ("full", "descent")
     assert not full or (key_order is not None and not stream)
+    if options.token_weights == "relative" and not stream:
+        raise ValueError(
+            "token_weights='relative' is of the residual stream, which pruning and swaps fit; a conversion fits what "
+            "the attention puts out: leave it out"
+        )
     if guard is not None:
         inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
         guard.before(layers, inner, alone=options.fits == "full")
@@ -126,7 +130,7 @@ def refit_layers(
     untouched, changed, compared = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(3))
     found: list[RefittedLayer] = []
     without: list[projections.Edit] = []
-    num_tokens = 0
+    num_tokens, counted = 0, "uniform" if norms is None else "gradient"
     for layer in progress_bar(layers, description="refit", unit="layer"):
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
         divergences: tuple[float | None, float | None] = None, None
@@ -147,12 +151,17 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        sums = _summed(layer, folds, changed, targets, inputs, weights, stream)
+        relative = options.token_weights == "relative" or (options.token_weights is None and layer.attention.is_causal)
+        relative = relative and all(target.stream is not None for target in targets)
+        if relative:
+            counted = "relative"
+        sums = _summed(layer, folds, changed, targets, inputs, weights, stream, relative)
         others: Sums | None = None
         # The lowest layer has none below it, and those of a descent are the ones that are compared.
         if held_out and without and options.fits != "descent":
             with projections.applied(without):
-                others = _summed(layer, Folds(inputs, 1, aside, further), compared, targets, inputs, weights, stream)
+                those = Folds(inputs, 1, aside, further)
+                others = _summed(layer, those, compared, targets, inputs, weights, stream, relative)
         fit, edit = _fit_output(layer, sums, others, options, divergences)
         if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.
@@ -193,6 +202,7 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
+    relative: bool,
 ) -> Sums:
     """What the changed model's layer gets and gives, and what it should give, summed over tokens."""
 
@@ -206,15 +216,17 @@ def _summed(
     numbered += [(folds.count + 1, own) for own in sums.further]
     for number, (walk, target) in enumerate(zip(walks, targets, strict=True)):
         now = _seen(walk, layer, stream)
-        wanted = target.output
+        wanted, counts = target.output, None
         if now.stream is not None and target.stream is not None:
             wanted = wanted + target.stream - now.stream
+            if relative:
+                counts = relative_weights(now.stream + now.output, target.stream + target.output)
         real = _real(layer, now.taken, inputs[number])
         numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
         for fold, own in numbered:
             those = real & (numbers == fold)
             tokens = now.taken[those], now.output[those], wanted[those]
-            own.alike.add(*tokens)
+            own.alike.add(*tokens, None if counts is None else counts[those])
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
     return sums

@@ -35,7 +35,7 @@ class RefittedLayer:
         descent: the error before and after the descent, which follows, on the sequences held out where there are some;
             `None` without one.
 
-    Errors and the divergence in the sample count tokens by what they do, see `RefitReport.token_weights`.
+    Errors and the divergence in the sample count tokens as the fit does, see `RefitReport.token_weights`.
     """
 
     index: int
@@ -78,7 +78,7 @@ class RefitReport:
     Attributes:
         fits: the word of `REFITS`.
         num_tokens: real tokens that were fitted.
-        token_weights: "gradient" or "uniform".
+        token_weights: "gradient", "relative" (in some layer at least) or "uniform".
         layers: from the bottom up, as they were fitted.
         held_out: `None` where nothing was held out; the refit is then kept.
         num_beginnings: how many of the tokens are single ones, further beginnings of texts; see `beginnings`.

@@ -1,7 +1,16 @@
-"""How much each token counts in a fit: by what its attention's output does to the outputs of the model.
+"""How much each token counts in a fit.
 
-With z a model's outputs (logits, or last hidden states), r random signs and y_t what a layer's attention puts out for
-token t,
+**Relative.** The residual stream of a decoder's first tokens is hundreds of times as large as that of all others. Their
+squared errors are most of a sum in which all tokens count alike, so that a few of them decide what is fitted, and how
+firmly. The next layer reads the stream through a norm: to it an error is a share of the token's own stream. With s_t
+the stream after the attention, a prime for the untouched model, and |.| the root mean square of the features,
+
+    w_t = 2 / (|s_t|^2 + |s'_t|^2)
+
+With both, a token that is large in one of the models alone does not count more than any other.
+
+**Gradient.** By what the attention's output does to the outputs of the model. With z these outputs (logits, or last
+hidden states), r random signs and y_t what a layer's attention puts out for token t,
 
     w_t = g_t / mean g,    g_t = | d (r . z) / d y_t |^2,    E g_t = | dz / dy_t |_F^2
 
@@ -24,11 +33,20 @@ from hf_attnkit.models.discovery import require_gradients
 from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import mixed, run_whole
 
-TOKEN_WEIGHTS = ("gradient", "uniform")
+TOKEN_WEIGHTS = ("relative", "gradient", "uniform")
 
 
 class NoGradientError(RuntimeError):
     """Nothing tells what a token's attention does to the model's outputs."""
+
+
+def relative_weights(stream: Tensor, before: Tensor) -> Tensor:
+    """w_t, float32 `(...)`, of the residual stream `(..., M)` after the attention now and in the untouched model."""
+    return 2 / (_mean_square(stream) + _mean_square(before)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _mean_square(x: Tensor) -> Tensor:
+    return x.float().square().mean(-1)
 
 
 def gradient_norms(

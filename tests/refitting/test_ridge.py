@@ -194,7 +194,7 @@ def test_each_layer_gets_its_own_and_is_never_worse_unseen(family: str, weights:
         assert layer.unseen_after <= layer.unseen_before
         # A fit in which tokens count otherwise than where they are measured need not be better in the sample.
         assert layer.error_after <= layer.error_before or layer.share not in (None, MEASURED)
-        assert (layer.share is None) == (weights == "uniform")
+        assert (layer.share is None) == (weights != "gradient")
     assert report.held_out is None and report.kept == "output"
 
 

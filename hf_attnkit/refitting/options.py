@@ -36,7 +36,7 @@ class RefitOptions:
             which takes a backward pass on each batch (the memory of a training step without gradients of parameters),
             and counts tokens so where that loses less unseen; queries are fitted so. A model that has no gradient is
             fitted with all tokens alike. By default "relative" in the layers where that can be told and attention is
-            causal, since their first tokens are far larger than all others, and else "uniform".
+            causal, where a few tokens are far larger than all others, and else "uniform".
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit with which they are further off, by more than the
             standard error of the difference, is not kept. With 0, or a single sequence, there is no such comparison.

@@ -1,9 +1,10 @@
 """How much each token counts in a fit.
 
-**Relative.** The residual stream of a decoder's first tokens is hundreds of times as large as that of all others. Their
-squared errors are most of a sum in which all tokens count alike, so that a few of them decide what is fitted, and how
-firmly. The next layer reads the stream through a norm: to it an error is a share of the token's own stream. With s_t
-the stream after the attention, a prime for the untouched model, and |.| the root mean square of the features,
+**Relative.** The residual stream of a decoder's first tokens is hundreds of times as large as that of most others, and
+after a change that of further tokens can be too. Where all tokens count alike, the squared errors of these few decide
+what is fitted, and how firmly (see docs/conversion.md). The next layer reads the stream through a norm: to it an error
+is a share of the token's own stream. With s_t the stream after the attention, a prime for the untouched model, and |.|
+the root mean square of the features,
 
     w_t = 2 / (|s_t|^2 + |s'_t|^2)
 

@@ -40,7 +40,7 @@ def test_the_first_layer_is_fitted_by_least_squares() -> None:
     batches = texts(model, 1, 2, 3, 4)
     before = copy.deepcopy(model)
     swap_attention(model, "streaming_heads", **STREAM, calibration=batches,
-                   refit=RefitOptions("output", ridge=0.0, held_out=0))  # fmt: skip
+                   refit=RefitOptions("output", ridge=0.0, token_weights="uniform", held_out=0))  # fmt: skip
     taken = torch.cat([outputs_of(model, each, 0)[0] for each in batches])
     wanted = torch.cat([outputs_of(before, each, 0)[1] for each in batches])
     assert len(taken) > 2 * taken.shape[1]

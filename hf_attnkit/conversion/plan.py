@@ -159,6 +159,11 @@ def planned(
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     options = refit_options(refit, default="full", batches=has_batches, given=given)
+    if options.token_weights == "relative":
+        raise ValueError(
+            "token_weights='relative' counts tokens by the residual stream, which pruning and swaps fit; a conversion "
+            "fits what the attention puts out: leave it out"
+        )
     merging = choose_merging(
         layers, method, key_method, grouping, calibrated=calibration is not None, has_batches=has_batches
     )

@@ -31,12 +31,13 @@ class RefitOptions:
             tell when to stop.
         descent_passes: over the calibration, of a "descent"; at most so many count, where sequences held out tell.
         token_weights: "uniform": all tokens count alike. "relative": each counts by the inverse square of its residual
-            stream, which is what pruning and swaps fit: so the next layer's norm reads an error. "gradient": the fit of
-            output projections is measured by what each token's attention does to the outputs of the untouched model,
-            which takes a backward pass on each batch (the memory of a training step without gradients of parameters),
-            and counts tokens so where that loses less unseen; queries are fitted so. A model that has no gradient is
-            fitted with all tokens alike. By default "relative" in the layers where that can be told and attention is
-            causal, where a few tokens are far larger than all others, and else "uniform".
+            stream, which is what pruning and swaps fit: so the next layer's norm reads an error. Conversions refuse it;
+            in layers where the stream cannot be told all count alike. "gradient": the fit of output projections is
+            measured by what each token's attention does to the outputs of the untouched model, which takes a backward
+            pass on each batch (the memory of a training step without gradients of parameters), and counts tokens so
+            where that loses less unseen; queries are fitted so. A model that has no gradient is fitted with all tokens
+            alike. By default "relative" after pruning and swaps in layers of causal self-attention through
+            Transformers' attention interface, where a few tokens are far larger than all others; else "uniform".
         held_out: share of the calibration's sequences that nothing is fitted to. The model's outputs on them are
             compared with the untouched model's, and a refit with which they are further off, by more than the
             standard error of the difference, is not kept. With 0, or a single sequence, there is no such comparison.

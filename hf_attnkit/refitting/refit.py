@@ -43,7 +43,13 @@ from hf_attnkit.refitting.outputs import OutputSums, solve
 from hf_attnkit.refitting.queries import NotLinearError, Watched, attention_at, can_fit_queries, fit_layer_queries
 from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
-from hf_attnkit.refitting.token_weights import NoGradientError, gradient_norms, relative_weights, weights_of
+from hf_attnkit.refitting.token_weights import (
+    NoGradientError,
+    gradient_norms,
+    least_square,
+    relative_weights,
+    weights_of,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -110,11 +116,7 @@ def refit_layers(
         norms = _gradient_norms(model, layers, inputs) if options.token_weights == "gradient" else None
     full = options.fits in ("full", "descent")
     assert not full or (key_order is not None and not stream)
-    if options.token_weights == "relative" and not stream:
-        raise ValueError(
-            "token_weights='relative' is of the residual stream, which pruning and swaps fit; a conversion fits what "
-            "the attention puts out: leave it out"
-        )
+    assert stream or options.token_weights != "relative"
     if guard is not None:
         inner = [each for layer in layers for each in _projections(layer) if each is not layer.output and full]
         guard.before(layers, inner, alone=options.fits == "full")
@@ -130,6 +132,7 @@ def refit_layers(
     untouched, changed, compared = ([Walk(model, batch, layers, skips=skips) for batch in inputs] for _ in range(3))
     found: list[RefittedLayer] = []
     without: list[projections.Edit] = []
+    unknown: list[str] = []
     num_tokens, counted = 0, "uniform" if norms is None else "gradient"
     for layer in progress_bar(layers, description="refit", unit="layer"):
         weights = None if norms is None else _weights(layer, norms.pop(layer.index), inputs)
@@ -151,17 +154,18 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        relative = options.token_weights == "relative" or (options.token_weights is None and layer.attention.is_causal)
-        relative = relative and all(target.stream is not None for target in targets)
-        if relative:
+        least = _least_square(layer, targets, inputs, options)
+        if least:
             counted = "relative"
-        sums = _summed(layer, folds, changed, targets, inputs, weights, stream, relative)
+        elif options.token_weights == "relative":
+            unknown.append(layer.name)
+        sums = _summed(layer, folds, changed, targets, inputs, weights, stream, least)
         others: Sums | None = None
         # The lowest layer has none below it, and those of a descent are the ones that are compared.
         if held_out and without and options.fits != "descent":
             with projections.applied(without):
                 those = Folds(inputs, 1, aside, further)
-                others = _summed(layer, those, compared, targets, inputs, weights, stream, relative)
+                others = _summed(layer, those, compared, targets, inputs, weights, stream, least)
         fit, edit = _fit_output(layer, sums, others, options, divergences)
         if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.
@@ -173,6 +177,11 @@ def refit_layers(
         found.append(fit)
         without.append(edit)
         num_tokens = sum(own.alike.num_tokens for own in (*sums.others, *sums.aside))
+    if unknown:
+        logger.warning(
+            f"all tokens count alike in the refit of {', '.join(unknown)}: the residual stream, which "
+            "token_weights='relative' asks for, cannot be told there"
+        )
     held = None if guard is None else guard.keep(options.fits, without)
     num_beginnings = 0 if further is None else len(further["input_ids"])
     report = RefitReport(options.fits, num_tokens, counted, tuple(found), held, num_beginnings)
@@ -202,7 +211,7 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
-    relative: bool,
+    least: float,
 ) -> Sums:
     """What the changed model's layer gets and gives, and what it should give, summed over tokens."""
 
@@ -219,8 +228,9 @@ def _summed(
         wanted, counts = target.output, None
         if now.stream is not None and target.stream is not None:
             wanted = wanted + target.stream - now.stream
-            if relative:
-                counts = relative_weights(now.stream + now.output, target.stream + target.output)
+            if least:
+                counts = relative_weights(now.stream + now.output, target.stream + target.output, least)
+        assert counts is not None or not least
         real = _real(layer, now.taken, inputs[number])
         numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
         for fold, own in numbered:
@@ -230,6 +240,17 @@ def _summed(
             if own.seen is not None and weights is not None:
                 own.seen.add(*tokens, weights[number][those])
     return sums
+
+
+def _least_square(
+    layer: AttentionLayer, targets: Sequence[Seen], inputs: Sequence[Mapping[str, Any]], options: RefitOptions
+) -> float:
+    """The floor of weights by the residual stream; 0 where tokens do not count by it."""
+    words = "relative" if options.token_weights is None and layer.attention.is_causal else options.token_weights
+    streams = [target.stream + target.output for target in targets if target.stream is not None]
+    if words != "relative" or len(streams) < len(targets):
+        return 0.0
+    return least_square(streams, [_real(layer, *each) for each in zip(streams, inputs, strict=True)])
 
 
 def _projections(layer: AttentionLayer) -> list[nn.Linear]:

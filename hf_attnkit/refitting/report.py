@@ -30,12 +30,13 @@ class RefittedLayer:
         ridge: a share of the mean diagonal of the Gram matrix; infinity where the bias alone was fitted; `None` where
             the projection stays as it is, since nothing helps.
         share: in which the fit counted tokens by what they do to the model's outputs, of 0 (all alike) to 0.9; `None`
-            where all count alike everywhere.
+            where that is not asked for.
         inputs: of the output projection.
         descent: the error before and after the descent, which follows, on the sequences held out where there are some;
             `None` without one.
 
-    Errors and the divergence in the sample count tokens as the fit does, see `RefitReport.token_weights`.
+    With `RefitReport.token_weights` "relative" fit and errors count tokens by the inverse square of their stream. With
+    "gradient" errors and the divergence count them by 0.9 of what they do to the model's outputs, the rest alike.
     """
 
     index: int

@@ -44,7 +44,7 @@ class Fold(NamedTuple):
     """The sums over some sequences.
 
     Attributes:
-        alike: each token counts 1.
+        alike: each token counts 1, or by the inverse square of its residual stream.
         seen: each token counts by what it does to the model's outputs, 1 on the mean; `None` where that is not known.
     """
 

@@ -6,9 +6,10 @@ what is fitted, and how firmly (see docs/conversion.md). The next layer reads th
 is a share of the token's own stream. With s_t the stream after the attention, a prime for the untouched model, and |.|
 the root mean square of the features,
 
-    w_t = 2 / (|s_t|^2 + |s'_t|^2)
+    w_t = 2 / max(|s_t|^2 + |s'_t|^2, 2 f),    f = FLOOR * the median of |s'|^2
 
-With both, a token that is large in one of the models alone does not count more than any other.
+With both, a token that is large in one of the models alone does not count more than any other. The floor f is for
+tokens whose stream is next to nothing, as of padding that no mask tells: a norm has an eps for these.
 
 **Gradient.** By what the attention's output does to the outputs of the model. With z these outputs (logits, or last
 hidden states), r random signs and y_t what a layer's attention puts out for token t,
@@ -35,15 +36,32 @@ from hf_attnkit.models.layers import AttentionLayer
 from hf_attnkit.observing.outputs import mixed, run_whole
 
 TOKEN_WEIGHTS = ("relative", "gradient", "uniform")
+FLOOR = 0.01
 
 
 class NoGradientError(RuntimeError):
     """Nothing tells what a token's attention does to the model's outputs."""
 
 
-def relative_weights(stream: Tensor, before: Tensor) -> Tensor:
-    """w_t, float32 `(...)`, of the residual stream `(..., M)` after the attention now and in the untouched model."""
-    return 2 / (_mean_square(stream) + _mean_square(before)).clamp(min=torch.finfo(torch.float32).tiny)
+def least_square(streams: Sequence[Tensor], real: Sequence[Tensor]) -> float:
+    """f, of the untouched model's residual stream after the attention `(..., M)` in each batch; 0: it is empty.
+
+    Args:
+        real: bool `(...)` for each batch, False for padding.
+    """
+    squares = [_mean_square(stream)[mask] for stream, mask in zip(streams, real, strict=True)]
+    found = torch.cat(squares)
+    return FLOOR * float(found.median()) if len(found) else 0.0
+
+
+def relative_weights(stream: Tensor, before: Tensor, least: float) -> Tensor:
+    """w_t, float32 `(...)`.
+
+    Args:
+        stream, before: the residual stream `(..., M)` after the attention, now and in the untouched model.
+        least: f, above 0.
+    """
+    return 2 / (_mean_square(stream) + _mean_square(before)).clamp(min=2 * least)
 
 
 def _mean_square(x: Tensor) -> Tensor:

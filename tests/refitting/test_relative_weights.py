@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.any_model import any_model
 from support.models import batch, build
 from support.unchanged import unchanged
 from torch import Tensor
 
-from hf_attnkit import RefitOptions, convert_to_gqa, last_change, prune_heads, swap_attention
-from hf_attnkit.refitting.token_weights import relative_weights
+from hf_attnkit import RefitOptions, convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
+from hf_attnkit.refitting.token_weights import FLOOR, least_square, relative_weights
 
 HEADS = {0: [0, 1], 1: [4, 5]}
 
@@ -58,8 +59,11 @@ def test_least_squares_by_definition() -> None:
         uncut, projection = (each.model.layers[index].self_attn.o_proj for each in (cut, model))
         old_weight, wanted = uncut.weight.detach(), old - (s - y)
         unfitted = s - y + a @ old_weight.T + uncut.bias.detach()
-        weights = relative_weights(unfitted, old).double()
-        by_hand = 2 / (unfitted.square().mean(-1) + old.square().mean(-1))
+        squares = old.square().mean(-1)
+        least = least_square([old], [torch.ones(len(old), dtype=torch.bool)])
+        assert least == pytest.approx(FLOOR * float(squares.median()), rel=1e-6)
+        weights = relative_weights(unfitted, old, least).double()
+        by_hand = 2 / (unfitted.square().mean(-1) + squares)
         torch.testing.assert_close(weights, by_hand, rtol=1e-6, atol=0.0)
         mean_a, mean_y = ((weights[:, None] * x).sum(0) / weights.sum() for x in (a, wanted))
         root = weights.sqrt()[:, None]
@@ -100,12 +104,49 @@ def test_which_tokens_count_how(family: str, words: str | None, counted: str) ->
 def test_a_conversion_has_no_stream_to_count_by() -> None:
     model = build("llama", "causal", 8, 4)
     batches = [batch(model, seed=seed) for seed in range(4)]
-    with unchanged(model), pytest.raises(ValueError, match="token_weights='relative' is of the residual stream"):
-        convert_to_gqa(model, 2, calibration=batches, refit=RefitOptions("output", token_weights="relative"))
+    relative = RefitOptions("output", token_weights="relative")
+    for change in (convert_to_gqa, plan_gqa):
+        with (
+            unchanged(model),
+            pytest.raises(ValueError, match="token_weights='relative' counts tokens by the residual"),
+        ):
+            change(model, 2, calibration=batches, refit=relative)
     convert_to_gqa(model, 2, calibration=batches, refit="output")
     assert last_change(model).refit.token_weights == "uniform"  # type: ignore[union-attr]
 
 
-def test_an_empty_stream_counts_without_dividing_by_zero() -> None:
-    found = relative_weights(torch.zeros(2, 3), torch.zeros(2, 3))
-    assert bool(found.isfinite().all())
+def test_where_the_stream_cannot_be_told_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A norm of Gemma 2 comes before the attention's output is added."""
+    model = any_model("gemma2")
+    batches = [{"input_ids": torch.arange(3, 13).view(2, 5) + seed} for seed in range(4)]
+    counted = {}
+    for words in (None, "relative"):
+        options = RefitOptions("output", token_weights=words)
+        changed = prune_heads(copy.deepcopy(model), {0: [0, 1]}, calibration=batches, refit=options)
+        counted[words] = caplog.text.count("all tokens count alike in the refit of")
+        assert last_change(changed).refit.token_weights == "uniform"  # type: ignore[union-attr]
+    assert counted == {None: 0, "relative": 1}
+
+
+def test_tokens_without_a_stream_do_not_decide_the_fit() -> None:
+    """Padding that no mask tells has none at all; a norm's eps reads the errors of others that are next to nothing."""
+    model = build("llama", "causal", 8, 4).double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0.0
+        model.model.embed_tokens.weight[1] *= 1e-5
+    batches = [{"input_ids": batch(model, seed=seed)["input_ids"].clamp(min=2)} for seed in range(8)]
+    small = [{"input_ids": inputs["input_ids"].clone()} for inputs in batches]
+    for number, inputs in enumerate(small):
+        inputs["input_ids"][:, :2] = number % 2
+    for data in (batches, small):
+        prune_heads(copy.deepcopy(model), HEADS, calibration=data, refit=plainly(None))
+    before = torch.cat([torch.ones(9, 3), torch.zeros(1, 3), torch.full((1, 3), 1e-5)])
+    least = least_square([before], [torch.ones(11, dtype=torch.bool)])
+    weights = relative_weights(before, before, least)
+    assert torch.equal(weights[:9], torch.ones(9))
+    torch.testing.assert_close(weights[9:], torch.full((2,), 1 / FLOOR))
+
+
+def test_a_model_without_any_stream_counts_all_tokens_alike() -> None:
+    assert least_square([torch.zeros(2, 3)], [torch.ones(2, dtype=torch.bool)]) == 0.0
+    assert least_square([torch.ones(2, 3)], [torch.zeros(2, dtype=torch.bool)]) == 0.0

@@ -247,8 +247,10 @@ def _least_square(
 ) -> float:
     """The floor of weights by the residual stream; 0 where tokens do not count by it."""
     words = "relative" if options.token_weights is None and layer.attention.is_causal else options.token_weights
+    if words != "relative":
+        return 0.0
     streams = [target.stream + target.output for target in targets if target.stream is not None]
-    if words != "relative" or len(streams) < len(targets):
+    if len(streams) < len(targets):
         return 0.0
     return least_square(streams, [_real(layer, *each) for each in zip(streams, inputs, strict=True)])
 

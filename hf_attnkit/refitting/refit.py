@@ -45,8 +45,8 @@ from hf_attnkit.refitting.report import RefitReport, RefittedLayer
 from hf_attnkit.refitting.ridge import MEASURED, Fold, Ridge, choose_ridge, num_folds, total
 from hf_attnkit.refitting.token_weights import (
     NoGradientError,
+    floor_of,
     gradient_norms,
-    least_square,
     relative_weights,
     weights_of,
 )
@@ -154,18 +154,18 @@ def refit_layers(
         else:
             with made.undone():
                 targets = [_seen(walk, layer, stream) for walk in untouched]
-        least = _least_square(layer, targets, inputs, options)
-        if least:
+        floor = _floor(layer, targets, inputs, options)
+        if floor:
             counted = "relative"
         elif options.token_weights == "relative":
             unknown.append(layer.name)
-        sums = _summed(layer, folds, changed, targets, inputs, weights, stream, least)
+        sums = _summed(layer, folds, changed, targets, inputs, weights, stream, floor)
         others: Sums | None = None
         # The lowest layer has none below it, and those of a descent are the ones that are compared.
         if held_out and without and options.fits != "descent":
             with projections.applied(without):
                 those = Folds(inputs, 1, aside, further)
-                others = _summed(layer, those, compared, targets, inputs, weights, stream, least)
+                others = _summed(layer, those, compared, targets, inputs, weights, stream, floor)
         fit, edit = _fit_output(layer, sums, others, options, divergences)
         if options.fits == "descent":
             # Outputs start from what is not fitted to the sequences that the passes are chosen on.
@@ -211,7 +211,7 @@ def _summed(
     inputs: Sequence[Mapping[str, Any]],
     weights: Sequence[Tensor] | None,
     stream: bool,
-    least: float,
+    floor: float,
 ) -> Sums:
     """What the changed model's layer gets and gives, and what it should give, summed over tokens."""
 
@@ -228,9 +228,9 @@ def _summed(
         wanted, counts = target.output, None
         if now.stream is not None and target.stream is not None:
             wanted = wanted + target.stream - now.stream
-            if least:
-                counts = relative_weights(now.stream + now.output, target.stream + target.output, least)
-        assert counts is not None or not least
+            if floor:
+                counts = relative_weights(now.stream + now.output, target.stream + target.output, floor)
+        assert counts is not None or not floor
         real = _real(layer, now.taken, inputs[number])
         numbers = folds.of(number, real.shape, calls=_calls(layer)).to(real.device)
         for fold, own in numbered:
@@ -242,7 +242,7 @@ def _summed(
     return sums
 
 
-def _least_square(
+def _floor(
     layer: AttentionLayer, targets: Sequence[Seen], inputs: Sequence[Mapping[str, Any]], options: RefitOptions
 ) -> float:
     """The floor of weights by the residual stream; 0 where tokens do not count by it."""
@@ -252,7 +252,7 @@ def _least_square(
     streams = [target.stream + target.output for target in targets if target.stream is not None]
     if len(streams) < len(targets):
         return 0.0
-    return least_square(streams, [_real(layer, *each) for each in zip(streams, inputs, strict=True)])
+    return floor_of(streams, [_real(layer, *each) for each in zip(streams, inputs, strict=True)])
 
 
 def _projections(layer: AttentionLayer) -> list[nn.Linear]:

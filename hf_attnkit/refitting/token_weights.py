@@ -43,7 +43,7 @@ class NoGradientError(RuntimeError):
     """Nothing tells what a token's attention does to the model's outputs."""
 
 
-def least_square(streams: Sequence[Tensor], real: Sequence[Tensor]) -> float:
+def floor_of(streams: Sequence[Tensor], real: Sequence[Tensor]) -> float:
     """f, of the untouched model's residual stream after the attention `(..., M)` in each batch; 0: it is empty.
 
     Args:
@@ -54,14 +54,14 @@ def least_square(streams: Sequence[Tensor], real: Sequence[Tensor]) -> float:
     return FLOOR * float(found.median()) if len(found) else 0.0
 
 
-def relative_weights(stream: Tensor, before: Tensor, least: float) -> Tensor:
+def relative_weights(stream: Tensor, before: Tensor, floor: float) -> Tensor:
     """w_t, float32 `(...)`.
 
     Args:
         stream, before: the residual stream `(..., M)` after the attention, now and in the untouched model.
-        least: f, above 0.
+        floor: f, above 0.
     """
-    return 2 / (_mean_square(stream) + _mean_square(before)).clamp(min=2 * least)
+    return 2 / (_mean_square(stream) + _mean_square(before)).clamp(min=2 * floor)
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from support.unchanged import unchanged
 from torch import Tensor
 
 from hf_attnkit import RefitOptions, convert_to_gqa, last_change, plan_gqa, prune_heads, swap_attention
-from hf_attnkit.refitting.token_weights import FLOOR, least_square, relative_weights
+from hf_attnkit.refitting.token_weights import FLOOR, floor_of, relative_weights
 
 HEADS = {0: [0, 1], 1: [4, 5]}
 
@@ -60,7 +60,7 @@ def test_least_squares_by_definition() -> None:
         old_weight, wanted = uncut.weight.detach(), old - (s - y)
         unfitted = s - y + a @ old_weight.T + uncut.bias.detach()
         squares = old.square().mean(-1)
-        least = least_square([old], [torch.ones(len(old), dtype=torch.bool)])
+        least = floor_of([old], [torch.ones(len(old), dtype=torch.bool)])
         assert least == pytest.approx(FLOOR * float(squares.median()), rel=1e-6)
         weights = relative_weights(unfitted, old, least).double()
         by_hand = 2 / (unfitted.square().mean(-1) + squares)
@@ -141,12 +141,12 @@ def test_tokens_without_a_stream_do_not_decide_the_fit() -> None:
     for data in (batches, small):
         prune_heads(copy.deepcopy(model), HEADS, calibration=data, refit=plainly(None))
     before = torch.cat([torch.ones(9, 3), torch.zeros(1, 3), torch.full((1, 3), 1e-5)])
-    least = least_square([before], [torch.ones(11, dtype=torch.bool)])
+    least = floor_of([before], [torch.ones(11, dtype=torch.bool)])
     weights = relative_weights(before, before, least)
     assert torch.equal(weights[:9], torch.ones(9))
     torch.testing.assert_close(weights[9:], torch.full((2,), 1 / FLOOR))
 
 
 def test_a_model_without_any_stream_counts_all_tokens_alike() -> None:
-    assert least_square([torch.zeros(2, 3)], [torch.ones(2, dtype=torch.bool)]) == 0.0
-    assert least_square([torch.ones(2, 3)], [torch.zeros(2, dtype=torch.bool)]) == 0.0
+    assert floor_of([torch.zeros(2, 3)], [torch.ones(2, dtype=torch.bool)]) == 0.0
+    assert floor_of([torch.ones(2, 3)], [torch.zeros(2, dtype=torch.bool)]) == 0.0

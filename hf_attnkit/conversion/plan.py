@@ -25,7 +25,7 @@ from hf_attnkit.editing.fingerprint import Fingerprint
 from hf_attnkit.editing.last_change import record_change
 from hf_attnkit.models import known
 from hf_attnkit.models.layers import AttentionLayer, projected_layers
-from hf_attnkit.refitting.options import RefitOptions, listed, refit_options
+from hf_attnkit.refitting.options import RefitOptions, listed, refit_options, require_no_stream
 from hf_attnkit.refitting.refit import refit_layers
 from hf_attnkit.refitting.report import RefitReport
 
@@ -159,11 +159,7 @@ def planned(
     has_batches = calibration is not None and not isinstance(calibration, Statistics)
     given = "none" if calibration is None else "Statistics, which hold no activations"
     options = refit_options(refit, default="full", batches=has_batches, given=given)
-    if options.token_weights == "relative":
-        raise ValueError(
-            "token_weights='relative' counts tokens by the residual stream, which pruning and swaps fit; a conversion "
-            "fits what the attention puts out: leave it out"
-        )
+    require_no_stream(options)
     merging = choose_merging(
         layers, method, key_method, grouping, calibrated=calibration is not None, has_batches=has_batches
     )

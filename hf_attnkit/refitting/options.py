@@ -108,6 +108,15 @@ def refit_options(
     return options
 
 
+def require_no_stream(options: RefitOptions) -> None:
+    """Raise `ValueError` for a conversion's refit that counts tokens by the residual stream, which it does not fit."""
+    if options.token_weights == "relative":
+        raise ValueError(
+            "token_weights='relative' counts tokens by the residual stream, which pruning and swaps fit; a conversion "
+            "fits what the attention puts out: leave it out"
+        )
+
+
 def listed(calibration: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The batches of a refit, which every layer runs; raises `ValueError` if there are none."""
     batches = list(calibration)

@@ -218,6 +218,7 @@ def test_a_budget_spent_over_the_layers_is_compared(
         "mean+refit:ridg=1",
         "mean+output:query_steps=2",
         "mean+refit+best:ridge=1",
+        "mean+refit:token_weights=relative",
     ],
 )
 def test_unknown_variants_are_refused(variant: str) -> None:

@@ -21,7 +21,7 @@ from hf_attnkit.experiment.record import Change
 from hf_attnkit.experiment.refits import parse_refit
 from hf_attnkit.experiment.run import Run
 from hf_attnkit.models.layers import projected_layers
-from hf_attnkit.refitting.options import RefitOptions
+from hf_attnkit.refitting.options import RefitOptions, require_no_stream
 
 EXTRAS = ("data", "output", "refit", "descent", "best", "spent")
 REFITS = {"output": "output", "refit": "full", "descent": "descent"}
@@ -74,6 +74,10 @@ def refit_of(variant: str) -> RefitOptions | None:
         word, colon, options = part.partition(":")
         if word in REFITS:
             found = parse_refit(f"{REFITS[word]}{colon}{options}", f"--variants {variant!r}:")
+            try:
+                require_no_stream(found)
+            except ValueError as error:
+                raise ValueError(f"--variants {variant!r}: {error}") from error
         elif colon:
             raise ValueError(f"--variants {variant!r}: {word!r} has no options; leave {colon}{options} out")
     return found

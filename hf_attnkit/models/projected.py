@@ -247,6 +247,8 @@ def _maps(number: int, size: int, rope: Rope | None, generator: torch.Generator)
 
 def _rows(attention: Attention, owned: Ownership, role: str, numbers: list[int]) -> Rows | str:
     """The rows of one matrix that make the heads of a role, or why there are none."""
+    if len(numbers) == 1:
+        return _rows_of_one(attention, owned, role)
     names = [name for name, one in owned.owned.items() if role in one.rows]
     matrices = [name for name in names if name in owned.matrices]
     linear = [name for name in matrices if is_linear(attention.module.get_submodule(name.rpartition(".")[0]))]
@@ -265,3 +267,15 @@ def _rows(attention: Attention, owned: Ownership, role: str, numbers: list[int])
     if own.dim != (1 if isinstance(attention.module.get_submodule(path), Conv1D) else 0):
         return f"{linear[0]} takes them and does not make them"
     return Rows(path, torch.stack(rows))
+
+
+def _rows_of_one(attention: Attention, owned: Ownership, role: str) -> Rows | str:
+    """The rows that make the only head of a role. All heads alike reach them, so that they are in nobody's."""
+    names = [name for name, one in owned.reached.items() if role in one.rows and name.endswith(".weight")]
+    if len(names) != 1:
+        return "they have no rows of their own in a matrix" if not names else f"{', '.join(names)} make them"
+    rows = owned.reached[names[0]].of(role, 0)
+    size = attention.value_head_dim if role == "value" else attention.head_dim
+    if len(rows) != size:
+        return f"{names[0]} has {len(rows)} rows for a head of {size} (latent attention)"
+    return Rows(names[0].removesuffix(".weight"), rows[None])

@@ -240,6 +240,13 @@ def adapted(family: str, head: str, **options: Any) -> Any:
     return wrapped.eval()
 
 
+@pytest.mark.parametrize("number", [2, 1])
+def test_every_attention_projection_has_adapters(number: int) -> None:
+    wrapped = add_adapters(convert_to_gqa(build("llama", "causal"), number), LoraArguments(lora=True))
+    adapted_projections = {name.split(".")[-4] for name, _ in wrapped.named_parameters() if ".lora_A." in name}
+    assert adapted_projections == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 LORA_CASES = [("bert", "sequence", {}), ("llama", "sequence", {}), ("llama", "causal", {}), ("phi3", "causal", {})]
 
 

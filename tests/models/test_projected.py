@@ -36,6 +36,7 @@ BEHIND = {
     "qwen3": (("half", 8), "k_norm.weight", ""),
     "never seen": (None, "scale", ""),
     "qwen3_next": (("half", 2), "k_norm.weight", "gate"),
+    "gpt_bigcode": (None, "", ""),  # one key/value head, in a matrix with the queries
 }
 
 
@@ -130,6 +131,16 @@ def test_masks_of_other_positions_than_a_layer_s_are_not_its_padding() -> None:
     layers = projected_layers(any_model("owlvit"))
     found = {("vision" in layer.name, layer.padding) for layer in layers}
     assert found == {(True, ""), (False, "attention_mask")}
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (1, 1)])
+def test_a_head_that_is_the_only_one_has_its_rows(heads: int, groups: int) -> None:
+    """All heads alike reach them, or there is no other head: nothing differs that would tell them apart."""
+    model = UnseenModel(UnseenConfig(heads=heads, groups=groups))
+    for layer in projected_layers(model.eval()):
+        size = 32 // heads
+        assert not layer.problems and layer.query is layer.module.ask and layer.key is layer.value is layer.module.tell
+        assert list(layer.rows("value")) == list(range(size)) and list(layer.rows("key")) == list(range(size, 2 * size))
 
 
 def test_reasons_are_kept() -> None:

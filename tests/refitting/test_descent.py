@@ -62,6 +62,18 @@ def test_a_layer_comes_nearer_by_definition(family: str) -> None:
     assert "descent" in str(last_change(fitted))
 
 
+def test_one_key_value_head_is_fitted_too() -> None:
+    original = build("llama")
+    batches = many(original)
+    fitted, full = (
+        convert_to_gqa(copy.deepcopy(original), 1, method="mean", calibration=batches, refit=options)
+        for options in (PASSES, RefitOptions("full", query_steps=1))
+    )
+    for now, was in zip(projected_layers(fitted), projected_layers(full), strict=True):
+        for name in ("query", "key", "value", "output"):
+            assert not torch.equal(getattr(now, name).weight, getattr(was, name).weight), name
+
+
 def aims(model: Any, target: Tensor, unseen: Tensor) -> list[Aim]:
     inputs = {"input_ids": torch.arange(5, 35).view(3, 10)}
     return [Aim(Walk(model, inputs), target, 1 - unseen, unseen)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.any_model import any_model
 from support.models import batch, build, outputs
 from support.unchanged import unchanged
 from torch.nn import functional as F
@@ -245,6 +246,16 @@ def test_every_attention_projection_has_adapters(number: int) -> None:
     wrapped = add_adapters(convert_to_gqa(build("llama", "causal"), number), LoraArguments(lora=True))
     adapted_projections = {name.split(".")[-4] for name, _ in wrapped.named_parameters() if ".lora_A." in name}
     assert adapted_projections == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_projections_without_adapters_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """OLMo 2 has a norm over all query heads together, and one over all key heads."""
+    add_adapters(any_model("olmo2"), LoraArguments(lora=True))
+    (warning,) = caplog.messages
+    assert "no adapters" in warning and "query (" in warning and "key (" in warning and "k_norm.weight" in warning
+    caplog.clear()
+    add_adapters(build("llama", "causal"), LoraArguments(lora=True))
+    assert not caplog.messages
 
 
 LORA_CASES = [("bert", "sequence", {}), ("llama", "sequence", {}), ("llama", "causal", {}), ("phi3", "causal", {})]

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from hf_attnkit.experiment.record import Change
 from hf_attnkit.models.layers import attention_layers, projected_layers
 
 if TYPE_CHECKING:
     from hf_attnkit.experiment.run import Run
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -89,7 +92,8 @@ def train_adapters(run: Run, arguments: LoraArguments, *, merge: bool = True, **
 def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantized: bool = False) -> PeftModel:
     """Adapters of every attention projection; only they and a classification head train then.
 
-    The same model with the same parameters, some of them inside new modules.
+    The same model with the same parameters, some of them inside new modules. A warning says which projections cannot be
+    told, and so get no adapters.
     """
     names = {id(module): name for name, module in model.named_modules()}
     if is_quantized:  # quantized weights have no gradients, which tell what is query, key and value
@@ -99,6 +103,9 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments, *, is_quantiz
         layers = projected_layers(model)
         found = [each for layer in layers for each in (layer.query, layer.key, layer.value, layer.output)]
         linears = [each for each in found if each is not None]
+        unknown = dict.fromkeys(f"{role} ({why})" for layer in layers for role, why in layer.problems.items())
+        if linears and unknown:
+            logger.warning(f"--lora: no adapters of projections that cannot be told: {'; '.join(unknown)}")
     projections = [names[id(linear)] for linear in dict.fromkeys(linears)]  # fused ones are the same
     if not projections:
         raise ValueError(
